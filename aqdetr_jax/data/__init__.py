@@ -1,0 +1,1 @@
+"""Detection data: datasets, augmentation and the Grain input pipeline (all TensorFlow-free)."""

@@ -1,0 +1,264 @@
+"""A look at a dataset before training: counts, and the first offenders by file and annotation."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from aqdetr_jax.data.dataset import DetectionDataset, ImageReadError
+
+_SMALL, _MEDIUM = 32.0**2, 96.0**2
+_FIRST = 5
+_TWIN_IOU = 0.9
+_EXIF_ORIENTATION = 0x0112
+
+
+def inspect_dataset(
+    dataset: DetectionDataset,
+    num_queries: int | None = None,
+    *,
+    other: DetectionDataset | None = None,
+    check_images: bool = True,
+) -> dict[str, Any]:
+    """Counts what matters to a detection transformer and finds what would go wrong later.
+
+    Args:
+      dataset: what to look at.
+      num_queries: object queries of the model; images with more boxes are listed.
+      other: another split; images that are in both (by hash) are listed as leakage.
+      check_images: decode every image. Without it nothing is read but annotations.
+
+    Returns:
+      A JSON-able dict. Counts: ``images``, ``boxes``, ``crowd_boxes``, ``empty_images``,
+      ``clipped_boxes``, ``classes`` (boxes by name), ``areas`` (boxes by COCO's bins),
+      ``boxes_per_image``, ``image_height``, ``image_width``, ``drops``. Lists of offenders, each
+      ``{"count", "first"}``: ``dropped``, ``over_queries``, ``unreadable``, ``size_mismatch``,
+      ``exif_rotated``, ``duplicates``, ``twin_boxes`` (same class, IoU > 0.9), ``leakage``,
+      ``classes_without_boxes``. ``checked_images`` says whether images were read.
+    """
+    truth = dataset.coco_ground_truth()
+    report = _annotation_report(dataset, truth, num_queries)
+    report["checked_images"] = check_images
+    offenders = _image_offenders(dataset, other) if check_images else {}
+    for key in ("unreadable", "size_mismatch", "exif_rotated", "duplicates", "leakage"):
+        report[key] = _offenders(offenders.get(key, []))
+    return report
+
+
+def _annotation_report(
+    dataset: DetectionDataset, truth: dict[str, Any], num_queries: int | None
+) -> dict[str, Any]:
+    names = {c["id"]: c["name"] for c in truth["categories"]}
+    file_of = {image["id"]: image["file_name"] for image in truth["images"]}
+    targets = [a for a in truth["annotations"] if not a["iscrowd"]]
+    classes = dict.fromkeys(dataset.class_names, 0)
+    by_image: dict[int | str, list[dict[str, Any]]] = {key: [] for key in file_of}
+    for annotation in targets:
+        classes[names[annotation["category_id"]]] += 1
+        by_image[annotation["image_id"]].append(annotation)
+    counts = np.array([len(a) for a in by_image.values()], np.int64)
+    areas = np.array([a["area"] for a in targets], np.float64)
+    over = []
+    if num_queries is not None:
+        over = [
+            f"{file_of[key]}: {len(boxes)} boxes"
+            for key, boxes in by_image.items()
+            if len(boxes) > num_queries
+        ]
+    twins = [t for key, boxes in by_image.items() for t in _twins(file_of[key], boxes)]
+    return {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "images": len(dataset),
+        "boxes": len(targets),
+        "crowd_boxes": len(truth["annotations"]) - len(targets),
+        "empty_images": int((counts == 0).sum()),
+        "clipped_boxes": dataset.clipped,
+        "classes": classes,
+        "classes_without_boxes": _offenders([n for n, count in classes.items() if not count]),
+        "areas": {
+            "small": int((areas < _SMALL).sum()),
+            "medium": int(((areas >= _SMALL) & (areas < _MEDIUM)).sum()),
+            "large": int((areas >= _MEDIUM).sum()),
+        },
+        "boxes_per_image": _spread(counts),
+        "image_height": _spread(np.array([i["height"] for i in truth["images"]], np.int64)),
+        "image_width": _spread(np.array([i["width"] for i in truth["images"]], np.int64)),
+        "num_queries": num_queries,
+        "over_queries": _offenders(over),
+        "drops": dict(dataset.drops),
+        "dropped": {
+            "count": sum(dataset.drops.values()),
+            "first": list(dataset.drop_examples[:_FIRST]),
+        },
+        "twin_boxes": _offenders(twins),
+    }
+
+
+def _twins(file_name: str, annotations: Sequence[dict[str, Any]]) -> list[str]:
+    if len(annotations) < 2:
+        return []
+    xywh = np.array([a["bbox"] for a in annotations], np.float64)
+    low, high = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
+    overlap = np.minimum(high[:, None], high[None]) - np.maximum(low[:, None], low[None])
+    inter = np.prod(np.maximum(overlap, 0), -1)
+    area = np.prod(xywh[:, 2:], -1)
+    iou = inter / (area[:, None] + area[None] - inter)
+    category = np.array([a["category_id"] for a in annotations])
+    same = np.triu((iou > _TWIN_IOU) & (category[:, None] == category[None]), 1)
+    return [
+        f"{file_name}: boxes {annotations[i]['bbox']} and {annotations[j]['bbox']}"
+        for i, j in np.argwhere(same)
+    ]
+
+
+def _image_offenders(
+    dataset: DetectionDataset, other: DetectionDataset | None
+) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {
+        key: [] for key in ("unreadable", "size_mismatch", "exif_rotated", "duplicates", "leakage")
+    }
+    first_with: dict[str, str] = {}
+    for index in range(len(dataset)):
+        name = dataset.file_name(index)
+        mismatch = _check_header(dataset, index, found)
+        try:
+            digest = _digest(dataset, index)
+            if not mismatch:
+                _ = dataset[index]
+        except ImageReadError as error:
+            found["unreadable"].append(str(error))
+            continue
+        if digest in first_with:
+            found["duplicates"].append(f"{name} is the same as {first_with[digest]}")
+        else:
+            first_with[digest] = name
+    for index in range(len(other) if other is not None else 0):
+        assert other is not None
+        try:
+            digest = _digest(other, index)
+        except ImageReadError:
+            continue  # The report on that split says so.
+        if digest in first_with:
+            found["leakage"].append(
+                f"{first_with[digest]} is also {other.file_name(index)} of {other.name}"
+            )
+    return found
+
+
+def _check_header(dataset: DetectionDataset, index: int, found: dict[str, list[str]]) -> bool:
+    """Notes EXIF rotation and a size unlike the annotated one; True for the latter."""
+    find_path: Callable[[int], pathlib.Path] | None = getattr(dataset, "image_path", None)
+    if find_path is None:
+        return False
+    try:
+        with Image.open(find_path(index)) as picture:
+            width, height = picture.size
+            orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False  # Decoding will name the reason.
+    name, expected = dataset.file_name(index), dataset.image_size(index)
+    if orientation != 1:
+        found["exif_rotated"].append(f"{name}: EXIF orientation {orientation}")
+    sizes = [(height, width)] + ([(width, height)] if orientation in (5, 6, 7, 8) else [])
+    if expected not in sizes:
+        found["size_mismatch"].append(
+            f"{name}: {width}x{height} pixels, annotated as {expected[1]}x{expected[0]}"
+        )
+        return True
+    return False
+
+
+def _digest(dataset: DetectionDataset, index: int) -> str:
+    """Hash of the file where there is one, else of the pixels."""
+    find_path = getattr(dataset, "image_path", None)
+    if find_path is None:
+        return hashlib.sha256(dataset[index].image.tobytes()).hexdigest()
+    try:
+        with open(find_path(index), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ImageReadError(f"{dataset.file_name(index)}: cannot be read ({error})") from error
+
+
+def _offenders(items: Sequence[str]) -> dict[str, Any]:
+    return {"count": len(items), "first": list(items[:_FIRST])}
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    if not len(values):
+        return {"min": 0, "median": 0.0, "mean": 0.0, "max": 0}
+    return {
+        "min": int(values.min()),
+        "median": float(np.median(values)),
+        "mean": float(values.mean()),
+        "max": int(values.max()),
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report of :func:`inspect_dataset` as a text table, offenders at the end.
+
+    Args:
+      report: from :func:`inspect_dataset`.
+
+    Returns:
+      Lines joined by newlines.
+    """
+    boxes = max(report["boxes"], 1)
+
+    def spread(values: dict[str, float]) -> str:
+        return (
+            f"min {values['min']}, median {values['median']:g}, mean {values['mean']:.2f}, "
+            f"max {values['max']}"
+        )
+
+    rows = [
+        ("dataset", f"{report['name']} ({report['fingerprint'][:16]})"),
+        ("images", f"{report['images']} ({report['empty_images']} without boxes)"),
+        ("image height", spread(report["image_height"])),
+        ("image width", spread(report["image_width"])),
+        (
+            "boxes",
+            f"{report['boxes']} (and {report['crowd_boxes']} crowd or difficult; "
+            f"{report['clipped_boxes']} clipped at the border)",
+        ),
+        ("boxes per image", spread(report["boxes_per_image"])),
+    ]
+    if report["num_queries"] is not None:
+        rows.append(("object queries", str(report["num_queries"])))
+    for size, count in report["areas"].items():
+        rows.append((f"{size} boxes", f"{count} ({100 * count / boxes:.1f} %)"))
+    for name, count in report["classes"].items():
+        rows.append((f"class {name}", f"{count} ({100 * count / boxes:.1f} %)"))
+    for reason, count in report["drops"].items():
+        rows.append((f"dropped: {reason}", str(count)))
+    titles = {
+        "dropped": "dropped boxes",
+        "over_queries": "images with more boxes than queries",
+        "classes_without_boxes": "classes without boxes",
+        "twin_boxes": "doubled boxes (same class, IoU > 0.9)",
+        "unreadable": "unreadable images",
+        "size_mismatch": "images of another size than annotated",
+        "exif_rotated": "images with an EXIF rotation",
+        "duplicates": "duplicate images",
+        "leakage": "images shared with the other split",
+    }
+    if not report["checked_images"]:
+        rows.append(("image files", "not checked"))
+    width = max(len(label) for label, _ in rows)
+    lines = [f"{label:<{width}}  {value}" for label, value in rows]
+    problems = [(titles[key], report[key]) for key in titles if report[key]["count"]]
+    for title, offenders in problems:
+        lines.append(f"! {title}: {offenders['count']}")
+        lines.extend(f"    {item}" for item in offenders["first"])
+        if offenders["count"] > len(offenders["first"]):
+            lines.append(f"    ... and {offenders['count'] - len(offenders['first'])} more")
+    if not problems:
+        lines.append("no problems found")
+    return "\n".join(lines)

@@ -1,0 +1,331 @@
+"""The input pipeline: datasets to padded NumPy batches, on Grain's lazy ``MapDataset``.
+
+Training order::
+
+    range -> seed -> shuffle -> repeat -> augment -> [process_index::process_count] -> batch
+
+Every element has a global position ``p`` (its place before the slice). Position and seed alone
+decide which image stands there, how it is augmented and, through the step ``s = p // batch_size``,
+which bucket it is resized to fit. The images of step ``s`` are therefore the same for any number
+of processes (dealt out like cards: process ``r`` of ``P`` gets positions ``s * batch + r``,
+``s * batch + r + P``, ...), and a resumed run starts at ``start_step`` without iterator state.
+
+Buckets: a short list of (height, width), one compilation each. In training the bucket of a step
+is drawn from (seed, step), so all hosts agree without talking; images that exceed it are scaled
+down to fit. In evaluation each image goes to the smallest bucket that holds it after the
+evaluation resize, and batches are formed bucket by bucket, in dataset order within a bucket.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from aqdetr_jax.data import transforms
+from aqdetr_jax.data.batching import Batch, PipelineStats, filler_row, pad_example, stack
+from aqdetr_jax.data.dataset import DatasetError, DetectionDataset, Example, ImageReadError
+
+_BUCKET_STREAM = 0xB0C
+_MAX_SKIPS_IN_A_ROW = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """Parameters of the input pipeline.
+
+    Attributes:
+      batch_size: images per step over all processes.
+      buckets: (height, width) of the padded images, pixels.
+      max_boxes: T, padded number of boxes.
+      seed: order, augmentation and buckets are functions of it and the step.
+      augment: training augmentation.
+      eval_short_side: evaluation resize of the short side (pixels); None keeps the size.
+      eval_max_size: limit on the long side in evaluation, or None.
+      allow_truncation: drop boxes beyond ``max_boxes`` (counted) instead of refusing the dataset.
+      on_error: ``"error"`` stops at an unreadable image; ``"skip"`` takes the next image of the
+        dataset in training and leaves the row empty in evaluation (both counted).
+      num_threads: reader threads; 0 reads in the caller's thread.
+      prefetch: batches read ahead.
+      process_index: this process.
+      process_count: number of processes; must divide ``batch_size``.
+      start_step: first training step to deliver.
+    """
+
+    batch_size: int
+    buckets: tuple[tuple[int, int], ...]
+    max_boxes: int = 100
+    seed: int = 0
+    augment: transforms.AugmentConfig = dataclasses.field(default_factory=transforms.AugmentConfig)
+    eval_short_side: int | None = None
+    eval_max_size: int | None = None
+    allow_truncation: bool = False
+    on_error: str = "error"
+    num_threads: int = 2
+    prefetch: int = 4
+    process_index: int = 0
+    process_count: int = 1
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+          ValueError: a value is out of range; the message names the field.
+        """
+        if self.process_count < 1 or not 0 <= self.process_index < self.process_count:
+            raise ValueError(
+                f"process_index {self.process_index} of process_count {self.process_count}"
+            )
+        if self.batch_size < 1 or self.batch_size % self.process_count:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a positive multiple of process_count "
+                f"{self.process_count}"
+            )
+        if not self.buckets or any(len(b) != 2 or min(b) < 1 for b in self.buckets):
+            raise ValueError(f"buckets must be a list of (height, width): {self.buckets}")
+        if self.max_boxes < 1:
+            raise ValueError(f"max_boxes must be at least 1, got {self.max_boxes}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
+        if self.on_error not in ("error", "skip"):
+            raise ValueError(f"on_error must be 'error' or 'skip', got {self.on_error!r}")
+        if self.num_threads < 0 or self.prefetch < 0 or self.start_step < 0:
+            raise ValueError("num_threads, prefetch and start_step must not be negative")
+
+
+class TrainBatches:
+    """Endless iterator over training batches, starting at ``config.start_step``.
+
+    Attributes:
+      stats: what was left out so far (including batches read ahead).
+      steps_per_epoch: steps in which as many images pass as the dataset has (a float).
+    """
+
+    def __init__(self, dataset: DetectionDataset, config: PipelineConfig) -> None:
+        self.stats = PipelineStats()
+        self.steps_per_epoch = len(dataset) / config.batch_size
+        batches = train_map_dataset(dataset, config, self.stats)[config.start_step :]
+        options = grain.ReadOptions(
+            num_threads=config.num_threads, prefetch_buffer_size=config.prefetch
+        )
+        self._iterator = iter(batches.to_iter_dataset(options))
+
+    def __iter__(self) -> TrainBatches:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch; see :func:`make_train_pipeline` for its contents."""
+        return next(self._iterator)
+
+    def close(self) -> None:
+        """Stops the reader threads; the iterator is of no use afterwards."""
+        self._iterator.close()
+
+
+def make_train_pipeline(dataset: DetectionDataset, config: PipelineConfig) -> TrainBatches:
+    """Makes the endless stream of training batches of this process.
+
+    With b = batch_size / process_count rows, bucket size (H, W) and T = max_boxes, a batch holds
+
+    * ``images`` uint8 [b, H, W, 3], zero-padded at the bottom and right;
+    * ``mask`` bool [b, H, W], True on real pixels;
+    * ``boxes`` float32 [b, T, 4], cxcywh divided by the image's own unpadded size;
+    * ``labels`` int32 [b, T]; ``valid`` bool [b, T]; padding slots hold zeros;
+    * ``image_index`` int32 [b], index in the dataset;
+    * ``size`` int32 [b, 2], (h, w) of the real area; ``original_size`` int32 [b, 2].
+
+    Crowd regions are no training targets and are left out.
+
+    Args:
+      dataset: images with boxes.
+      config: parameters.
+
+    Raises:
+      DatasetError: the dataset is empty, or an image has more boxes than ``max_boxes`` and
+        truncation is not allowed.
+      ImageReadError: (while iterating) an image cannot be read and ``on_error`` is ``"error"``.
+    """
+    return TrainBatches(dataset, config)
+
+
+def train_map_dataset(
+    dataset: DetectionDataset, config: PipelineConfig, stats: PipelineStats | None = None
+) -> grain.MapDataset:
+    """The training batches of this process by step: ``result[s]`` is the batch of step ``s``.
+
+    A pure function of (seed, step); ``start_step`` is not applied.
+
+    Args:
+      dataset: images with boxes.
+      config: parameters.
+      stats: receives the counts.
+
+    Raises:
+      DatasetError: see :func:`make_train_pipeline`.
+    """
+    _check_dataset(dataset, config)
+    counts = stats or PipelineStats()
+
+    def load(item: tuple[int, int], rng: np.random.Generator) -> Batch:
+        position, index = item
+        bucket = config.buckets[train_bucket(config, position // config.batch_size)]
+        index, example = _read_or_next(dataset, index, config.on_error, counts)
+        original_size = example.image.shape[0], example.image.shape[1]
+        example = transforms.select(example, ~example.iscrowd)
+        example = transforms.augment(example, rng, config.augment, bucket)
+        return pad_example(example, index, original_size, bucket, config.max_boxes, counts)
+
+    elements = grain.MapDataset.range(len(dataset)).seed(config.seed).shuffle().repeat()
+    # The position is attached before the slice, so that it is the global one on every process.
+    elements = elements.map_with_index(lambda position, index: (position, int(index)))
+    elements = elements.random_map(load)
+    elements = elements[config.process_index :: config.process_count]
+    # drop_remainder only keeps Grain's length of the endless stream within an integer.
+    local_size = config.batch_size // config.process_count
+    return elements.batch(local_size, drop_remainder=True, batch_fn=stack)
+
+
+def train_bucket(config: PipelineConfig, step: int) -> int:
+    """Index of the bucket of a training step: a function of (seed, step), the same on all hosts."""
+    if len(config.buckets) == 1:
+        return 0
+    rng = np.random.default_rng([config.seed, _BUCKET_STREAM, step])
+    return int(rng.integers(len(config.buckets)))
+
+
+class EvalBatches:
+    """Evaluation batches of this process; can be iterated again and again.
+
+    Attributes:
+      stats: what was left out so far.
+    """
+
+    def __init__(self, dataset: DetectionDataset, config: PipelineConfig) -> None:
+        _check_dataset(dataset, config, boxes_matter=False)
+        self.stats = PipelineStats()
+        self._dataset = dataset
+        self._config = config
+        self._batches = _eval_plan(dataset, config)
+
+    def __len__(self) -> int:
+        """Number of batches, the same on every process."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """A fresh pass over the dataset."""
+        config = self._config
+        source = grain.MapDataset.range(len(self._batches)).map(lambda i: self._load(int(i)))
+        options = grain.ReadOptions(
+            num_threads=config.num_threads, prefetch_buffer_size=config.prefetch
+        )
+        return iter(source.to_iter_dataset(options))
+
+    def _load(self, number: int) -> Batch:
+        config = self._config
+        bucket, rows = self._batches[number]
+        mine = rows[config.process_index :: config.process_count]
+        return stack([self._load_row(index, config.buckets[bucket]) for index in mine])
+
+    def _load_row(self, index: int, bucket: tuple[int, int]) -> Batch:
+        if index < 0:
+            return filler_row(bucket, self._config.max_boxes)
+        config = self._config
+        try:
+            example = self._dataset[index]
+        except ImageReadError as error:
+            if config.on_error == "error":
+                raise
+            self.stats.add_skipped(str(error))
+            return filler_row(bucket, config.max_boxes)
+        original_size = example.image.shape[0], example.image.shape[1]
+        size = _eval_size(original_size, config)
+        example = transforms.resize(example, transforms.fitted_size(*size, bucket))
+        example = transforms.select(example, ~example.iscrowd)
+        return pad_example(example, index, original_size, bucket, config.max_boxes, self.stats)
+
+
+def make_eval_pipeline(dataset: DetectionDataset, config: PipelineConfig) -> EvalBatches:
+    """Makes the evaluation batches: every image exactly once, not augmented.
+
+    Batches hold the same arrays as in training. With one bucket they come in dataset order; with
+    several, bucket by bucket, so that no image is scaled below the evaluation size because of its
+    neighbours. The last batch of a bucket is filled up with rows of ``image_index`` -1: black
+    images without boxes whose mask is all True (an all-False mask would make attention NaN).
+
+    Boxes beyond ``max_boxes`` are truncated and counted: scores come from
+    ``dataset.coco_ground_truth()``, not from here.
+
+    Args:
+      dataset: images with boxes.
+      config: parameters; ``augment``, ``seed`` and ``start_step`` do not matter.
+
+    Raises:
+      DatasetError: the dataset is empty.
+      ImageReadError: (while iterating) an image cannot be read and ``on_error`` is ``"error"``.
+    """
+    return EvalBatches(dataset, config)
+
+
+def _eval_plan(
+    dataset: DetectionDataset, config: PipelineConfig
+) -> list[tuple[int, tuple[int, ...]]]:
+    """(bucket, dataset indices with -1 for fillers) of each global evaluation batch."""
+    order = sorted(range(len(config.buckets)), key=lambda b: math.prod(config.buckets[b]))
+    members: dict[int, list[int]] = {b: [] for b in order}
+    for index in range(len(dataset)):
+        height, width = _eval_size(dataset.image_size(index), config)
+
+        def shrink(b: int, height: int = height, width: int = width) -> float:
+            return min(1.0, config.buckets[b][0] / height, config.buckets[b][1] / width)
+
+        members[max(order, key=shrink)].append(index)  # The first of equals is the smallest.
+    plan = []
+    for bucket in order:
+        rows = members[bucket]
+        rows += [-1] * (-len(rows) % config.batch_size)
+        for start in range(0, len(rows), config.batch_size):
+            plan.append((bucket, tuple(rows[start : start + config.batch_size])))
+    return plan
+
+
+def _eval_size(size: tuple[int, int], config: PipelineConfig) -> tuple[int, int]:
+    height, width = size
+    if config.eval_short_side is None:
+        return height, width
+    return transforms.resized_size(height, width, config.eval_short_side, config.eval_max_size)
+
+
+def _check_dataset(
+    dataset: DetectionDataset, config: PipelineConfig, boxes_matter: bool = True
+) -> None:
+    if len(dataset) == 0:
+        raise DatasetError(f"{dataset.name}: the dataset has no images")
+    most = dataset.max_boxes_per_image()
+    if boxes_matter and most > config.max_boxes and not config.allow_truncation:
+        raise DatasetError(
+            f"{dataset.name}: an image has up to {most} boxes but max_boxes is "
+            f"{config.max_boxes}; raise max_boxes to {most} or set allow_truncation"
+        )
+
+
+def _read_or_next(
+    dataset: DetectionDataset, index: int, on_error: str, stats: PipelineStats
+) -> tuple[int, Example]:
+    """Reads image ``index``; when that fails and may be skipped, the next readable one."""
+    for _ in range(min(len(dataset), _MAX_SKIPS_IN_A_ROW)):
+        try:
+            return index, dataset[index]
+        except ImageReadError as error:
+            if on_error == "error":
+                raise
+            stats.add_skipped(str(error))
+            index = (index + 1) % len(dataset)
+    raise ImageReadError(
+        f"{dataset.name}: {min(len(dataset), _MAX_SKIPS_IN_A_ROW)} images in a row cannot be "
+        f"read; the last reason: {stats.skipped_names[-1]}"
+    )

@@ -1,0 +1,344 @@
+"""The embedded detection set: generated scenes of ten kinds of object, nothing to download.
+
+Every image is a pure function of (spec, seed, split, index), drawn with NumPy and Pillow. The set
+is small but meant as a fair detection problem: outlines tell the class for certain, hue and fill
+texture tell it in part (as in real things), and clutter, occlusion, rotation, noise and a broad
+mix of sizes are in the way. Sizes follow COCO's absolute bins (small < 32^2 <= medium < 96^2 <=
+large square pixels).
+
+Rendering is in :mod:`aqdetr_jax.data.shapes_render`; this module holds the dataset and its cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import zipfile
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from aqdetr_jax.data.dataset import (
+    DatasetError,
+    DetectionDataset,
+    Example,
+    Record,
+    ground_truth_from_records,
+    json_digest,
+)
+from aqdetr_jax.data.shapes_objects import CLASS_NAMES
+from aqdetr_jax.data.shapes_render import GENERATOR_VERSION, Scene, render_scene
+
+SPLITS = {"train": 0, "validation": 1, "test": 2}
+DEFAULT_NUM_IMAGES = {"train": 8000, "validation": 1200, "test": 1200}
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesSpec:
+    """How hard the generated set is. All values enter the fingerprint.
+
+    Attributes:
+      hue_fidelity: share of objects drawn near one of the hues of their class; others take any.
+      texture_fidelity: share of objects filled with the texture of their class.
+      noise: standard deviation of the sensor noise is drawn from [0, noise] (grey levels).
+      blur: share of images that are slightly blurred.
+      clutter: mean number of clutter strokes and blobs behind the objects.
+      size_mix: wanted shares of small, medium and large boxes by COCO's absolute area bins.
+      min_side: smallest box side in pixels.
+      max_objects: most objects on one image.
+      mean_objects: wanted mean number of objects (approximate).
+      empty: share of images with no object.
+      min_visible: smallest visible fraction an object may be left with by later ones.
+    """
+
+    hue_fidelity: float = 0.7
+    texture_fidelity: float = 0.6
+    noise: float = 10.0
+    blur: float = 0.25
+    clutter: float = 7.0
+    size_mix: tuple[float, float, float] = (0.40, 0.45, 0.15)
+    min_side: int = 10
+    max_objects: int = 12
+    mean_objects: float = 4.5
+    empty: float = 0.04
+    min_visible: float = 0.35
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+          DatasetError: a value is out of range; the message names the field.
+        """
+        for field in ("hue_fidelity", "texture_fidelity", "blur", "empty", "min_visible"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise DatasetError(f"ShapesSpec.{field} must be in [0, 1]: {getattr(self, field)}")
+        if len(self.size_mix) != 3 or min(self.size_mix) < 0 or sum(self.size_mix) <= 0:
+            raise DatasetError(f"ShapesSpec.size_mix needs three shares >= 0: {self.size_mix}")
+        if self.max_objects < 1 or not 0 < self.mean_objects <= self.max_objects:
+            raise DatasetError(
+                "ShapesSpec needs 0 < mean_objects <= max_objects, got "
+                f"{self.mean_objects} and {self.max_objects}"
+            )
+        if self.min_side < 4 or self.noise < 0 or self.clutter < 0:
+            raise DatasetError("ShapesSpec needs min_side >= 4, noise >= 0 and clutter >= 0")
+
+
+class ShapesDataset(DetectionDataset):
+    """Generated scenes; images are made on first use and then kept in memory as uint8.
+
+    Args:
+      split: ``"train"``, ``"validation"`` or ``"test"``; splits are independent draws.
+      size: image side in pixels (square, 64 to 1024).
+      num_images: number of images; None takes 8000 for train and 1200 for the others.
+      seed: another seed gives another set of the same distribution.
+      cache_dir: folder for a file with the whole set, made on first use (atomically) and loaded
+        when its fingerprint fits, so that later runs start at once.
+      cache_in_memory: keep generated images (size^2 * 3 bytes each).
+      **spec: fields of :class:`ShapesSpec`.
+
+    Raises:
+      DatasetError: unknown split or parameter, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 128,
+        num_images: int | None = None,
+        seed: int = 0,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_in_memory: bool = True,
+        **spec: Any,
+    ) -> None:
+        if split not in SPLITS:
+            raise DatasetError(f"shapes: unknown split {split!r} (known: {', '.join(SPLITS)})")
+        if not 64 <= size <= 1024:
+            raise DatasetError(f"shapes: size must be 64 to 1024 pixels, got {size}")
+        known = {f.name for f in dataclasses.fields(ShapesSpec)}
+        if unknown := sorted(set(spec) - known):
+            raise DatasetError(
+                f"shapes: unknown parameter {unknown[0]!r} (known: {', '.join(sorted(known))})"
+            )
+        if "size_mix" in spec:
+            spec["size_mix"] = tuple(float(v) for v in spec["size_mix"])
+        if num_images is None:
+            num_images = DEFAULT_NUM_IMAGES[split]
+        if num_images < 1:
+            raise DatasetError(f"shapes: num_images must be at least 1, got {num_images}")
+        self.name = f"shapes/{split}"
+        self.split = split
+        self.size = int(size)
+        self.seed = int(seed)
+        self.spec = ShapesSpec(**spec)
+        self.class_names = CLASS_NAMES
+        self.category_ids = tuple(range(1, len(CLASS_NAMES) + 1))
+        self.drops = {}
+        self.drop_examples = ()
+        self._num_images = int(num_images)
+        self._cache_in_memory = cache_in_memory
+        self._scenes: list[Scene | None] = [None] * self._num_images
+        self._fingerprint: str | None = None
+        if cache_dir is not None:
+            self._load_or_write_cache(pathlib.Path(cache_dir))
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self._num_images
+
+    def __getitem__(self, index: int) -> Example:
+        """Image ``index``; see :meth:`DetectionDataset.__getitem__`."""
+        scene = self._scene(self._check_index(index))
+        return Example(
+            image=scene.image.copy(),
+            boxes=scene.boxes.copy(),
+            labels=scene.labels.copy(),
+            iscrowd=np.zeros(len(scene.labels), bool),
+            image_id=self.image_id(index),
+            file_name=self.file_name(index),
+        )
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """``(size, size)``."""
+        self._check_index(index)
+        return self.size, self.size
+
+    def image_id(self, index: int) -> int:
+        """``index + 1``."""
+        return self._check_index(index) + 1
+
+    def file_name(self, index: int) -> str:
+        """The name the image gets in :func:`write_coco_folder`."""
+        return f"{self.split}_{self._check_index(index):06d}.png"
+
+    def max_boxes_per_image(self) -> int:
+        """``spec.max_objects``: no image needs to be drawn for it."""
+        return self.spec.max_objects
+
+    def visible_fractions(self, index: int) -> np.ndarray:
+        """Share of each object's pixels that no later object covers, float32 [N]."""
+        return self._scene(self._check_index(index)).visible.copy()
+
+    def coco_ground_truth(self) -> dict[str, Any]:
+        """The annotations as a COCO dict. Draws the images not yet drawn: boxes follow pixels."""
+        records = []
+        for i in range(len(self)):
+            scene = self._scene(i)
+            annotations = []
+            for x1, y1, x2, y2 in scene.boxes.tolist():
+                bbox = [x1, y1, x2 - x1, y2 - y1]
+                annotations.append({"bbox": bbox, "area": bbox[2] * bbox[3]})
+            records.append(
+                Record(
+                    image_id=self.image_id(i),
+                    file_name=self.file_name(i),
+                    height=self.size,
+                    width=self.size,
+                    boxes=scene.boxes,
+                    labels=scene.labels,
+                    iscrowd=np.zeros(len(scene.labels), bool),
+                    annotations=tuple(annotations),
+                )
+            )
+        return ground_truth_from_records(records, self.class_names, self.category_ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the parameters and two rendered images.
+
+        The images are in it because another Pillow may draw an outline by another rule.
+        """
+        if self._fingerprint is None:
+            probes = [self._render(i).image.tobytes().hex() for i in range(min(2, len(self)))]
+            self._fingerprint = json_digest({"parameters": self._parameters(), "probes": probes})
+        return self._fingerprint
+
+    def _parameters(self) -> dict[str, Any]:
+        return {
+            "generator": GENERATOR_VERSION,
+            "classes": self.class_names,
+            "split": self.split,
+            "size": self.size,
+            "num_images": self._num_images,
+            "seed": self.seed,
+            "spec": dataclasses.asdict(self.spec),
+        }
+
+    def _render(self, index: int) -> Scene:
+        # The spec is no part of the random key: two specs differ only where they must.
+        rng = np.random.default_rng([self.seed, SPLITS[self.split], index])
+        return render_scene(rng, self.spec, self.size)
+
+    def _scene(self, index: int) -> Scene:
+        scene = self._scenes[index]
+        if scene is None:
+            # Two threads may draw the same image at once; both get the same pixels.
+            scene = self._render(index)
+            if self._cache_in_memory:
+                self._scenes[index] = scene
+        return scene
+
+    def _load_or_write_cache(self, folder: pathlib.Path) -> None:
+        path = folder / f"shapes-{self.split}-{self.fingerprint[:16]}.npz"
+        if not (path.exists() and self._load_cache(path)):
+            scenes = [self._scene(i) for i in range(len(self))]
+            self._write_cache(path, scenes)
+            self._scenes = list(scenes)
+
+    def _load_cache(self, path: pathlib.Path) -> bool:
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+                if str(stored["fingerprint"]) != self.fingerprint:
+                    return False
+                images, counts = stored["images"], stored["counts"]
+                boxes, labels = stored["boxes"], stored["labels"]
+                visible = stored["visible"]
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            return False  # A broken cache is made anew; it holds nothing that cannot be redrawn.
+        ends = np.cumsum(counts)
+        if (
+            images.shape != (len(self), self.size, self.size, 3)
+            or len(counts) != len(self)
+            or len(boxes) != (ends[-1] if len(ends) else 0)
+        ):
+            return False
+        self._scenes = [
+            Scene(images[i], boxes[e - n : e], labels[e - n : e], visible[e - n : e])
+            for i, (e, n) in enumerate(zip(ends, counts, strict=True))
+        ]
+        return True
+
+    def _write_cache(self, path: pathlib.Path, scenes: list[Scene]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(
+                    file,
+                    fingerprint=np.array(self.fingerprint),
+                    images=np.stack([s.image for s in scenes]),
+                    counts=np.array([len(s.labels) for s in scenes], np.int32),
+                    boxes=np.concatenate([s.boxes for s in scenes]),
+                    labels=np.concatenate([s.labels for s in scenes]),
+                    visible=np.concatenate([s.visible for s in scenes]),
+                )
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def write_coco_folder(dataset: DetectionDataset, out_dir: str | os.PathLike[str]) -> pathlib.Path:
+    """Writes a dataset as a COCO folder: ``images/*.png`` and ``annotations/instances_*.json``.
+
+    The split is the part of ``dataset.name`` after the last slash. Each split is written to a
+    temporary folder first and moved into place, so an interrupted run leaves no half split.
+
+    Args:
+      dataset: any dataset; images are written as PNG under their file name's stem.
+      out_dir: ``out_dir/{split}/`` receives the images, ``out_dir/annotations/`` the JSON file.
+
+    Returns:
+      The path of the annotation file.
+
+    Raises:
+      DatasetError: the split is already there, or two images share a stem.
+    """
+    out = pathlib.Path(out_dir)
+    split = dataset.name.rsplit("/", 1)[-1]
+    images_dir, annotation_file = out / split, out / "annotations" / f"instances_{split}.json"
+    for existing in (images_dir, annotation_file):
+        if existing.exists():
+            raise DatasetError(f"{existing} exists already; remove it or choose another folder")
+    (out / "annotations").mkdir(parents=True, exist_ok=True)
+    truth = dataset.coco_ground_truth()
+    temporary = pathlib.Path(tempfile.mkdtemp(dir=out, prefix=f".{split}-"))
+    try:
+        written: set[str] = set()
+        for i, entry in enumerate(truth["images"]):
+            name = pathlib.PurePosixPath(entry["file_name"]).stem + ".png"
+            if name in written:
+                raise DatasetError(f"{dataset.name}: two images would be written as {name}")
+            written.add(name)
+            entry["file_name"] = name
+            Image.fromarray(dataset[i].image).save(temporary / name, compress_level=1)
+        truth["info"] = {"description": dataset.name, "fingerprint": dataset.fingerprint}
+        draft = temporary / "annotations.json"
+        draft.write_text(json.dumps(truth))
+        os.chmod(temporary, 0o755)  # mkdtemp makes it private.
+        # The annotation file goes last: a split is there when its annotations are.
+        staged = annotation_file.with_suffix(".partial")
+        os.replace(draft, staged)
+        os.replace(temporary, images_dir)
+        os.replace(staged, annotation_file)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return annotation_file

@@ -1,0 +1,232 @@
+"""TensorFlow Datasets without TensorFlow: our own builder and its reader, on ArrayRecord files.
+
+TFDS needs TensorFlow only to encode arrays, to decode in ``tf.data`` and in most of its stock
+builders. This builder hands encoded image files through as bytes and is read back with
+``as_data_source``, so TensorFlow is never imported.
+
+A prepared folder holds, for each split, the records (encoded image, id, file name, objects) and,
+as TFDS metadata, the COCO ground truth, so that annotations are known without reading images.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from aqdetr_jax.data.coco import CocoParser
+from aqdetr_jax.data.dataset import (
+    BoxCollector,
+    DatasetError,
+    DetectionDataset,
+    ImageReadError,
+    RecordDataset,
+)
+from aqdetr_jax.data.transforms import MAX_PIXELS, read_image
+
+_PASSED_THROUGH = ("JPEG", "PNG")
+
+
+class AqdetrDetection(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder of any :class:`DetectionDataset`; made by :func:`prepare`.
+
+    Features: ``image`` (encoded), ``image_id`` (JSON text: a number or a string), ``file_name``,
+    ``objects``: ``bbox`` float32 [4] xyxy pixels, ``label`` int64, ``is_crowd`` bool.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    # Nothing is downloaded. Left alone, TFDS looks for a checksum file beside this module, with a
+    # package (importlib_resources) that it does not declare for every platform.
+    url_infos: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self, *, sources: Mapping[str, DetectionDataset] | None = None, **kwargs: Any
+    ) -> None:
+        self._sources = dict(sources or {})
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        objects = {
+            "bbox": tfds.features.Tensor(shape=(4,), dtype=np.float32),
+            "label": tfds.features.Scalar(dtype=np.int64),
+            "is_crowd": tfds.features.Scalar(dtype=np.bool_),
+        }
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "image_id": tfds.features.Text(),
+            "file_name": tfds.features.Text(),
+            "objects": tfds.features.Sequence(objects),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Object detection: images with labelled boxes.",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,  # Keeps the order of the source dataset.
+            metadata=tfds.core.MetadataDict(
+                {split: _describe(source) for split, source in self._sources.items()}
+            ),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
+        del dl_manager  # Nothing is downloaded.
+        return {split: self._generate_examples(src) for split, src in self._sources.items()}
+
+    def _generate_examples(self, source: DetectionDataset) -> Iterator[tuple[int, Any]]:
+        for index in range(len(source)):
+            example = source[index]
+            objects = [
+                {"bbox": box, "label": int(label), "is_crowd": bool(crowd)}
+                for box, label, crowd in zip(
+                    example.boxes, example.labels, example.iscrowd, strict=True
+                )
+            ]
+            yield (
+                index,
+                {
+                    "image": io.BytesIO(_encoded(source, index, example.image)),
+                    "image_id": json.dumps(example.image_id),
+                    "file_name": example.file_name,
+                    "objects": objects,
+                },
+            )
+
+
+def _describe(source: DetectionDataset) -> dict[str, Any]:
+    return {
+        "ground_truth": source.coco_ground_truth(),
+        "drops": source.drops,
+        "drop_examples": list(source.drop_examples),
+        "clipped": source.clipped,
+        "source": {"name": source.name, "fingerprint": source.fingerprint},
+    }
+
+
+def _encoded(source: DetectionDataset, index: int, image: np.ndarray) -> bytes:
+    """The image file's own bytes where any TFDS reader decodes them to ``image``; else a PNG."""
+    find_path = getattr(source, "image_path", None)
+    if find_path is not None:
+        path = find_path(index)
+        with Image.open(path) as picture:
+            size = (picture.height, picture.width)
+            plain = picture.format in _PASSED_THROUGH and picture.mode == "RGB"
+        if plain and size == image.shape[:2]:
+            return path.read_bytes()
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def prepare(
+    datasets: DetectionDataset | Mapping[str, DetectionDataset],
+    data_dir: str | os.PathLike[str],
+) -> pathlib.Path:
+    """Writes datasets as a TFDS folder of ArrayRecord files.
+
+    TFDS writes to a temporary folder and renames it, so an interrupted run leaves nothing behind
+    that looks finished.
+
+    Args:
+      datasets: split name to dataset; all splits at once. A single dataset becomes the split
+        named by the part of its name after the last slash.
+      data_dir: TFDS data folder; the result is ``data_dir/aqdetr_detection/1.0.0``.
+
+    Returns:
+      The path of the prepared folder.
+
+    Raises:
+      DatasetError: the folder holds a prepared dataset already, a dataset is empty, or the splits
+        disagree on the classes.
+    """
+    if isinstance(datasets, DetectionDataset):
+        datasets = {datasets.name.rsplit("/", 1)[-1]: datasets}
+    if not datasets:
+        raise DatasetError("no dataset to prepare")
+    for split, dataset in datasets.items():
+        if not len(dataset):
+            raise DatasetError(f"split {split!r} ({dataset.name}) has no images")
+    if len({(d.class_names, d.category_ids) for d in datasets.values()}) > 1:
+        raise DatasetError(f"the splits {', '.join(datasets)} disagree on classes or category ids")
+    builder = AqdetrDetection(sources=datasets, data_dir=os.fspath(data_dir))
+    if builder.is_prepared():
+        raise DatasetError(f"{builder.data_dir} is prepared already; remove it to prepare it anew")
+    tfds.disable_progress_bar()
+    # TFDS insists on a download folder, also when nothing is downloaded.
+    with tempfile.TemporaryDirectory() as downloads:
+        builder.download_and_prepare(download_dir=downloads)
+    return pathlib.Path(os.fspath(builder.data_path))
+
+
+class TfdsDataset(RecordDataset):
+    """Reads a split of a folder written by :func:`prepare`.
+
+    Args:
+      data_dir: the ``data_dir`` given to :func:`prepare`.
+      split: name of the split.
+      max_pixels: refuse larger images.
+
+    Raises:
+      FileNotFoundError: nothing is prepared there.
+      DatasetError: unknown split, or the folder is damaged.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str],
+        split: str = "train",
+        *,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.max_pixels = max_pixels
+        builder = AqdetrDetection(data_dir=os.fspath(data_dir))
+        where = os.fspath(builder.data_path)
+        if not builder.is_prepared():
+            raise FileNotFoundError(f"no prepared dataset in {where}; prepare it first")
+        metadata = builder.info.metadata or {}
+        if split not in builder.info.splits or split not in metadata:
+            known = ", ".join(sorted(metadata)) or "none"
+            raise DatasetError(f"{where}: unknown split {split!r} (there are: {known})")
+        described = metadata[split]
+        parsed = CocoParser(described["ground_truth"], f"{where}/metadata.json")
+        collector = BoxCollector()
+        collector.drops.update(described["drops"])
+        collector.examples.extend(described["drop_examples"])
+        collector.clipped = int(described["clipped"])
+        super().__init__(
+            name=f"tfds/{split}",
+            class_names=parsed.class_names,
+            category_ids=parsed.category_ids,
+            records=parsed.records(),
+            collector=collector,
+        )
+        # Images stay encoded here: Pillow decodes them under our own pixel budget.
+        self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        if len(self._source) != len(self.records):
+            raise DatasetError(
+                f"{where}: {len(self._source)} records but {len(self.records)} annotated images"
+            )
+
+    def _load_image(self, index: int) -> np.ndarray:
+        stored, record = self._source[index], self.records[index]
+        image_id = json.loads(_text(stored["image_id"]))
+        if image_id != record.image_id:
+            raise ImageReadError(
+                f"{self.name}: record {index} is image {image_id!r}, expected {record.image_id!r}"
+            )
+        return read_image(
+            bytes(stored["image"]),
+            expected_size=(record.height, record.width),
+            max_pixels=self.max_pixels,
+            name=record.file_name,
+        )
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)

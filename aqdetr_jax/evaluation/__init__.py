@@ -1,0 +1,1 @@
+"""Evaluation: predictions to COCO results, COCO results to average precision."""

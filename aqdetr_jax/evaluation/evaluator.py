@@ -1,0 +1,122 @@
+"""Runs a model over a dataset and judges it by COCO's rules."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from aqdetr_jax.data.dataset import DetectionDataset
+from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
+from aqdetr_jax.evaluation.coco import evaluate_detections, postprocess, to_coco_results
+from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.training.sharding import batch_sharding, put_batch, replicated
+
+
+class Detections(NamedTuple):
+    """Detections of a whole dataset.
+
+    Attributes:
+      results: COCO results, list of dicts.
+      seconds: wall-clock seconds, compilation included.
+    """
+
+    results: list[dict[str, Any]]
+    seconds: float
+
+
+def make_predict_fn(module: Detr, mesh: Mesh, kind: str = "softmax") -> Callable:
+    """The jitted inference function.
+
+    Args:
+      module: the model.
+      mesh: devices; the batch is split over "data".
+      kind: "softmax" or "focal", see ``coco.postprocess``.
+
+    Returns:
+      ``f(variables, images, mask, original_size) -> (scores, labels, boxes)``; one compilation for
+      each image bucket.
+    """
+
+    def predict(variables, images, mask, original_size):
+        output = module.apply(variables, images, mask)
+        return postprocess(output.logits[-1], output.boxes[-1], original_size, kind=kind)
+
+    whole, split = replicated(mesh), batch_sharding(mesh)
+    return jax.jit(predict, in_shardings=(whole, split, split, split), out_shardings=split)
+
+
+class Evaluator:
+    """One evaluation set and one model architecture; call it with variables.
+
+    Args:
+      module: the model.
+      dataset: evaluation set.
+      pipeline: input parameters.
+      mesh: devices.
+      kind: post-processing rule.
+    """
+
+    def __init__(
+        self,
+        module: Detr,
+        dataset: DetectionDataset,
+        pipeline: PipelineConfig,
+        mesh: Mesh,
+        kind: str = "softmax",
+    ):
+        self._dataset = dataset
+        self._batches = make_eval_pipeline(dataset, pipeline)
+        self._mesh = mesh
+        self._predict = make_predict_fn(module, mesh, kind)
+
+    def detect(self, variables: Any, progress: Callable[[int, int], None] | None = None):
+        """Detections of every image of the set.
+
+        Args:
+          variables: the model's variables.
+          progress: called with (batches done, batches).
+
+        Returns:
+          ``Detections``; in a multi-process run every process gets all of them.
+        """
+        start = time.perf_counter()
+        results: list[dict[str, Any]] = []
+        variables = jax.device_put(variables, replicated(self._mesh))
+        for number, batch in enumerate(self._batches, 1):
+            arrays = {k: batch[k] for k in ("images", "mask", "original_size", "image_index")}
+            placed = put_batch(arrays, self._mesh)
+            out = self._predict(
+                variables, placed["images"], placed["mask"], placed["original_size"]
+            )
+            index, scores, labels, boxes = _to_host((placed["image_index"], *out))
+            ids = [self._dataset.image_id(int(i)) if i >= 0 else None for i in index]
+            results += to_coco_results(ids, scores, labels, boxes, self._dataset.category_ids)
+            if progress is not None:
+                progress(number, len(self._batches))
+        return Detections(results, time.perf_counter() - start)
+
+    def evaluate(
+        self, variables: Any, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[dict[str, Any], Detections]:
+        """COCO numbers of the set (see ``coco.evaluate_detections``), and the detections."""
+        detections = self.detect(variables, progress)
+        metrics = evaluate_detections(
+            self._dataset.coco_ground_truth(),
+            detections.results,
+            category_ids=self._dataset.category_ids,
+            class_names=self._dataset.class_names,
+        )
+        return metrics, detections
+
+
+def _to_host(arrays: Sequence[jax.Array]) -> list[np.ndarray]:
+    """Global arrays as numpy on every process."""
+    if jax.process_count() > 1:
+        return [np.asarray(multihost_utils.process_allgather(a, tiled=True)) for a in arrays]
+    return list(jax.device_get(arrays))

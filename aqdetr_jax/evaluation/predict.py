@@ -1,0 +1,212 @@
+"""Detection on images of one's own: ``aqdetr_jax.load(path).predict(image)``."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from aqdetr_jax.data.dataset import DetectionDataset, Example
+from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
+from aqdetr_jax.data.transforms import read_image
+from aqdetr_jax.evaluation.evaluator import make_predict_fn
+from aqdetr_jax.training.model_io import ModelBundle, load_model
+
+ImageLike = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Detections of one image, best first.
+
+    Attributes:
+      boxes: float32 [N, 4], (x1, y1, x2, y2) in pixels of the image as given, clipped to it.
+      scores: float32 [N].
+      labels: int32 [N], contiguous classes.
+      names: N class names.
+      size: (height, width) of the image.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        """Number of detections."""
+        return len(self.scores)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form, one dict a detection under "detections"."""
+        rows = zip(self.names, self.labels, self.scores, self.boxes, strict=True)
+        return {
+            "size": list(self.size),
+            "detections": [
+                {"name": n, "label": int(k), "score": float(s), "box": [float(x) for x in b]}
+                for n, k, s, b in rows
+            ],
+        }
+
+
+class Detector:
+    """A loaded model, ready to detect; compiles once for each image bucket.
+
+    Args:
+      bundle: the model.
+    """
+
+    def __init__(self, bundle: ModelBundle):
+        self.bundle = bundle
+        self._mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), ("data", "model"))
+        self._predict = make_predict_fn(bundle.module(), self._mesh)
+        self._variables = jax.device_put(bundle.variables, jax.local_devices()[0])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the labels."""
+        return self.bundle.class_names
+
+    def predict(self, image: ImageLike, *, threshold: float = 0.5) -> Prediction:
+        """Detects the objects of one image.
+
+        Args:
+          image: path, encoded bytes, PIL image, or array [H, W, 3] (or [H, W]) of uint8.
+          threshold: smallest score.
+
+        Raises:
+          FileNotFoundError, ImageReadError, ValueError: the image cannot be used; says why.
+        """
+        return self.predict_batch([image], threshold=threshold)[0]
+
+    def predict_batch(
+        self, images: Sequence[ImageLike], *, threshold: float = 0.5, batch_size: int = 1
+    ) -> list[Prediction]:
+        """Detects the objects of several images; see ``predict``.
+
+        Args:
+          images: any number, of any sizes.
+          threshold: smallest score.
+          batch_size: images a batch.
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+        if not images:
+            return []
+        source = _Images([as_array(image) for image in images], self.bundle)
+        rule = self.bundle.input
+        config = PipelineConfig(
+            batch_size=batch_size,
+            buckets=rule.buckets,
+            eval_short_side=rule.short_side,
+            eval_max_size=rule.max_size,
+            num_threads=0,
+            prefetch=0,
+        )
+        found: dict[int, Prediction] = {}
+        for batch in EvalBatches(source, config):
+            out = self._predict(
+                self._variables, batch["images"], batch["mask"], batch["original_size"]
+            )
+            scores, labels, boxes = jax.device_get(out)
+            for row, index in enumerate(batch["image_index"]):
+                if index >= 0:
+                    size = source.image_size(int(index))
+                    found[int(index)] = self._prediction(
+                        scores[row], labels[row], boxes[row], size, threshold
+                    )
+        return [found[i] for i in range(len(images))]
+
+    def _prediction(self, scores, labels, boxes, size, threshold) -> Prediction:
+        order = np.argsort(-scores, kind="stable")
+        order = order[scores[order] >= threshold]
+        height, width = size
+        limit = np.array([width, height, width, height], np.float32)
+        names = tuple(self.class_names[int(k)] for k in labels[order])
+        return Prediction(
+            np.clip(boxes[order], 0, limit), scores[order], labels[order], names, size
+        )
+
+
+def load(path: str | Path) -> Detector:
+    """Loads a model folder, or the model of a run's work directory, ready to detect.
+
+    Args:
+      path: ``RUN`` or ``RUN/model``.
+    """
+    return Detector(load_model(path))
+
+
+def as_array(image: ImageLike) -> np.ndarray:
+    """Any accepted image as uint8 [H, W, 3].
+
+    Raises:
+      FileNotFoundError, ImageReadError: the file cannot be read.
+      ValueError: an array of another shape or dtype.
+    """
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG")
+        return read_image(buffer.getvalue(), name="image")
+    if isinstance(image, np.ndarray):
+        if image.ndim == 2:
+            image = np.repeat(image[..., None], 3, axis=-1)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
+            raise ValueError(
+                f"an image array must be uint8 [H, W, 3] (or [H, W]), got {image.dtype} "
+                f"{list(image.shape)}; for floats in [0, 1] use (x * 255).astype('uint8')"
+            )
+        return image
+    return read_image(image)
+
+
+class _Images(DetectionDataset):
+    """Images in memory as a dataset without annotations."""
+
+    def __init__(self, images: Sequence[np.ndarray], bundle: ModelBundle):
+        self.name = "images"
+        self.class_names = bundle.class_names
+        self.category_ids = bundle.category_ids
+        self.drops: dict[str, int] = {}
+        self.drop_examples: tuple[str, ...] = ()
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Example:
+        none = np.zeros(0, np.int32)
+        return Example(
+            self._images[index],
+            np.zeros((0, 4), np.float32),
+            none,
+            none.astype(bool),
+            index,
+            self.file_name(index),
+        )
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self._images[index].shape[0], self._images[index].shape[1]
+
+    def image_id(self, index: int) -> int:
+        return index
+
+    def file_name(self, index: int) -> str:
+        return f"image {index}"
+
+    def max_boxes_per_image(self) -> int:
+        return 0
+
+    def coco_ground_truth(self) -> dict[str, Any]:
+        return {"images": [], "annotations": [], "categories": []}
+
+    @property
+    def fingerprint(self) -> str:
+        return ""

@@ -1,0 +1,139 @@
+"""Reading and writing the small JSON files of a run (results, manifests, reports).
+
+A file is either complete or absent: it is written beside its target, flushed to the disk and
+renamed. NaN and infinity are refused both ways, because they are not JSON and because a NaN in a
+results file is a failed run that looks like a finished one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def write_json_atomic(path: str | os.PathLike[str], obj: Any, *, indent: int | None = 2) -> Path:
+    """Writes ``obj`` as JSON so that a reader never sees half a file.
+
+    NumPy and JAX scalars and arrays become numbers and lists, paths become strings. The parent
+    folder is created when missing.
+
+    Args:
+      path: the target file; replaced if it exists.
+      obj: what ``json`` can write, plus NumPy/JAX scalars and arrays and ``pathlib`` paths.
+      indent: spaces per level; None writes one line.
+
+    Returns:
+      The path written.
+
+    Raises:
+      ValueError: a float is NaN or infinite; the message names the key.
+      TypeError: an object has no JSON form.
+      OSError: the folder cannot be written; an earlier file at ``path`` is left untouched.
+    """
+    target = Path(path)
+    plain = _plain(obj, "$", target)
+    text = json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_text_atomic(target, text)
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes UTF-8 text so that a reader never sees half a file.
+
+    Args:
+      path: the target file; replaced if it exists, its folder is made when missing.
+      text: the content.
+
+    Returns:
+      The path written.
+
+    Raises:
+      OSError: the folder cannot be written; an earlier file at ``path`` is left untouched.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(
+        dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
+    )
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp makes the file private; results are meant to be read by others.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def read_json(path: str | os.PathLike[str], *, max_bytes: int = 2 * 1024**3) -> Any:
+    """Reads a JSON file strictly.
+
+    Args:
+      path: the file.
+      max_bytes: files larger than this are refused before they are read.
+
+    Returns:
+      The parsed value.
+
+    Raises:
+      FileNotFoundError: no file at ``path``.
+      ValueError: the file is too large, is not UTF-8 JSON, or holds NaN or Infinity.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such JSON file")
+    size = source.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{source}: {size} bytes is above the limit of {max_bytes}")
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{source}: {name} is not a JSON number; the file was not written by us")
+
+    try:
+        text = source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 text ({error.reason})") from error
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{source}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+
+
+def _umask() -> int:
+    # There is no way to read the umask without setting it; keep the window as short as possible.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _plain(value: Any, where: str, target: Path) -> Any:
+    """Turns ``value`` into JSON types; ``where`` is the JSONPath of the value for messages."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{target}: {where} is {value}, which JSON cannot hold")
+        return value
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str | int) or isinstance(key, bool):
+                raise TypeError(f"{target}: key {key!r} at {where} is not a string or an integer")
+        return {str(k): _plain(v, f"{where}.{k}", target) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{where}[{i}]", target) for i, v in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic) or hasattr(value, "__array__"):
+        return _plain(np.asarray(value).tolist(), where, target)
+    raise TypeError(f"{target}: {where} is a {type(value).__name__}, which has no JSON form")

@@ -1,0 +1,1 @@
+"""Pure losses on arrays and masks: matching, set criterion, auxiliary queries, distillation."""

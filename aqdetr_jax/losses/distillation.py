@@ -1,0 +1,157 @@
+"""Layer-by-layer attention distillation: one pure function per equation.
+
+AQ-DETR distils, in each encoder layer, the quantized self-attention from the attention of the
+full-precision model [A]. The loss itself is not public; what follows is marked as in
+docs/method.md: [A] AQ-DETR's abstract, [ours] our choice.
+
+All functions take the teacher's array first, stop its gradient, and are zero when student and
+teacher agree. Scores are ``q k^T / sqrt(d)`` with padded keys at a large negative value, so that
+their probability is zero in both and they never count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Kind = Literal["kl", "mse", "logits", "output"]
+
+SCORE_FLOOR = -1e8
+"""Scores below this belong to padded keys."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationWeights:
+    """What is distilled, and how much.
+
+    Attributes:
+      encoder: λ_dist, weight of the encoder's self-attention term [A].
+      decoder_self: weight of the same term on the decoder's self-attention of the object queries
+        [ours].
+      decoder_cross: weight of the term on the decoder's cross-attention of the object queries
+        [ours].
+      kind: "kl" on the probabilities (default), "mse" on them, "logits" (mean squared difference of
+        the centred scores) or "output" (mean squared difference of A v, relative to the teacher's
+        mean square) [ours].
+    """
+
+    encoder: float = 0.0
+    decoder_self: float = 0.0
+    decoder_cross: float = 0.0
+    kind: Kind = "kl"
+
+    def __post_init__(self):
+        if min(self.encoder, self.decoder_self, self.decoder_cross) < 0:
+            raise ValueError(f"distillation weights must not be negative: {self}")
+        if self.kind not in ("kl", "mse", "logits", "output"):
+            raise ValueError(
+                f"distillation kind {self.kind!r}: one of 'kl', 'mse', 'logits', 'output'"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether any term is used, that is, whether a teacher is needed."""
+        return self.encoder + self.decoder_self + self.decoder_cross > 0
+
+
+def masked_mean(values: Array, query_valid: Array | None) -> Array:
+    """Mean of ``values`` [B, H, Q] over batch, heads and valid queries (bool [B, Q] or None)."""
+    if query_valid is None:
+        return jnp.mean(values)
+    weight = query_valid[:, None, :].astype(jnp.float32)
+    total = jnp.sum(values * weight)
+    return total / jnp.maximum(jnp.sum(weight) * values.shape[1], 1.0)
+
+
+def attention_kl(teacher: Array, student: Array, query_valid: Array | None = None) -> Array:
+    """``mean over batch, heads, valid queries of KL(A_T || A_S)`` from scores [ours].
+
+    Args:
+      teacher: scores [B, H, Q, K].
+      student: scores [B, H, Q, K] of the quantized q k^T, before the probabilities' own quantizer,
+        so that the gradient is exact.
+      query_valid: bool [B, Q], False = padding, None = all valid.
+
+    Returns:
+      float32 scalar >= 0.
+    """
+    log_t = jax.nn.log_softmax(lax.stop_gradient(teacher), axis=-1)
+    log_s = jax.nn.log_softmax(student, axis=-1)
+    return masked_mean(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), query_valid)
+
+
+def attention_mse(teacher: Array, student: Array, query_valid: Array | None = None) -> Array:
+    """``mean of sum_k (A_T - A_S)^2`` over batch, heads, valid queries, from scores [ours]."""
+    a_t = jax.nn.softmax(lax.stop_gradient(teacher), axis=-1)
+    a_s = jax.nn.softmax(student, axis=-1)
+    return masked_mean(jnp.sum(jnp.square(a_t - a_s), axis=-1), query_valid)
+
+
+def score_mse(teacher: Array, student: Array, query_valid: Array | None = None) -> Array:
+    """Mean squared difference of the scores, each row centred over its real keys [ours].
+
+    Softmax does not see a constant added to a row, so the row means are removed first.
+    """
+    teacher = lax.stop_gradient(teacher)
+    real = teacher > SCORE_FLOOR
+    count = jnp.maximum(jnp.sum(real, axis=-1, keepdims=True), 1)
+
+    def centred(x: Array) -> Array:
+        x = jnp.where(real, x, 0.0)
+        return jnp.where(real, x - jnp.sum(x, axis=-1, keepdims=True) / count, 0.0)
+
+    difference = jnp.square(centred(teacher) - centred(student))
+    return masked_mean(jnp.sum(difference, axis=-1) / count[..., 0], query_valid)
+
+
+def output_mse(teacher: Array, student: Array, query_valid: Array | None = None) -> Array:
+    """Mean squared difference of the mixed values ``D = A v`` [B, Q, d], over the teacher's [ours].
+
+    Relative to the teacher's mean square, so that layers of different scale weigh alike.
+    """
+    teacher = lax.stop_gradient(teacher)
+    difference = masked_mean(jnp.mean(jnp.square(teacher - student), -1)[:, None], query_valid)
+    scale = masked_mean(jnp.mean(jnp.square(teacher), -1)[:, None], query_valid)
+    return difference / jnp.maximum(scale, 1e-12)
+
+
+def layer_loss(kind: Kind, teacher, student, query_valid: Array | None = None) -> Array:
+    """The chosen term for one layer; ``teacher`` and ``student`` have ``scores`` and ``output``."""
+    if kind == "kl":
+        return attention_kl(teacher.scores, student.scores, query_valid)
+    if kind == "mse":
+        return attention_mse(teacher.scores, student.scores, query_valid)
+    if kind == "logits":
+        return score_mse(teacher.scores, student.scores, query_valid)
+    return output_mse(teacher.output, student.output, query_valid)
+
+
+def layer_by_layer_loss(
+    kind: Kind, teacher: Sequence, student: Sequence, query_valid: Array | None = None
+) -> Array:
+    """``L_dist = 1/L sum over layers`` of the layer's term [A: each encoder layer; ours: the mean].
+
+    Args:
+      kind: which term.
+      teacher: attention maps per layer (objects with ``scores`` and ``output``).
+      student: the same, as many.
+      query_valid: bool [B, Q] or None.
+
+    Returns:
+      float32 scalar.
+
+    Raises:
+      ValueError: different numbers of layers.
+    """
+    if len(teacher) != len(student):
+        raise ValueError(
+            f"layer-by-layer distillation needs as many teacher layers as student layers, "
+            f"got {len(teacher)} and {len(student)}"
+        )
+    terms = [layer_loss(kind, t, s, query_valid) for t, s in zip(teacher, student, strict=True)]
+    return sum(terms, jnp.float32(0.0)) / len(terms)

@@ -1,0 +1,201 @@
+"""Multi-head attention with quantized products (Q-MHSA and Q-MHCA), maps returned."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from aqdetr_jax.models.layers import FLOAT
+from aqdetr_jax.models.quantized import QDense, activation_quantizer, module_path
+from aqdetr_jax.quant import lsq
+from aqdetr_jax.quant.policy import Policy
+from aqdetr_jax.quant.product import Mix, Quantizer, Scores, quantized_product
+from aqdetr_jax.quant.record import OpRecord, record
+
+MASKED = -1e9
+"""Score of a padded key: finite, so that a row without any valid key stays finite."""
+
+
+class AttentionMaps(NamedTuple):
+    """What the distillation may look at, in the layer's own terms.
+
+    Attributes:
+      scores: [B, H, Q, K] float32, ``q k^T / sqrt(d)`` with padded keys at ``MASKED``.
+      probabilities: [B, H, Q, K] softmax of the scores, before the probabilities' own quantizer.
+      output: [B, Q, H*D] the mixed values ``A v``, heads concatenated, before the output layer.
+    """
+
+    scores: Array
+    probabilities: Array
+    output: Array
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """[B, S, H*D] -> [B, H, S, D]."""
+    b, s, d = x.shape
+    return x.reshape(b, s, heads, d // heads).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: Array) -> Array:
+    """[B, H, S, D] -> [B, S, H*D]."""
+    b, h, s, d = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(b, s, h * d)
+
+
+def packed_projection_init(packs: int) -> nn.initializers.Initializer:
+    """Xavier-uniform of one [d, packs*d] matrix, of which this kernel is a d x d part.
+
+    torch keeps q, k and v in one matrix, whose fan-out is three times as large; separate Xavier
+    fans start the attention too sharp and slow DETR down.
+    """
+    return nn.initializers.variance_scaling(2.0 / (1 + packs), "fan_avg", "uniform")
+
+
+class MultiHeadAttention(nn.Module):
+    """Scaled dot-product attention; every product in it quantized as the policy says.
+
+    ``A = softmax(Q(q) Q(k)^T / sqrt(d))``, ``D = Q(A) Q(v)`` (Q-DETR section 2; AQ-DETR's Q-MHSA and
+    Q-MHCA differ in their query inputs only).
+
+    Attributes:
+      dim: model width, H*D.
+      heads: H.
+      policy: bits by module path.
+      dropout: rate on the attention probabilities (training only).
+      dtype: carrier dtype of products.
+    """
+
+    dim: int
+    heads: int
+    policy: Policy = Policy()
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        if self.dim % self.heads:
+            raise ValueError(f"model width {self.dim} is not divisible by {self.heads} heads")
+        dense = dict(policy=self.policy, dtype=self.dtype, kernel_init=packed_projection_init(3))
+        self.q_proj = QDense(self.dim, **dense)
+        self.k_proj = QDense(self.dim, **dense)
+        self.v_proj = QDense(self.dim, **dense)
+        self.out_proj = QDense(self.dim, policy=self.policy, dtype=self.dtype)
+        self.core = AttentionCore(self.policy, self.dropout, self.dtype)
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        key_valid: Array | None = None,
+        *,
+        train: bool = False,
+        query_sets: tuple[int, ...] | None = None,
+    ) -> tuple[Array, AttentionMaps]:
+        """Attends.
+
+        Args:
+          query: [B, Q, dim].
+          key: [B, K, dim].
+          value: [B, K, dim].
+          key_valid: bool [B, K], False for padding; None = all valid.
+          train: dropout on.
+          query_sets: for self-attention of several query sets kept apart from one another: their
+            sizes, summing to Q = K. Each set attends to itself only; no (Q x K) block is computed.
+
+        Returns:
+          ([B, Q, dim], maps of the first set).
+        """
+        q = split_heads(self.q_proj(query), self.heads)
+        k = split_heads(self.k_proj(key), self.heads)
+        v = split_heads(self.v_proj(value), self.heads)
+        if query_sets is None or len(query_sets) == 1:
+            mixed, maps = self.core(q, k, v, key_valid, train=train)
+        else:
+            mixed, maps = self._apart(q, k, v, query_sets, train)
+        return self.out_proj(mixed), maps
+
+    def _apart(self, q, k, v, query_sets, train):
+        """One attention per query set; equal neighbours are folded into the batch."""
+        if sum(query_sets) != q.shape[2] or q.shape[2] != k.shape[2]:
+            raise ValueError(f"query sets {query_sets} do not sum to {q.shape[2]} queries")
+        outputs, first, start = [], None, 0
+        for size, count in _runs(query_sets):
+            stop = start + size * count
+            parts = [_fold(x[:, :, start:stop], count) for x in (q, k, v)]
+            mixed, maps = self.core(*parts, None, train=train)
+            outputs.append(mixed.reshape(q.shape[0], count * size, -1))
+            first = maps if first is None else first
+            start = stop
+        return jnp.concatenate(outputs, axis=1), first
+
+
+def _runs(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Run lengths, the first set always alone: (100, 100, 100) -> [(100, 1), (100, 2)]."""
+    runs: list[tuple[int, int]] = [(sizes[0], 1)]
+    for i, size in enumerate(sizes[1:]):
+        if i and runs[-1][0] == size:
+            runs[-1] = (size, runs[-1][1] + 1)
+        else:
+            runs.append((size, 1))
+    return runs
+
+
+def _fold(x: Array, count: int) -> Array:
+    """[B, H, count*S, D] -> [B*count, H, S, D]."""
+    b, h, s, d = x.shape
+    x = x.reshape(b, h, count, s // count, d).transpose(0, 2, 1, 3, 4)
+    return x.reshape(b * count, h, s // count, d)
+
+
+class AttentionCore(nn.Module):
+    """The two attention products and the softmax between them; owns their four step sizes."""
+
+    policy: Policy = Policy()
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, q: Array, k: Array, v: Array, key_valid: Array | None, *, train: bool
+    ) -> tuple[Array, AttentionMaps]:
+        """[B, H, Q, D], [B, H, K, D], [B, H, K, D] -> ([B, Q, H*D], maps)."""
+        path = module_path(self)
+        policy = self.policy
+        signed = policy.attention_spec(path, unsigned=False)
+        unsigned = policy.attention_spec(path, unsigned=True)
+        q_q = activation_quantizer(self, "q", q, signed, head_axis=1)
+        q_k = activation_quantizer(self, "k", k, signed, head_axis=1)
+        scores = quantized_product(Scores(self.dtype), q, k, q_q, q_k, policy.arithmetic)
+        scores = scores / math.sqrt(q.shape[-1])
+        if key_valid is not None:
+            scores = jnp.where(key_valid[:, None, None, :], scores, MASKED)
+        probabilities = jax.nn.softmax(scores, axis=-1)
+        # Dropout acts before the quantizer, so that what is mixed is always on the grid.
+        weights = nn.Dropout(self.dropout, deterministic=not train)(probabilities)
+        q_p = activation_quantizer(self, "probs", weights, unsigned, head_axis=1)
+        q_v = activation_quantizer(self, "v", v, signed, head_axis=1)
+        mixed = quantized_product(Mix(self.dtype), weights, v, q_p, q_v, policy.arithmetic)
+        if policy.renormalize and q_p is not None and policy.arithmetic != "observe":
+            mixed = mixed / _row_sum(weights, q_p)
+        rule = policy.rule_for(path)
+        note = rule.note if rule else "no rule: float"
+        macs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
+        record(OpRecord(path, "scores", None, signed, signed, macs=macs, note=note))
+        record(OpRecord(path, "softmax", note=FLOAT))
+        record(OpRecord(path, "mix", None, unsigned, signed, macs=macs, note=note))
+        mixed = merge_heads(mixed)
+        return mixed, AttentionMaps(scores, probabilities, mixed)
+
+
+def _row_sum(weights: Array, quantizer: Quantizer) -> Array:
+    """Sum of the quantized probabilities of each query [B, H, Q, 1], at least one level."""
+    on_grid = lsq.fake_quantize(
+        weights, quantizer.step, quantizer.lower, quantizer.upper, quantizer.gradient_scale
+    )
+    return jnp.maximum(jnp.sum(on_grid, axis=-1, keepdims=True), quantizer.step)

@@ -1,0 +1,101 @@
+"""Norms and the feed-forward network of the transformer layers."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from aqdetr_jax.models.quantized import QDense, module_path
+from aqdetr_jax.quant.policy import Policy
+from aqdetr_jax.quant.record import OpRecord, record
+
+FLOAT = "float by choice"
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis, eps 1e-5 as in torch; stays float."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        record(OpRecord(module_path(self), "norm", parameters=2 * x.shape[-1], note=FLOAT))
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return centred * (lax.rsqrt(variance + 1e-5) * scale) + bias
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over [B, H, W], eps 1e-5: frozen as in DETR, or learning.
+
+    Frozen, it is a constant per-channel affine ``(x - mean) * scale / sqrt(var + eps) + bias`` that
+    folds into the convolution's output scale at export; no gradient reaches its four vectors.
+    Learning, it normalises by the statistics of the global batch (under a global-view jit the mean
+    over the batch axis is global without a word) and updates the running ones in the collection
+    ``batch_stats``. Both have the same variables, so a backbone pretrained with a learning norm is
+    used frozen without conversion.
+
+    Attributes:
+      frozen: see above.
+      momentum: weight of the old running statistics in an update.
+      zero_scale: start the scale at 0 (the last norm of a residual branch).
+    """
+
+    frozen: bool = True
+    momentum: float = 0.9
+    zero_scale: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """[B, H, W, C] -> [B, H, W, C]; learning only if ``train`` and not frozen."""
+        shape = (x.shape[-1],)
+        start = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
+        scale = self.param("scale", start, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        var = self.variable("batch_stats", "var", jnp.ones, shape)
+        note = "affine, folds into the convolution's scale"
+        record(OpRecord(module_path(self), "norm", parameters=4 * x.shape[-1], note=note))
+        if self.frozen:
+            scale, bias = lax.stop_gradient(scale), lax.stop_gradient(bias)
+        if self.frozen or not train:
+            factor = scale * lax.rsqrt(var.value + 1e-5)
+            return x * factor + (bias - mean.value * factor)
+        batch_mean = jnp.mean(x, axis=(0, 1, 2))
+        batch_var = jnp.mean(jnp.square(x - batch_mean), axis=(0, 1, 2))
+        if not self.is_initializing():
+            m = self.momentum
+            mean.value = m * mean.value + (1 - m) * lax.stop_gradient(batch_mean)
+            var.value = m * var.value + (1 - m) * lax.stop_gradient(batch_var)
+        factor = scale * lax.rsqrt(batch_var + 1e-5)
+        return x * factor + (bias - batch_mean * factor)
+
+
+class FeedForward(nn.Module):
+    """``W2 relu(W1 x + b1) + b2`` (two Q-FC layers; the second sees an unsigned input).
+
+    Attributes:
+      dim: model width.
+      hidden: width between the layers.
+      policy: bits by module path.
+      dropout: rate after the ReLU, in training.
+      dtype: carrier dtype of products.
+    """
+
+    dim: int
+    hidden: int
+    policy: Policy = Policy()
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """[B, S, dim] -> [B, S, dim]."""
+        common = dict(policy=self.policy, dtype=self.dtype)
+        x = jax.nn.relu(QDense(self.hidden, name="linear1", **common)(x))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return QDense(self.dim, name="linear2", unsigned=True, **common)(x)

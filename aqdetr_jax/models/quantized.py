@@ -1,0 +1,225 @@
+"""Quantized layers: dense, convolution and the step sizes they own.
+
+Each layer asks the policy for its bits by its own module path, declares its step sizes as
+parameters beside its weights (``kernel_step``, ``input_step``, ...), and hands arrays to
+``quant.product``. A float policy declares no step sizes, so a float model's parameters are a subset
+of the quantized model's, path by path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from aqdetr_jax.quant import lsq
+from aqdetr_jax.quant.policy import Policy
+from aqdetr_jax.quant.product import Conv, Dense, Quantizer, quantized_product
+from aqdetr_jax.quant.record import OpRecord, record
+from aqdetr_jax.quant.spec import QuantSpec
+
+OBSERVED = "observed"
+"""Variable collection that holds what calibration saw; see ``quant.calibrate``."""
+
+SAMPLES_PER_SITE = 8192
+
+
+def module_path(module: nn.Module) -> str:
+    """The module's path as in the parameter tree, ``a/b/c``."""
+    return "/".join(module.path)
+
+
+def activation_quantizer(
+    module: nn.Module, name: str, x: Array, spec: QuantSpec | None, head_axis: int | None = None
+) -> Quantizer | None:
+    """Declares ``<name>_step`` (and ``<name>_zero``) on ``module`` for the operand ``x``.
+
+    While the collection ``observed`` is mutable, a fixed sample of ``x`` is left there for
+    calibration.
+
+    Args:
+      module: the layer that owns the site.
+      name: site name, e.g. "input", "q", "probs".
+      x: the operand, batch first.
+      spec: its grid, None = float.
+      head_axis: the axis of attention heads (1 for [B, H, ., .]) for per-head steps.
+
+    Returns:
+      The quantizer with a step of shape () or [H, 1, 1], or None.
+    """
+    if spec is None:
+        return None
+    shape: tuple[int, ...] = ()
+    if spec.granularity == "head":
+        if head_axis is None:
+            raise ValueError(f"{module_path(module)}: {name} has no head axis for per-head steps")
+        shape = (x.shape[head_axis], *(1,) * (x.ndim - head_axis - 1))
+    if module.is_mutable_collection(OBSERVED) and not module.is_initializing():
+        module.variable(OBSERVED, name, lambda: _sample(x, head_axis if shape else None)).value = (
+            _sample(x, head_axis if shape else None)
+        )
+    # Before calibration: LSQ's start for mean|x| = 1.
+    default = 2.0 / math.sqrt(spec.upper)
+    step = module.param(f"{name}_step", nn.initializers.constant(default), shape, jnp.float32)
+    lower, upper = jnp.float32(spec.lower), jnp.float32(spec.upper)
+    if spec.zero_point:
+        zero = module.param(f"{name}_zero", nn.initializers.zeros, (), jnp.float32)
+        lower, upper = lower - zero, upper - zero
+    count = math.prod(x.shape[1:]) // max(math.prod(shape), 1)
+    return Quantizer(step, lower, upper, jnp.float32(lsq.gradient_scale(count, spec.upper)))
+
+
+def _sample(x: Array, head_axis: int | None) -> Array:
+    """A fixed pseudo-random sample of ``x``'s elements: [n], or [H, n] per head."""
+    if head_axis is None:
+        flat = x.reshape(1, -1)
+    else:
+        flat = jnp.moveaxis(x, head_axis, 0).reshape(x.shape[head_axis], -1)
+    size = flat.shape[1]
+    if size > SAMPLES_PER_SITE:
+        index = np.random.default_rng(size).integers(0, size, SAMPLES_PER_SITE)
+        flat = flat[:, np.sort(index)]
+    # The extremes are always part of the sample, so that a maximum can be trusted.
+    low, high = jnp.min(x), jnp.max(x)
+    ends = jnp.broadcast_to(jnp.stack([low, high]), (flat.shape[0], 2))
+    out = jnp.concatenate([flat, ends], axis=1)
+    return out[0] if head_axis is None else out
+
+
+def weight_quantizer(
+    module: nn.Module, kernel: Array, spec: QuantSpec | None, name: str = "kernel"
+) -> Quantizer | None:
+    """Declares ``<name>_step`` [N] on ``module``, one step per output channel (the last axis)."""
+    if spec is None:
+        return None
+    channels = kernel.shape[-1]
+    axes = tuple(range(kernel.ndim - 1))
+
+    def init(_key):
+        return jnp.maximum(lsq.initial_step(kernel, spec.upper, axes).reshape(channels), 1e-8)
+
+    step = module.param(f"{name}_step", init)
+    count = kernel.size // channels
+    return Quantizer(
+        step.reshape((1,) * (kernel.ndim - 1) + (channels,)),
+        jnp.float32(spec.lower),
+        jnp.float32(spec.upper),
+        jnp.float32(lsq.gradient_scale(count, spec.upper)),
+    )
+
+
+class QDense(nn.Module):
+    """Dense layer ``y = x W + b`` with quantized input and weights (Q-FC).
+
+    Attributes:
+      features: N, output channels.
+      policy: bits by module path.
+      unsigned: the input cannot be negative (after a ReLU): unsigned grid.
+      kernel_init: initializer of the [K, N] kernel.
+      bias_init: initializer of the [N] bias.
+      dtype: carrier dtype of the product, see ``quant.product``.
+    """
+
+    features: int
+    policy: Policy = Policy()
+    unsigned: bool = False
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., K] to [..., N] (float32)."""
+        path = module_path(self)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        weight_spec = self.policy.weight_spec(path)
+        input_spec = self.policy.activation_spec(path, unsigned=self.unsigned)
+        q_x = activation_quantizer(self, "input", x, input_spec)
+        q_w = weight_quantizer(self, kernel, weight_spec)
+        record(_row(path, "dense", self.policy, weight_spec, input_spec, kernel, bias, x.size))
+        y = quantized_product(Dense(self.dtype), x, kernel, q_x, q_w, self.policy.arithmetic)
+        return y + bias
+
+
+class QConv(nn.Module):
+    """2-d convolution without bias, quantized input and weights (Q-CNN); NHWC.
+
+    Attributes:
+      features: N, output channels.
+      kernel_size: (kh, kw).
+      policy: bits by module path.
+      strides: step of the output grid.
+      dilation: kernel dilation.
+      padding: zeros on each side; None = ``dilation * (k - 1) // 2`` as torch layers use.
+      use_bias: adds a bias (the input projection of DETR has one).
+      unsigned: the input cannot be negative.
+      kernel_init: initializer of the HWIO kernel.
+      bias_init: initializer of the bias.
+      dtype: carrier dtype of the product.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    policy: Policy = Policy()
+    strides: int = 1
+    dilation: int = 1
+    padding: int | None = None
+    use_bias: bool = False
+    unsigned: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.variance_scaling(
+        2.0, "fan_out", "truncated_normal"
+    )
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [B, H, W, C] to [B, H', W', N] (float32)."""
+        path = module_path(self)
+        kernel = self.param(
+            "kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features)
+        )
+        weight_spec = self.policy.weight_spec(path)
+        input_spec = self.policy.activation_spec(path, unsigned=self.unsigned)
+        q_x = activation_quantizer(self, "input", x, input_spec)
+        q_w = weight_quantizer(self, kernel, weight_spec)
+        pads: Sequence[int] = [
+            self.dilation * (k - 1) // 2 if self.padding is None else self.padding
+            for k in self.kernel_size
+        ]
+        contraction = Conv(
+            self.dtype,
+            (self.strides, self.strides),
+            ((pads[0], pads[0]), (pads[1], pads[1])),
+            (self.dilation, self.dilation),
+        )
+        y = quantized_product(contraction, x, kernel, q_x, q_w, self.policy.arithmetic)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,))
+            y = y + bias
+        positions = y.shape[0] * y.shape[1] * y.shape[2] * kernel.size // self.features
+        record(_row(path, "conv", self.policy, weight_spec, input_spec, kernel, bias, positions))
+        return y
+
+
+def _row(path, kind, policy, weight_spec, input_spec, kernel, bias, reads) -> OpRecord:
+    """A report row; ``reads`` = output positions x reduction length (macs per output channel)."""
+    rule = policy.rule_for(path)
+    return OpRecord(
+        path,
+        kind,
+        weight_spec,
+        input_spec,
+        parameters=kernel.size + (0 if bias is None else bias.size),
+        kernel_size=kernel.size,
+        channels=kernel.shape[-1],
+        macs=reads * kernel.shape[-1],
+        note=rule.note if rule else "no rule: float",
+    )

@@ -1,0 +1,1 @@
+"""Pure array functions: boxes, positional encodings, attention, sampling, linear assignment."""

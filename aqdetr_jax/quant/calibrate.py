@@ -1,0 +1,153 @@
+"""Step sizes from data: what each site saw over N batches, and from that its first step.
+
+A calibration pass runs the float model (``arithmetic="observe"``) on a few training batches; every
+quantization site leaves a fixed sample of its values. The step sizes then start from those, and the
+weights' from the weights; nothing is decided inside the training graph [LSQ section 2.1; ours].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from aqdetr_jax.quant.record import OpRecord
+from aqdetr_jax.quant.spec import QuantSpec
+
+Method = Literal["mse", "lsq", "percentile"]
+
+CANDIDATES = 80
+PERCENTILE = 99.9
+TINY = 1e-8
+
+
+def site_specs(rows: Sequence[OpRecord]) -> dict[str, QuantSpec]:
+    """The grid of every activation site, ``path/site`` -> spec, from a recorded forward pass."""
+    specs: dict[str, QuantSpec | None] = {}
+    for row in rows:
+        if row.kind in ("dense", "conv"):
+            specs[f"{row.path}/input"] = row.activation
+        elif row.kind == "scores":
+            specs[f"{row.path}/q"], specs[f"{row.path}/k"] = row.activation, row.other
+        elif row.kind == "mix":
+            specs[f"{row.path}/probs"], specs[f"{row.path}/v"] = row.activation, row.other
+    return {path: spec for path, spec in specs.items() if spec is not None}
+
+
+def weight_specs(rows: Sequence[OpRecord]) -> dict[str, QuantSpec]:
+    """The grid of every quantized weight, ``path/kernel`` -> spec."""
+    return {f"{row.path}/kernel": row.weight for row in rows if row.weight is not None}
+
+
+def merge_samples(batches: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Joins the samples of several batches along the last axis, ``path/site`` -> values."""
+    joined: dict[str, list[np.ndarray]] = {}
+    for batch in batches:
+        for path, values in batch.items():
+            joined.setdefault(path, []).append(np.asarray(values, np.float32))
+    return {path: np.concatenate(values, axis=-1) for path, values in joined.items()}
+
+
+def first_step(
+    values: np.ndarray, spec: QuantSpec, method: Method = "mse"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Step sizes (and zero points) for rows of values.
+
+    Args:
+      values: float32 [R, n]; one step for each of the R rows.
+      spec: the grid.
+      method: "lsq" ``2 mean|v| / sqrt(Qp)``; "percentile" maps the 99.9th percentile of |v| to the
+        largest code; "mse" takes the step with the least squared error among fractions of the one
+        that covers the whole range. With a zero point the range is searched by "mse" always.
+
+    Returns:
+      (steps float32 [R], zero points float32 [R]); zero points are 0 unless the spec has one.
+    """
+    values = np.asarray(values, np.float32)
+    rows = values.shape[0]
+    zeros = np.zeros(rows, np.float32)
+    if spec.zero_point:
+        return _search_range(values, spec)
+    if method == "lsq":
+        return np.maximum(2 * np.abs(values).mean(1) / np.sqrt(spec.upper), TINY), zeros
+    if method == "percentile":
+        top = np.percentile(np.abs(values), PERCENTILE, axis=1).astype(np.float32)
+        return np.maximum(top / spec.upper, TINY), zeros
+    if method != "mse":
+        raise ValueError(f"unknown calibration method {method!r}: 'mse', 'lsq' or 'percentile'")
+    full = values.max(1).clip(0) / spec.upper
+    if spec.lower:
+        full = np.maximum(full, -values.min(1) / -spec.lower)
+    full = np.maximum(full, TINY).astype(np.float32)
+    best, best_error = full.copy(), np.full(rows, np.inf)
+    # Geometric: heavy-tailed sites (attention probabilities) have their best step far below full.
+    for fraction in np.geomspace(1.0, 0.01, CANDIDATES, dtype=np.float32):
+        step = full * fraction
+        error = _error(values, step, np.float32(spec.lower), np.float32(spec.upper))
+        better = error < best_error
+        best, best_error = np.where(better, step, best), np.where(better, error, best_error)
+    return best.astype(np.float32), zeros
+
+
+def _search_range(values: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Least squared error over shrunken ranges [a min, a max], which always contain 0."""
+    top = spec.upper
+    low, high = values.min(1).clip(max=0), values.max(1).clip(min=0)
+    best = best_zero = best_error = None
+    for fraction in np.geomspace(1.0, 0.02, CANDIDATES, dtype=np.float32):
+        step = np.maximum((high - low) * fraction / top, TINY).astype(np.float32)
+        zero = np.clip(np.round(-low * fraction / step), 0, top).astype(np.float32)
+        error = _error(values, step, -zero[:, None], top - zero[:, None])
+        if best is None:
+            best, best_zero, best_error = step, zero, error
+        else:
+            better = error < best_error
+            best = np.where(better, step, best)
+            best_zero = np.where(better, zero, best_zero)
+            best_error = np.where(better, error, best_error)
+    return best, best_zero
+
+
+def _error(values, step, lower, upper) -> np.ndarray:
+    step = step[:, None]
+    grid = np.round(np.clip(values / step, lower, upper)) * step
+    return np.square(values - grid).mean(1)
+
+
+def calibrated_parameters(
+    parameters: Mapping[str, Any],
+    rows: Sequence[OpRecord],
+    samples: Mapping[str, np.ndarray],
+    method: Method = "mse",
+) -> dict[str, np.ndarray]:
+    """Parameters with every step size (and zero point) set from data.
+
+    Args:
+      parameters: flat, ``path`` -> array; step sizes present with their shapes.
+      rows: records of a forward pass of the quantized model.
+      samples: what each activation site saw, ``path/site`` -> [n] or [H, n].
+      method: see ``first_step``.
+
+    Returns:
+      A new flat dict.
+
+    Raises:
+      ValueError: a site was never observed, or saw non-finite values; the message names it.
+    """
+    out = {path: np.asarray(value) for path, value in parameters.items()}
+    for path, spec in weight_specs(rows).items():
+        kernel = out[path].reshape(-1, out[path].shape[-1]).T
+        out[f"{path}_step"] = first_step(kernel, spec, method)[0].astype(np.float32)
+    for path, spec in site_specs(rows).items():
+        if path not in samples:
+            raise ValueError(f"calibration never reached the quantization site {path}")
+        values = np.atleast_2d(samples[path])
+        if not np.isfinite(values).all():
+            raise ValueError(f"calibration saw non-finite values at the quantization site {path}")
+        step, zero = first_step(values, spec, method)
+        shape = np.shape(out[f"{path}_step"])
+        out[f"{path}_step"] = step.reshape(shape).astype(np.float32)
+        if spec.zero_point:
+            out[f"{path}_zero"] = zero.reshape(()).astype(np.float32)
+    return out

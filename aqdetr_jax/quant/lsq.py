@@ -1,0 +1,130 @@
+"""Learned step size quantization (LSQ, Esser et al., ICLR 2020): one function per equation.
+
+Symbols follow the paper: ``v`` the real value, ``s`` the step size, ``Qn``/``Qp`` the magnitudes of
+the smallest and the largest integer level, ``v_bar`` the integer code, ``v_hat`` the value on the
+grid. Here the levels are given as ``lower = -Qn`` and ``upper = Qp`` so that a grid with a zero
+point (``lower = -z``, ``upper = 2^b - 1 - z``) is the same code.
+
+This module imports no neural network library. Arrays are float32 unless said otherwise; ``s``,
+``lower`` and ``upper`` broadcast against ``v``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def codes(v: Array, s: Array, lower: Array | float, upper: Array | float) -> Array:
+    """Integer codes ``v_bar = round(clip(v / s, -Qn, Qp))`` (LSQ eq. 1), as floats.
+
+    Rounds half to even. Not differentiable: ``fake_quantize`` and ``quantized_product`` carry
+    the gradients.
+
+    Args:
+      v: values, any shape.
+      s: positive step size, broadcastable to ``v``.
+      lower: smallest code.
+      upper: largest code.
+
+    Returns:
+      Array of ``v``'s shape and dtype holding integers in ``[lower, upper]``.
+    """
+    return jnp.round(jnp.clip(v / s, lower, upper))
+
+
+def inside(v: Array, s: Array, lower: Array | float, upper: Array | float) -> Array:
+    """Whether ``-Qn < v / s < Qp``: the range test of LSQ eq. 3, taken before rounding."""
+    ratio = v / s
+    return (ratio > lower) & (ratio < upper)
+
+
+def step_derivative(v: Array, s: Array, lower: Array | float, upper: Array | float) -> Array:
+    """``d v_hat / d s`` (LSQ eq. 3): ``-v/s + round(v/s)`` inside the range, ``-Qn``/``Qp`` outside."""
+    ratio = v / s
+    code = jnp.round(jnp.clip(ratio, lower, upper))
+    return jnp.where((ratio > lower) & (ratio < upper), code - ratio, code)
+
+
+def gradient_scale(count: int, upper: int) -> float:
+    """The step's gradient factor ``g = 1 / sqrt(N Qp)`` (LSQ section 2.2).
+
+    Args:
+      count: N, the weights that share the step, or the activation elements of one example that
+        share it (the batch is never counted, so the factor does not depend on the batch size).
+      upper: Qp.
+    """
+    return 1.0 / math.sqrt(max(count, 1) * max(upper, 1))
+
+
+def initial_step(v: Array, upper: int, axes: tuple[int, ...] | None = None) -> Array:
+    """LSQ's initial step ``2 mean|v| / sqrt(Qp)``, the mean taken over ``axes`` (dims kept)."""
+    mean = jnp.mean(jnp.abs(v), axis=axes, keepdims=axes is not None)
+    return 2.0 * mean / math.sqrt(max(upper, 1))
+
+
+def sum_to_shape(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sums ``x`` over the axes along which an array of ``shape`` was broadcast to ``x.shape``."""
+    lead = x.ndim - len(shape)
+    axes = tuple(range(lead)) + tuple(
+        lead + i for i, n in enumerate(shape) if n == 1 and x.shape[lead + i] != 1
+    )
+    return jnp.sum(x, axis=axes, keepdims=False).reshape(shape) if axes else x.reshape(shape)
+
+
+def vjp(
+    v: Array, s: Array, lower: Array | float, upper: Array | float, g: Array | float, cotangent: Array
+) -> tuple[Array, Array]:
+    """LSQ's backward pass: cotangents of ``v`` and ``s`` from the cotangent of ``v_hat``.
+
+    ``dL/dv = dL/dv_hat`` inside the range and 0 outside; ``dL/ds = g * sum dL/dv_hat * dv_hat/ds``.
+
+    Args:
+      v: values.
+      s: step, broadcastable to ``v``.
+      lower: smallest code.
+      upper: largest code.
+      g: gradient factor of the step, see ``gradient_scale``.
+      cotangent: dL/dv_hat, of ``v``'s shape.
+
+    Returns:
+      (dL/dv of ``v``'s shape, dL/ds of ``s``'s shape).
+    """
+    dv = jnp.where(inside(v, s, lower, upper), cotangent, 0)
+    ds = sum_to_shape(cotangent * step_derivative(v, s, lower, upper), jnp.shape(s))
+    return dv, g * ds
+
+
+@jax.custom_vjp
+def fake_quantize(
+    v: Array, s: Array, lower: Array | float, upper: Array | float, g: Array | float = 1.0
+) -> Array:
+    """``v_hat = v_bar * s`` (LSQ eq. 2) with LSQ's gradients for ``v`` and ``s``.
+
+    Args:
+      v: values, any shape.
+      s: positive step, broadcastable to ``v``.
+      lower: smallest code (no gradient).
+      upper: largest code (no gradient).
+      g: factor on the step's gradient, see ``gradient_scale`` (no gradient).
+
+    Returns:
+      Array of ``v``'s shape with at most ``upper - lower + 1`` distinct values per step.
+    """
+    return codes(v, s, lower, upper) * s
+
+
+def _fake_quantize_fwd(v, s, lower, upper, g=1.0):
+    return codes(v, s, lower, upper) * s, (v, s, lower, upper, g)
+
+
+def _fake_quantize_bwd(residuals, cotangent):
+    v, s, lower, upper, g = residuals
+    dv, ds = vjp(v, s, lower, upper, g, cotangent)
+    return dv, ds, *(jnp.zeros_like(x) for x in (lower, upper, g))
+
+
+fake_quantize.defvjp(_fake_quantize_fwd, _fake_quantize_bwd)

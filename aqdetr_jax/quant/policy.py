@@ -1,0 +1,140 @@
+"""Which operation gets which bits: an ordered table of rules, first match wins.
+
+A rule names operations by a regular expression on their module path (the path under which their
+parameters lie, e.g. ``encoder/layer_0/self_attention/q_proj``) and gives the bits of weight,
+activation and attention operands. ``None`` keeps an operand float.
+
+Stock policies by name: ``float``, ``w8a8``, ``w4a4``, ``w3a3``, ``w2a2`` (attention at the same
+bits: "4-4-4") and ``w4a4-attn8`` etc. (Q-DETR's "4-4-8" setting). All of them keep the first
+convolution and the input projection at 8 bits, as LSQ does for first and last layers, and the class
+and box heads float; both are rows of the table, not code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from typing import Literal
+
+from aqdetr_jax.quant.product import Arithmetic
+from aqdetr_jax.quant.spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One row of the table.
+
+    Attributes:
+      pattern: regular expression, searched (not anchored) in the module path.
+      weight: bits of weights, None = float.
+      activation: bits of the input of a dense or convolution layer, None = float.
+      attention: bits of q, k, probabilities and v in the attention products, None = float.
+      note: why the row is there; shown in the bit report.
+    """
+
+    pattern: str
+    weight: int | None
+    activation: int | None
+    attention: int | None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """An ordered rule table and the options that hold for all its rows.
+
+    Attributes:
+      name: shown in reports.
+      rules: first match wins; an operation that no rule matches stays float.
+      arithmetic: "fake" to train, "integer" for int32 sums, "observe" for calibration.
+      attention_granularity: "head" (one step per head for q, k, probabilities, v: each head is its
+        own product, so it costs nothing) or "tensor".
+      zero_point: asymmetric activation grids with an integer zero point (Q-DETR's choice) at the
+        sites whose values can be negative.
+      renormalize: divide the attention output by the sum of the quantized probabilities.
+    """
+
+    name: str = "float"
+    rules: tuple[Rule, ...] = ()
+    arithmetic: Arithmetic = "fake"
+    attention_granularity: Literal["head", "tensor"] = "head"
+    zero_point: bool = False
+    renormalize: bool = False
+
+    def rule_for(self, path: str) -> Rule | None:
+        """The first rule whose pattern is found in ``path``, or None."""
+        for rule in self.rules:
+            if re.search(rule.pattern, path):
+                return rule
+        return None
+
+    def weight_spec(self, path: str) -> QuantSpec | None:
+        """Weights: signed, one step per output channel."""
+        rule = self.rule_for(path)
+        if rule is None or rule.weight is None:
+            return None
+        return QuantSpec(rule.weight, signed=True, granularity="channel")
+
+    def activation_spec(self, path: str, *, unsigned: bool) -> QuantSpec | None:
+        """Inputs of dense and convolution layers: one step per tensor."""
+        rule = self.rule_for(path)
+        if rule is None or rule.activation is None:
+            return None
+        return self._activation(rule.activation, unsigned, "tensor")
+
+    def attention_spec(self, path: str, *, unsigned: bool) -> QuantSpec | None:
+        """Operands of the attention products (unsigned for the probabilities)."""
+        rule = self.rule_for(path)
+        if rule is None or rule.attention is None:
+            return None
+        return self._activation(rule.attention, unsigned, self.attention_granularity)
+
+    def _activation(self, bits: int, unsigned: bool, granularity) -> QuantSpec:
+        if unsigned:
+            return QuantSpec(bits, signed=False, granularity=granularity)
+        if self.zero_point:
+            return QuantSpec(bits, signed=False, granularity="tensor", zero_point=True)
+        return QuantSpec(bits, signed=True, granularity=granularity)
+
+
+FLOAT_HEADS = Rule(r"(class_head|box_head)", None, None, None, "output heads stay float")
+FIRST_LAYERS = Rule(r"(backbone/stem|input_proj)", 8, 8, None, "first layers at 8 bits")
+
+
+def uniform(weight: int, activation: int, attention: int, **options) -> Policy:
+    """A stock policy: the two exceptions above, then the same bits everywhere.
+
+    Args:
+      weight: bits of weights.
+      activation: bits of activations.
+      attention: bits of q, k, probabilities and v.
+      **options: other fields of ``Policy``.
+    """
+    name = f"w{weight}a{activation}" + (f"-attn{attention}" if attention != activation else "")
+    rest = Rule(r".*", weight, activation, attention)
+    return Policy(name, (FLOAT_HEADS, FIRST_LAYERS, rest), **options)
+
+
+def stock_policy(name: str, **options) -> Policy:
+    """A policy by name: ``float``, ``wNaM`` or ``wNaM-attnK``.
+
+    Args:
+      name: e.g. "w4a4", "w2a2", "w4a4-attn8".
+      **options: other fields of ``Policy`` (``attention_granularity``, ``renormalize``, ...).
+
+    Raises:
+      ValueError: the name is not of that form; the message gives the nearest stock name.
+    """
+    if name == "float":
+        return Policy()
+    match = re.fullmatch(r"w([2-8])a([2-8])(?:-attn([2-8]))?", name)
+    if not match:
+        known = ["float", "w8a8", "w4a4", "w3a3", "w2a2", "w4a4-attn8", "w3a3-attn8", "w2a2-attn8"]
+        near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+        raise ValueError(
+            f"unknown quantization policy {name!r}; did you mean {near!r}? "
+            f"Policies are 'float', 'wNaM' or 'wNaM-attnK' with 2 to 8 bits."
+        )
+    weight, activation = int(match[1]), int(match[2])
+    return uniform(weight, activation, int(match[3] or activation), **options)

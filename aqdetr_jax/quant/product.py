@@ -1,0 +1,229 @@
+"""One op, two arithmetics: products of quantized operands as exact floats or as real integers.
+
+A product of two quantized operands is ``s_a s_b * (a_bar . b_bar)``: integers are multiplied and
+summed, and one float scale is applied to the sum. Training computes ``a_bar . b_bar`` on
+integer-valued floats. Those sums are exact while they stay below 2^24 in magnitude, whatever the
+order of summation, and codes of up to 8 bits are exact in bfloat16 too; so the training forward and
+the integer forward (int8 operands, int32 sums) are the same numbers, bit for bit.
+
+The gradient is LSQ's: with ``a_hat = s_a a_bar``, dL/da_hat is the transposed product of the
+cotangent with ``b_hat``, from which ``lsq.vjp`` gives the gradients of ``a`` and of ``s_a``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from aqdetr_jax.quant import lsq
+
+Arithmetic = Literal["fake", "integer", "observe"]
+
+
+class Quantizer(NamedTuple):
+    """The numbers that put one operand on its grid.
+
+    Attributes:
+      step: float32 step size ``s > 0``; broadcastable to the operand *and* to the product's output
+        (scalar per tensor; ``[1, .., N]`` per output channel; ``[H, 1, 1]`` per head).
+      lower: float32 scalar or per-site array, the smallest code.
+      upper: the largest code.
+      gradient_scale: LSQ's factor on the step's gradient (float32 scalar, no gradient).
+    """
+
+    step: Array
+    lower: Array
+    upper: Array
+    gradient_scale: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contraction:
+    """A bilinear map of two operands, on floats and on integers.
+
+    Attributes:
+      dtype: dtype that carries the operands of the float arithmetic; sums are float32.
+    """
+
+    dtype: DTypeLike = jnp.float32
+
+    def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
+        """The product of ``a`` and ``b``, summed and returned in ``out_dtype``."""
+        raise NotImplementedError
+
+    def floats(self, a: Array, b: Array) -> Array:
+        """The product on floats (exact for integer-valued operands, see the module docstring)."""
+        return self.contract(a.astype(self.dtype), b.astype(self.dtype), jnp.float32)
+
+    def integers(self, a: Array, b: Array) -> Array:
+        """The product on int32 operands with int32 sums."""
+        return self.contract(a, b, jnp.int32)
+
+    def transpose(self, a: Array, b: Array, cotangent: Array) -> tuple[Array, Array]:
+        """Cotangents of ``a`` and ``b`` (float32), computed on operands of ``dtype``."""
+        a, b = a.astype(self.dtype), b.astype(self.dtype)
+        _, pullback = jax.vjp(lambda x, y: self.contract(x, y, self.dtype), a, b)
+        da, db = pullback(cotangent.astype(self.dtype))
+        return da.astype(jnp.float32), db.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(_Contraction):
+    """``x [..., K] . w [K, N] -> [..., N]``."""
+
+    def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
+        """See the class."""
+        dims = (((a.ndim - 1,), (0,)), ((), ()))
+        return lax.dot_general(a, b, dims, preferred_element_type=out_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores(_Contraction):
+    """Attention scores, ``q [B, H, Q, D] . k [B, H, K, D] -> [B, H, Q, K]``."""
+
+    def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
+        """See the class."""
+        dims = (((3,), (3,)), ((0, 1), (0, 1)))
+        return lax.dot_general(a, b, dims, preferred_element_type=out_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix(_Contraction):
+    """Attention output, ``probabilities [B, H, Q, K] . v [B, H, K, D] -> [B, H, Q, D]``."""
+
+    def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
+        """See the class."""
+        dims = (((3,), (2,)), ((0, 1), (0, 1)))
+        return lax.dot_general(a, b, dims, preferred_element_type=out_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv(_Contraction):
+    """2-d convolution, ``x [B, H, W, C] * w [kh, kw, C, N] -> [B, H', W', N]`` (NHWC, HWIO).
+
+    Attributes:
+      strides: (vertical, horizontal).
+      padding: zeros added, ((top, bottom), (left, right)).
+      dilation: kernel dilation.
+    """
+
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    dilation: tuple[int, int] = (1, 1)
+
+    def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
+        """See the class."""
+        return lax.conv_general_dilated(
+            a,
+            b,
+            self.strides,
+            self.padding,
+            rhs_dilation=self.dilation,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            preferred_element_type=out_dtype,
+        )
+
+    def integers(self, a: Array, b: Array) -> Array:
+        """The product on integers: a sum of matrix products over the kernel's taps.
+
+        XLA's CPU integer convolution is tens of times slower than its float one; shifted integer
+        matrix products are not, and are as exact.
+        """
+        kh, kw = b.shape[:2]
+        (sh, sw), (dh, dw) = self.strides, self.dilation
+        a = jnp.pad(a, ((0, 0), *self.padding, (0, 0)))
+        out_h = (a.shape[1] - dh * (kh - 1) - 1) // sh + 1
+        out_w = (a.shape[2] - dw * (kw - 1) - 1) // sw + 1
+        total = jnp.zeros((a.shape[0], out_h, out_w, b.shape[3]), jnp.int32)
+        dims = (((3,), (0,)), ((), ()))
+        for i in range(kh):
+            for j in range(kw):
+                top, left = i * dh, j * dw
+                tap = a[:, top : top + sh * (out_h - 1) + 1 : sh]
+                tap = tap[:, :, left : left + sw * (out_w - 1) + 1 : sw]
+                total += lax.dot_general(tap, b[i, j], dims, preferred_element_type=jnp.int32)
+        return total
+
+
+Contraction = Dense | Conv | Scores | Mix
+
+
+def quantized_product(
+    contraction: Contraction,
+    a: Array,
+    b: Array,
+    quantizer_a: Quantizer | None,
+    quantizer_b: Quantizer | None,
+    arithmetic: Arithmetic = "fake",
+) -> Array:
+    """``contraction(a_hat, b_hat)`` for quantized operands, with LSQ gradients.
+
+    Args:
+      contraction: which product (``Dense``, ``Conv``, ``Scores``, ``Mix``).
+      a: left operand, float.
+      b: right operand, float.
+      quantizer_a: how ``a`` is put on its grid; None leaves it float.
+      quantizer_b: the same for ``b``.
+      arithmetic: "fake" (integer-valued floats, differentiable), "integer" (real integers, int32
+        sums; not differentiable; products with a float operand stay floats) or "observe" (no quantization:
+        the float product, used by calibration).
+
+    Returns:
+      float32 product. "fake" and "integer" agree bit for bit while sums stay below 2^24.
+    """
+    if arithmetic == "observe":
+        return _fake_product(contraction, a, b, None, None)
+    if arithmetic == "integer" and quantizer_a is not None and quantizer_b is not None:
+        code_a = lsq.codes(a, quantizer_a.step, quantizer_a.lower, quantizer_a.upper)
+        code_b = lsq.codes(b, quantizer_b.step, quantizer_b.lower, quantizer_b.upper)
+        total = contraction.integers(code_a.astype(jnp.int32), code_b.astype(jnp.int32))
+        return total.astype(jnp.float32) * (quantizer_a.step * quantizer_b.step)
+    return _fake_product(contraction, a, b, quantizer_a, quantizer_b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fake_product(contraction, a, b, quantizer_a, quantizer_b):
+    code_a, step_a = _encode(a, quantizer_a)
+    code_b, step_b = _encode(b, quantizer_b)
+    return contraction.floats(code_a, code_b) * (step_a * step_b)
+
+
+def _encode(x: Array, quantizer: Quantizer | None) -> tuple[Array, Array | float]:
+    if quantizer is None:
+        return x, 1.0
+    return lsq.codes(x, quantizer.step, quantizer.lower, quantizer.upper), quantizer.step
+
+
+def _fake_product_fwd(contraction, a, b, quantizer_a, quantizer_b):
+    code_a, step_a = _encode(a, quantizer_a)
+    code_b, step_b = _encode(b, quantizer_b)
+    out = contraction.floats(code_a, code_b) * (step_a * step_b)
+    return out, (a, b, quantizer_a, quantizer_b)
+
+
+def _fake_product_bwd(contraction, residuals, cotangent):
+    a, b, quantizer_a, quantizer_b = residuals
+    code_a, step_a = _encode(a, quantizer_a)
+    code_b, step_b = _encode(b, quantizer_b)
+    # The transposes give d/d(code) = step * d/d(value on the grid).
+    d_code_a, d_code_b = contraction.transpose(code_a, code_b, cotangent * (step_a * step_b))
+    da, dqa = _decode_cotangent(a, quantizer_a, d_code_a)
+    db, dqb = _decode_cotangent(b, quantizer_b, d_code_b)
+    return da, db, dqa, dqb
+
+
+def _decode_cotangent(x: Array, quantizer: Quantizer | None, d_code: Array):
+    if quantizer is None:
+        return d_code, None
+    step, lower, upper, g = quantizer
+    dx, ds = lsq.vjp(x, step, lower, upper, g, d_code / step)
+    return dx, Quantizer(ds, jnp.zeros_like(lower), jnp.zeros_like(upper), jnp.zeros_like(g))
+
+
+_fake_product.defvjp(_fake_product_fwd, _fake_product_bwd)

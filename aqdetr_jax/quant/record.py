@@ -1,0 +1,65 @@
+"""Lets every operation of a model say what it is while the model is traced.
+
+The bit report must list *each* operation with its bits, kept-float ones included, and must not be a
+second description of the model that could drift from it. So the layers call ``record`` as they run,
+and ``recording`` collects the rows of one (abstract) forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+from aqdetr_jax.quant.spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class OpRecord:
+    """One operation of one forward pass.
+
+    Attributes:
+      path: module path.
+      kind: "conv", "dense", "scores", "mix", "softmax", "norm", "add", "embedding", ...
+      weight: grid of the weight; None = float or no weight.
+      activation: grid of the input (dense, conv) or of the left operand (q, probabilities).
+      other: grid of the right operand of an attention product (k, v).
+      parameters: number of weights and biases.
+      kernel_size: of those, the number of kernel weights (the rest stay float).
+      channels: output channels of the kernel.
+      macs: multiply-adds for the traced batch (0 for elementwise operations).
+      note: the rule's note, or why the operation is float.
+    """
+
+    path: str
+    kind: str
+    weight: QuantSpec | None = None
+    activation: QuantSpec | None = None
+    other: QuantSpec | None = None
+    parameters: int = 0
+    kernel_size: int = 0
+    channels: int = 0
+    macs: int = 0
+    note: str = ""
+
+
+_rows: contextvars.ContextVar[list[OpRecord] | None] = contextvars.ContextVar("rows", default=None)
+
+
+def record(row: OpRecord) -> None:
+    """Adds a row if a recording is active; otherwise does nothing."""
+    rows = _rows.get()
+    if rows is not None:
+        rows.append(row)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[OpRecord]]:
+    """Collects the rows of all operations traced in the body, in order."""
+    rows: list[OpRecord] = []
+    token = _rows.set(rows)
+    try:
+        yield rows
+    finally:
+        _rows.reset(token)

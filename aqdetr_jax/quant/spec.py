@@ -1,0 +1,56 @@
+"""What a quantizer is: the grid of integers, and how many elements share a step size."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Granularity = Literal["tensor", "channel", "head"]
+
+SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """The integer grid of one operand and the sharing of its step size.
+
+    Attributes:
+      bits: word length b, one of ``SUPPORTED_BITS``.
+      signed: two's complement grid ``[-2^(b-1), 2^(b-1) - 1]`` if True, else ``[0, 2^b - 1]``.
+      granularity: "tensor" (one step), "channel" (one step per output channel of a weight) or
+        "head" (one step per attention head). The axis is fixed by the operation that uses the
+        operand and is never guessed from array shapes.
+      zero_point: asymmetric grid: the real value 0 sits on an integer code found by calibration,
+        so that the grid covers ``[-z, 2^b - 1 - z]``. Activations only.
+    """
+
+    bits: int
+    signed: bool = True
+    granularity: Granularity = "tensor"
+    zero_point: bool = False
+
+    def __post_init__(self):
+        if self.bits not in SUPPORTED_BITS:
+            raise ValueError(f"bits must be one of {SUPPORTED_BITS}, got {self.bits!r}")
+
+    @property
+    def lower(self) -> int:
+        """Smallest code: ``-Qn`` of LSQ (for a zero point of 0)."""
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def upper(self) -> int:
+        """Largest code: ``Qp`` of LSQ (for a zero point of 0)."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def levels(self) -> int:
+        """Number of codes, ``2^b``."""
+        return 2**self.bits
+
+    def describe(self) -> str:
+        """Short text for tables, e.g. ``s4/channel`` or ``u8+z``."""
+        text = f"{'s' if self.signed else 'u'}{self.bits}"
+        if self.granularity != "tensor":
+            text += f"/{self.granularity}"
+        return text + ("+z" if self.zero_point else "")

@@ -1,0 +1,289 @@
+"""The configuration of an experiment, as frozen dataclasses.
+
+Configuration files are ml_collections files (``configs/``); at the boundary they are converted once
+to these dataclasses, which check every key and value, are hashable, and are what the code passes
+around.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from aqdetr_jax.data.transforms import AugmentConfig
+from aqdetr_jax.losses.criterion import LossWeights
+from aqdetr_jax.losses.distillation import DistillationWeights
+from aqdetr_jax.models.detr import DetrConfig
+from aqdetr_jax.quant.policy import Policy, Rule, stock_policy
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they become batches.
+
+    Attributes:
+      kind: "shapes" (generated), "coco" (folder), "voc" (folder) or "tfds" (prepared by
+        ``aqdetr prepare``).
+      root: folder of a "voc" or "tfds" set.
+      train_split: split name ("shapes", "voc", "tfds").
+      eval_split: split name for evaluation.
+      train_images: image folder of a "coco" set.
+      train_annotations: its JSON file.
+      eval_images: image folder for evaluation.
+      eval_annotations: its JSON file.
+      num_train: size of the generated training set.
+      num_eval: size of the generated evaluation set.
+      image_size: side of generated images, pixels.
+      set_seed: seed of the generated set (another seed, another set of the same kind).
+      cache_dir: folder in which a generated set is kept between runs; "" = in memory only.
+      buckets: (height, width) of padded training images, pixels.
+      eval_buckets: the same for evaluation; () = ``buckets``.
+      max_boxes: padded number of boxes an image.
+      allow_truncation: drop (and count) boxes beyond ``max_boxes`` instead of refusing the set.
+      augment: training augmentation.
+      eval_short_side: short side of evaluation images, pixels; None = as they are.
+      eval_max_size: limit of their long side.
+      on_error: "error" stops at an unreadable image, "skip" replaces and counts it.
+      num_threads: reader threads.
+      prefetch: batches read ahead.
+    """
+
+    kind: Literal["shapes", "coco", "voc", "tfds"] = "shapes"
+    root: str = ""
+    train_split: str = "train"
+    eval_split: str = "validation"
+    train_images: str = ""
+    train_annotations: str = ""
+    eval_images: str = ""
+    eval_annotations: str = ""
+    num_train: int = 8000
+    num_eval: int = 1200
+    image_size: int = 128
+    set_seed: int = 0
+    cache_dir: str = ""
+    buckets: tuple[tuple[int, int], ...] = ((128, 128),)
+    eval_buckets: tuple[tuple[int, int], ...] = ()
+    max_boxes: int = 12
+    allow_truncation: bool = False
+    augment: AugmentConfig = AugmentConfig()
+    eval_short_side: int | None = None
+    eval_max_size: int | None = None
+    on_error: Literal["error", "skip"] = "error"
+    num_threads: int = 1
+    prefetch: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """Bits and how step sizes start.
+
+    Attributes:
+      policy: stock policy by name, e.g. "float", "w4a4", "w4a4-attn8".
+      rules: rows put before the stock ones (first match wins).
+      attention_granularity: one attention step per "head" or per "tensor".
+      zero_point: asymmetric activation grids.
+      renormalize: divide the attention output by the sum of the quantized probabilities.
+      calibration_batches: batches of training images that set the step sizes.
+      calibration_method: "mse" (least squared error), "lsq" (2 mean|v| / sqrt(Qp)) or "percentile".
+    """
+
+    policy: str = "float"
+    rules: tuple[Rule, ...] = ()
+    attention_granularity: Literal["head", "tensor"] = "head"
+    zero_point: bool = False
+    renormalize: bool = False
+    calibration_batches: int = 8
+    calibration_method: Literal["mse", "lsq", "percentile"] = "mse"
+
+    def build(self) -> Policy:
+        """The policy table."""
+        policy = (
+            stock_policy(
+                self.policy,
+                attention_granularity=self.attention_granularity,
+                zero_point=self.zero_point,
+                renormalize=self.renormalize,
+            )
+            if self.policy != "float"
+            else Policy()
+        )
+        return dataclasses.replace(policy, rules=self.rules + policy.rules)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is quantized."""
+        return self.policy != "float" or bool(self.rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryConfig:
+    """Matching and start of the auxiliary queries; their number M and groups G are in ``model``.
+
+    Attributes:
+      weight: λ_aux.
+      repeats: K, queries matched to each ground-truth box in each group.
+      start: "object" (copies of the object queries plus noise, when parameters are imported) or
+        "random".
+      noise: standard deviation of that noise, relative to the object queries' own.
+    """
+
+    weight: float = 1.0
+    repeats: int = 3
+    start: Literal["object", "random"] = "object"
+    noise: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Distillation from a float teacher.
+
+    Attributes:
+      teacher: folder of the teacher's parameters; "" = the model of ``init_from``.
+      weights: what is distilled and how much; all 0 = no teacher.
+    """
+
+    teacher: str = ""
+    weights: DistillationWeights = DistillationWeights()
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW in groups.
+
+    Attributes:
+      lr: learning rate of the transformer, heads and queries.
+      lr_backbone: learning rate of the backbone.
+      lr_steps: learning rate of the step sizes, *relative to the step*: one Adam update of size 1
+        changes a step by this fraction of itself.
+      weight_decay: decoupled; not on norms, biases, queries' steps.
+      clip_norm: limit on the global gradient norm; 0 = off.
+      warmup: steps of linear warm-up.
+      schedule: "step" (x0.1 at each of ``drop_at``), "cosine" or "constant".
+      drop_at: fractions of the run at which a "step" schedule drops.
+      final: rate at the end of a cosine, as a fraction of ``lr``.
+      frozen: regular expressions of parameter paths that are not trained.
+      ema: decay of the exponential moving average of the parameters that is evaluated and kept;
+        0 = none.
+    """
+
+    lr: float = 1e-4
+    lr_backbone: float = 1e-5
+    lr_steps: float = 1e-3
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.1
+    warmup: int = 0
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    drop_at: tuple[float, ...] = (0.8,)
+    final: float = 0.01
+    frozen: tuple[str, ...] = ()
+    ema: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+      steps: optimizer steps of the whole run.
+      batch_size: images a step, over all devices.
+      eval_batch_size: images a batch in evaluation.
+      eval_every: steps between evaluations; 0 = only at the end.
+      checkpoint_every: steps between checkpoints; 0 = only at the end.
+      keep_checkpoints: newest checkpoints kept.
+      log_every: steps between metric lines.
+      abort_after: stop after this many steps in a row with a non-finite loss or gradient.
+      pictures: validation images drawn in the report.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    eval_batch_size: int = 50
+    eval_every: int = 0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 20
+    abort_after: int = 20
+    pictures: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices: ``data`` x ``model``; data = -1 takes all that are left."""
+
+    data: int = -1
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """One run.
+
+    Attributes:
+      name: shown in results.
+      task: "detect" (DETR) or "pretrain" (dense pretraining of backbone and encoder).
+      seed: everything random is a function of it and the step.
+      init_from: folder with parameters to start from ("" = from scratch); a run's folder or its
+        ``model`` folder.
+      data: images.
+      model: sizes; ``num_classes=0`` takes the data's.
+      quant: bits.
+      auxiliary: matching of the auxiliary queries.
+      distill: teacher and distillation weights.
+      loss: set-loss weights.
+      optimizer: AdamW.
+      train: the loop.
+      mesh: devices.
+    """
+
+    name: str = "experiment"
+    task: Literal["detect", "pretrain"] = "detect"
+    seed: int = 0
+    init_from: str = ""
+    data: DataConfig = DataConfig()
+    model: DetrConfig = DetrConfig()
+    quant: QuantConfig = QuantConfig()
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+    distill: DistillConfig = DistillConfig()
+    loss: LossWeights = LossWeights()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if self.distill.weights.active and not (self.distill.teacher or self.init_from):
+            raise ValueError(
+                "distill.weights is not zero, but there is no teacher: set distill.teacher (or "
+                "init_from) to the folder of a float model"
+            )
+        if self.task == "pretrain" and self.quant.quantized:
+            raise ValueError("task='pretrain' trains a float backbone: set quant.policy='float'")
+        if self.train.steps < 1 or self.train.batch_size < 1:
+            raise ValueError("train.steps and train.batch_size must be positive")
+
+
+def learning_rate(config: OptimizerConfig, steps: int):
+    """The schedule's factor on every learning rate, as a jit-able function of the step.
+
+    Args:
+      config: warm-up, kind and drops.
+      steps: length of the run.
+    """
+    import jax.numpy as jnp
+
+    def factor(step: Any):
+        t = jnp.asarray(step, jnp.float32)
+        warm = jnp.minimum((t + 1) / config.warmup, 1.0) if config.warmup else 1.0
+        if config.schedule == "cosine":
+            span = max(steps - config.warmup, 1)
+            progress = jnp.clip((t - config.warmup) / span, 0.0, 1.0)
+            shape = config.final + (1 - config.final) * 0.5 * (1 + jnp.cos(math.pi * progress))
+        elif config.schedule == "step":
+            shape = 1.0
+            for fraction in config.drop_at:
+                shape = shape * jnp.where(t >= fraction * steps, 0.1, 1.0)
+        else:
+            shape = 1.0
+        return warm * shape
+
+    return factor

@@ -1,0 +1,396 @@
+"""A training run from beginning to end, phase by phase; run it again and it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from aqdetr_jax.data.dataset import DetectionDataset
+from aqdetr_jax.data.pipeline import make_train_pipeline
+from aqdetr_jax.evaluation.coco import results_block
+from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
+from aqdetr_jax.io import write_json_atomic
+from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.quant.report import bit_report, format_bit_report
+from aqdetr_jax.training import optimizer as optim
+from aqdetr_jax.training import setup
+from aqdetr_jax.training.checkpoint import Checkpoints
+from aqdetr_jax.training.config import ExperimentConfig, learning_rate
+from aqdetr_jax.training.config_types import from_dataclass
+from aqdetr_jax.training.metrics import MetricsWriter, Progress
+from aqdetr_jax.training.model_io import (
+    MODEL_FOLDER,
+    InputRule,
+    ModelBundle,
+    load_model,
+    save_model,
+)
+from aqdetr_jax.training.sharding import (
+    batch_sharding,
+    make_mesh,
+    parameter_shardings,
+    put_batch,
+    replicated,
+)
+from aqdetr_jax.training.state import TrainState, variables
+from aqdetr_jax.training.step import detection_loss_fn, make_train_step, pretrain_loss_fn
+from aqdetr_jax.training.workdir import git_commit, prepare_workdir
+
+logger = logging.getLogger(__name__)
+
+CHANGEABLE = (
+    "train.eval_every",
+    "train.eval_batch_size",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.abort_after",
+    "train.pictures",
+    "data.num_threads",
+    "data.prefetch",
+    "data.cache_dir",
+)
+"""Keys that may differ when a run is resumed: none of them changes what is trained."""
+
+TRAINED_KEYS = ("images", "mask", "boxes", "labels", "valid")
+"""The entries of a batch that the training step reads; the rest stays on the host."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+class StoppedError(RuntimeError):
+    """The run was asked to stop (SIGTERM or SIGINT); its state is saved."""
+
+
+@dataclasses.dataclass
+class RunResult:
+    """What a run leaves behind in memory; the same is in the work directory.
+
+    Attributes:
+      bundle: the trained model (moving average if there is one).
+      block: results block of the last evaluation, None after a pretraining.
+      detections: detections of that evaluation.
+    """
+
+    bundle: ModelBundle
+    block: dict[str, Any] | None = None
+    detections: Detections | None = None
+
+
+def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
+    """Trains, evaluates, and writes everything a run keeps.
+
+    Args:
+      config: the experiment.
+      workdir: folder of the run; if it holds this run already, training goes on from its newest
+        intact checkpoint, bit for bit as if it had never stopped.
+
+    Returns:
+      ``RunResult``.
+
+    Raises:
+      StoppedError: after SIGTERM or SIGINT, with the state saved.
+      TrainingDivergedError: see ``train.abort_after``.
+      ValueError, FileNotFoundError and their kin: bad input; the message names it.
+    """
+    # --- devices and data -------------------------------------------------------------------
+    mesh = make_mesh(None if config.mesh.data < 0 else config.mesh.data, config.mesh.model)
+    train_set = setup.open_dataset(config.data, train=True)
+    eval_set = setup.open_dataset(config.data, train=False)
+    config = setup.with_classes(config, train_set)
+    fingerprint = {"train": train_set.fingerprint, "eval": eval_set.fingerprint}
+    with (
+        prepare_workdir(
+            workdir, from_dataclass(config), dataset=fingerprint, changeable=CHANGEABLE
+        ) as folder,
+        jax.set_mesh(mesh),
+    ):
+        return _Run(config, folder.path, mesh, train_set, eval_set).run()
+
+
+class _Run:
+    def __init__(self, config, path, mesh, train_set, eval_set):
+        self.config: ExperimentConfig = config
+        self.path: Path = path
+        self.mesh = mesh
+        self.train_set: DetectionDataset = train_set
+        self.eval_set: DetectionDataset = eval_set
+        self.module = setup.build_module(config)
+        self.frozen_norms = config.model.backbone.norm == "frozen"
+        self.evaluator: Evaluator | None = None
+
+    def run(self) -> RunResult:
+        config = self.config
+        start = time.perf_counter()
+        self._log_drops()
+
+        # --- teacher ------------------------------------------------------------------------
+        teacher = setup.load_teacher(config)
+        teacher_module = teacher.module() if teacher else None
+        teacher_variables = jax.device_put(
+            teacher.variables if teacher else {}, replicated(self.mesh)
+        )
+
+        # --- state: restored, or made ---------------------------------------------------------
+        with Checkpoints(self.path / "checkpoints", config.train.keep_checkpoints) as checkpoints:
+            optimizer, groups, state, restored = self._state(checkpoints)
+            first = int(restored or 0)
+            self._write_bits(state)
+
+            # --- the step ---------------------------------------------------------------------
+            if isinstance(self.module, Detr):
+                loss_fn = detection_loss_fn(config, self.module, teacher_module)
+            else:
+                loss_fn = pretrain_loss_fn(config, self.module)
+            whole = replicated(self.mesh)
+            shardings = jax.tree.map(lambda x: x.sharding, state)
+            step = jax.jit(
+                make_train_step(config, loss_fn, optimizer, groups),
+                in_shardings=(shardings, whole, batch_sharding(self.mesh)),
+                out_shardings=(shardings, whole),
+                donate_argnums=0,
+            )
+
+            # --- loop -------------------------------------------------------------------------
+            block = detections = None
+            with (
+                MetricsWriter(self.path, resume_step=first if restored else None) as writer,
+                _stop_signal() as stop,
+            ):
+                for done, state in self._loop(state, first, step, teacher_variables, writer):
+                    last = done == config.train.steps
+                    if self._due(done, config.train.eval_every) and not last:
+                        block, detections = self._evaluate(state)
+                        writer.write(done, _flat_results(block))
+                    if self._due(done, config.train.checkpoint_every) or last or stop.is_set():
+                        checkpoints.save(done, state, wait=last or stop.is_set())
+                    if stop.is_set() and not last:
+                        raise StoppedError(
+                            f"stopped at step {done} as asked; the state is saved in {self.path}: "
+                            "run the same command to go on"
+                        )
+                if isinstance(self.module, Detr):
+                    block, detections = self._evaluate(state)
+                    writer.write(config.train.steps, _flat_results(block))
+
+        # --- what is kept ---------------------------------------------------------------------
+        bundle = self._bundle(state, block)
+        save_model(self.path / MODEL_FOLDER, bundle)
+        if block is not None and detections is not None:
+            block = {**block, "seconds": round(time.perf_counter() - start, 3)}
+            write_json_atomic(self.path / "detections.json", detections.results, indent=None)
+            write_json_atomic(self.path / "results.json", {"student": block})
+        return RunResult(bundle, block, detections)
+
+    # ------------------------------------------------------------------------------------------
+
+    def _log_drops(self) -> None:
+        for dataset in (self.train_set, self.eval_set):
+            if dataset.drops:
+                counts = ", ".join(f"{n} {reason}" for reason, n in dataset.drops.items())
+                first = "; ".join(dataset.drop_examples[:3])
+                print(f"{dataset.name}: left out boxes: {counts} ({first})")
+
+    def _state(self, checkpoints: Checkpoints):
+        """Optimizer, groups, state on the mesh, and the restored step (None = a fresh start)."""
+        config = self.config
+        fresh = checkpoints.latest_step() is None
+        images, mask = setup.example_input(config.data.buckets[0])
+        key = jax.random.key(0)
+        if fresh:
+            first = self._first_variables()
+        else:
+            first = jax.eval_shape(self.module.init, key, images, mask)
+        params, stats = first["params"], first["batch_stats"]
+        arguments = (params, config.optimizer)
+        optimizer = optim.make_optimizer(
+            *arguments, config.train.steps, frozen_norms=self.frozen_norms
+        )
+        groups = optim.parameter_groups(*arguments, frozen_norms=self.frozen_norms)
+
+        def create(params, stats):
+            return TrainState.create(params, stats, optimizer, ema=config.optimizer.ema > 0)
+
+        abstract = jax.eval_shape(create, params, stats)
+        shardings = parameter_shardings(abstract, self.mesh)
+        if fresh:
+            state = jax.jit(create, out_shardings=shardings)(params, stats)
+            trainable = optim.count_trainable(*arguments, frozen_norms=self.frozen_norms)
+            total = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+            print(f"{config.name}: {total:,} parameters, {trainable:,} of them trained")
+            return optimizer, groups, state, None
+        wanted = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+        )
+        restored = checkpoints.restore(wanted)
+        assert restored is not None
+        print(f"{config.name}: going on from step {restored[1]} in {self.path}")
+        return optimizer, groups, restored[0], restored[1]
+
+    def _first_variables(self) -> dict[str, Any]:
+        config = self.config
+        source = load_model(config.init_from) if config.init_from else None
+        pipeline = setup.pipeline_config(config, train=True)
+        values, report = setup.initial_variables(
+            config, self.module, source, make_train_pipeline(self.train_set, pipeline)
+        )
+        if report is not None:
+            print(f"{config.init_from}: {report.summary()}")
+        elif config.task == "detect" and len(self.train_set) < 10_000:
+            print(
+                f"training from scratch on {len(self.train_set)} images: a DETR needs pretrained "
+                "features (config.init_from), expect a low AP"
+            )
+        return values
+
+    def _write_bits(self, state: TrainState) -> None:
+        """The bit report of the inference model, with every run."""
+        if isinstance(self.module, Detr):
+            bucket = (self.config.data.eval_buckets or self.config.data.buckets)[0]
+            shapes = jax.eval_shape(lambda s: s.evaluated, state)
+            report = bit_report(setup.record_ops(self.module, shapes, bucket))
+            write_json_atomic(self.path / "bit_report.json", report)
+            (self.path / "bit_report.txt").write_text(format_bit_report(report) + "\n")
+
+    def _loop(self, state, first, step, teacher_variables, writer) -> Iterator:
+        """Yields (steps done, state) after every step; logs."""
+        config = self.config
+        pipeline = setup.pipeline_config(config, train=True, start_step=first)
+        batches = make_train_pipeline(self.train_set, pipeline)
+        rate = jax.jit(learning_rate(config.optimizer, config.train.steps))
+        progress = Progress(
+            config.train.steps, self.path, batch_size=config.train.batch_size, start=first
+        )
+        clock, counted = time.perf_counter(), first
+        try:
+            for number in range(first, config.train.steps):
+                batch = next(batches)
+                placed = put_batch({k: batch[k] for k in TRAINED_KEYS}, self.mesh)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step(state, teacher_variables, placed)
+                done = number + 1
+                if self._due(done, config.train.log_every) or done == config.train.steps:
+                    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                    now = time.perf_counter()
+                    images = (done - counted) * config.train.batch_size
+                    values["images_per_second"] = images / (now - clock)
+                    values["learning_rate"] = float(rate(number)) * config.optimizer.lr
+                    clock, counted = now, done
+                    writer.write(done, values)
+                    self._check(done, values, batch)
+                    progress.update(done, _shown(values))
+                yield done, state
+                if self._due(done, config.train.eval_every):
+                    clock, counted = time.perf_counter(), done
+        finally:
+            batches.close()
+            progress.close()
+
+    def _check(self, step: int, values: dict[str, float], batch: dict[str, np.ndarray]) -> None:
+        """Names a non-finite loss term; stops after too many bad steps in a row."""
+        bad = [k for k, v in values.items() if not np.isfinite(v)]
+        if bad:
+            ids = [self.train_set.image_id(int(i)) for i in batch["image_index"] if i >= 0]
+            logger.warning("step %d skipped: %s not finite; image ids %s", step, bad, ids)
+        if values["bad_in_a_row"] >= self.config.train.abort_after:
+            raise TrainingDivergedError(
+                f"{int(values['bad_in_a_row'])} steps in a row up to step {step} had a non-finite "
+                f"loss or gradient (now: {', '.join(bad) or 'the gradient'}); nothing was updated "
+                "in them. Lower optimizer.lr, or look at the images named in the log."
+            )
+
+    def _evaluate(self, state: TrainState) -> tuple[dict[str, Any], Detections]:
+        assert isinstance(self.module, Detr)
+        if self.evaluator is None:
+            self.evaluator = Evaluator(
+                self.module,
+                self.eval_set,
+                setup.pipeline_config(self.config, train=False),
+                self.mesh,
+                self.config.loss.kind,
+            )
+        metrics, detections = self.evaluator.evaluate(state.evaluated)
+        block = results_block(
+            metrics,
+            images=len(self.eval_set),
+            config=self.config.name,
+            seed=self.config.seed,
+            commit=git_commit(),
+            seconds=detections.seconds,
+        )
+        print(f"AP {block['AP']:.4f}  AP50 {block['AP50']:.4f}  ({len(self.eval_set)} images)")
+        return block, detections
+
+    def _bundle(self, state: TrainState, block) -> ModelBundle:
+        config = self.config
+        values = state.params if state.ema is None else state.ema
+        host = jax.device_get(variables(values, state.batch_stats))
+        info = {
+            "name": config.name,
+            "task": config.task,
+            "seed": config.seed,
+            "steps": config.train.steps,
+            "commit": git_commit(),
+            "data": {"train": self.train_set.fingerprint, "eval": self.eval_set.fingerprint},
+        }
+        if block is not None:
+            info["results"] = {k: v for k, v in block.items() if k != "per_class"}
+        return ModelBundle(
+            config.model,
+            config.quant,
+            InputRule.from_data(config.data),
+            self.train_set.class_names,
+            self.train_set.category_ids,
+            host,
+            info,
+        )
+
+    @staticmethod
+    def _due(done: int, every: int) -> bool:
+        return every > 0 and done % every == 0
+
+
+def _shown(values: dict[str, float]) -> dict[str, float]:
+    """The few terms that fit a progress line."""
+    shown = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_distill_encoder")
+    return {name: values[name] for name in shown if name in values}
+
+
+def _flat_results(block: dict[str, Any]) -> dict[str, float]:
+    """The 12 numbers as ``eval/AP`` etc."""
+    return {f"eval/{k}": v for k, v in block.items() if k.startswith(("AP", "AR"))}
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM or the first SIGINT sets; the second SIGINT interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number, frame):
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield event
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+

@@ -1,0 +1,124 @@
+"""A model as a folder: parameters with everything that is needed to use them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from aqdetr_jax.models.detr import Detr, DetrConfig
+from aqdetr_jax.training.checkpoint import load_params, save_params
+from aqdetr_jax.training.config import DataConfig, QuantConfig
+from aqdetr_jax.training.config_types import from_dataclass, to_dataclass
+
+MODEL_FOLDER = "model"
+"""Name of the model's folder inside a run's work directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InputRule:
+    """How images become network input at inference.
+
+    Attributes:
+      buckets: (height, width) of padded images, pixels.
+      short_side: resize of the short side, None = as they are.
+      max_size: limit of the long side, None = none.
+    """
+
+    buckets: tuple[tuple[int, int], ...]
+    short_side: int | None = None
+    max_size: int | None = None
+
+    @classmethod
+    def from_data(cls, data: DataConfig) -> InputRule:
+        """The evaluation rule of a data configuration."""
+        return cls(data.eval_buckets or data.buckets, data.eval_short_side, data.eval_max_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelBundle:
+    """A trained model in memory.
+
+    Attributes:
+      config: sizes (no auxiliary queries: they exist only in training).
+      quant: bits.
+      input: image rule.
+      class_names: names of the contiguous labels 0..C-1.
+      category_ids: the data's ids of those labels.
+      variables: {"params": ..., "batch_stats": ...}, nested dicts of arrays.
+      info: facts for people: configuration name, seed, commit, results.
+    """
+
+    config: DetrConfig
+    quant: QuantConfig
+    input: InputRule
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    variables: dict[str, Any]
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def module(self) -> Detr:
+        """The module that the variables belong to."""
+        return Detr(self.config, self.quant.build())
+
+
+def without_auxiliary(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of inference: no auxiliary queries, no pretraining head."""
+    training_only = ("auxiliary_queries", "dense_class", "dense_box")
+    return {key: value for key, value in params.items() if key not in training_only}
+
+
+def save_model(path: str | Path, bundle: ModelBundle) -> None:
+    """Writes a model folder; it appears whole or not at all.
+
+    Args:
+      path: the folder; an earlier model of that name is replaced.
+      bundle: what to write.
+    """
+    variables = {
+        "params": without_auxiliary(bundle.variables["params"]),
+        "batch_stats": bundle.variables["batch_stats"],
+    }
+    metadata = {
+        "format": 1,
+        "model": from_dataclass(
+            dataclasses.replace(bundle.config, num_auxiliary=0, auxiliary_groups=1)
+        ),
+        "quant": from_dataclass(bundle.quant),
+        "input": from_dataclass(bundle.input),
+        "class_names": list(bundle.class_names),
+        "category_ids": list(bundle.category_ids),
+        "info": bundle.info,
+    }
+    save_params(path, variables, metadata)
+
+
+def load_model(path: str | Path) -> ModelBundle:
+    """Reads a model folder, or the model of a run's work directory.
+
+    Args:
+      path: ``RUN/model`` or ``RUN``.
+
+    Raises:
+      FileNotFoundError: there is no model; the message says what the folder is instead.
+      CheckpointError: a file is damaged.
+    """
+    path = Path(path)
+    folder = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
+    variables, metadata = load_params(folder)
+    missing = {"model", "quant", "input", "class_names", "category_ids"} - set(metadata)
+    if missing:
+        raise ValueError(f"{folder} is not a model folder: its metadata lacks {sorted(missing)}")
+    return ModelBundle(
+        config=to_dataclass(DetrConfig, metadata["model"], f"{folder}: model"),
+        quant=to_dataclass(QuantConfig, metadata["quant"], f"{folder}: quant"),
+        input=to_dataclass(InputRule, metadata["input"], f"{folder}: input"),
+        class_names=tuple(metadata["class_names"]),
+        category_ids=tuple(metadata["category_ids"]),
+        variables=jax.tree.map(np.asarray, variables),
+        info=metadata.get("info", {}),
+    )

@@ -1,0 +1,127 @@
+"""AdamW in groups: backbone, step sizes, frozen parameters, and the rest."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jax import Array
+
+from aqdetr_jax.training.config import OptimizerConfig, learning_rate
+
+STEP_FLOOR = 1e-9
+"""Step sizes are kept above this after every update."""
+
+
+def group_of(path: str, config: OptimizerConfig, *, frozen_norms: bool) -> str:
+    """The group of a parameter: "frozen", "steps", "backbone" or "rest".
+
+    Args:
+      path: parameter path, e.g. "encoder/layer_0/norm1/scale".
+      config: ``frozen`` patterns.
+      frozen_norms: the backbone's norms are frozen (DETR's frozen batch norm).
+    """
+    leaf = path.rsplit("/", 1)[-1]
+    if leaf.endswith("_zero"):  # integer zero points are set by calibration only
+        return "frozen"
+    if any(re.search(pattern, path) for pattern in config.frozen):
+        return "frozen"
+    if path.startswith("backbone/") and frozen_norms and leaf in ("scale", "bias"):
+        return "frozen"
+    if leaf.endswith("_step"):
+        return "steps"
+    return "backbone" if path.startswith("backbone/") else "rest"
+
+
+def parameter_groups(params: Any, config: OptimizerConfig, *, frozen_norms: bool) -> Any:
+    """A tree like ``params`` with the group name of every leaf."""
+    return traverse_util.path_aware_map(
+        lambda path, _: group_of("/".join(path), config, frozen_norms=frozen_norms), params
+    )
+
+
+def count_trainable(params: Any, config: OptimizerConfig, *, frozen_norms: bool) -> int:
+    """Number of parameters that an update can change."""
+    groups = parameter_groups(params, config, frozen_norms=frozen_norms)
+    sizes = jax.tree.map(lambda p, g: 0 if g == "frozen" else p.size, params, groups)
+    return sum(jax.tree.leaves(sizes))
+
+
+def relative_to_parameter() -> optax.GradientTransformation:
+    """Multiplies every update by its parameter: step sizes move by a fraction of themselves.
+
+    Step sizes of one network span orders of magnitude. An Adam update of fixed size would be noise
+    for one and a jump through zero for another; relative updates keep them positive and make one
+    learning rate fit all [ours].
+    """
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda u, p: u * p, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def make_optimizer(
+    params: Any, config: OptimizerConfig, steps: int, *, frozen_norms: bool
+) -> optax.GradientTransformation:
+    """The optimizer of a run.
+
+    Gradients are clipped by their global norm over everything that is trained. Weight decay is
+    decoupled (AdamW) and acts on kernels and embeddings, not on norms, biases or step sizes.
+
+    Args:
+      params: parameter tree (or its shapes).
+      config: rates and groups.
+      steps: length of the run, for the schedule.
+      frozen_norms: see ``group_of``.
+    """
+    factor = learning_rate(config, steps)
+    groups = parameter_groups(params, config, frozen_norms=frozen_norms)
+
+    def rate(base: float):
+        return lambda step: -base * factor(step)
+
+    def decayed(tree):
+        return jax.tree.map(lambda p: getattr(p, "ndim", 0) > 1, tree)
+
+    def adamw(base: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale_by_adam(),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
+            optax.scale_by_schedule(rate(base)),
+        )
+
+    transforms = {
+        "rest": adamw(config.lr),
+        "backbone": adamw(config.lr_backbone),
+        "steps": optax.chain(
+            optax.scale_by_adam(),
+            relative_to_parameter(),
+            optax.scale_by_schedule(rate(config.lr_steps)),
+        ),
+        "frozen": optax.set_to_zero(),
+    }
+    chain = [optax.partition(transforms, groups)]
+    if config.clip_norm > 0:
+        chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    return optax.chain(*chain)
+
+
+def trained_gradients(gradients: Any, groups: Any) -> Any:
+    """Gradients with those of frozen parameters set to zero (they must not count in the norm)."""
+    return jax.tree.map(
+        lambda g, name: jnp.zeros_like(g) if name == "frozen" else g, gradients, groups
+    )
+
+
+def keep_steps_positive(params: Any) -> Any:
+    """Projects every step size to at least ``STEP_FLOOR``."""
+
+    def project(path, leaf: Array) -> Array:
+        return jnp.maximum(leaf, STEP_FLOOR) if path[-1].endswith("_step") else leaf
+
+    return traverse_util.path_aware_map(project, params)

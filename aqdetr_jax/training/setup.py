@@ -1,0 +1,307 @@
+"""From a configuration to datasets, modules and first parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from aqdetr_jax.data.dataset import DetectionDataset, load_dataset
+from aqdetr_jax.data.pipeline import PipelineConfig
+from aqdetr_jax.models.dense import DensePretrainer
+from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.models.quantized import OBSERVED
+from aqdetr_jax.quant.calibrate import calibrated_parameters, merge_samples
+from aqdetr_jax.quant.record import OpRecord, recording
+from aqdetr_jax.training.config import DataConfig, ExperimentConfig
+from aqdetr_jax.training.model_io import ModelBundle, load_model
+
+logger = logging.getLogger(__name__)
+
+INIT, AUXILIARY_START, CALIBRATION = 0, 2, 3
+"""Purpose numbers of random keys outside the step (see ``step.step_key``)."""
+
+
+def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
+    """The training or evaluation set of a configuration.
+
+    Raises:
+      DatasetError, FileNotFoundError: the set cannot be opened; the message names the culprit.
+    """
+    split = data.train_split if train else data.eval_split
+    if data.kind == "shapes":
+        return load_dataset(
+            "shapes",
+            split=split,
+            size=data.image_size,
+            num_images=data.num_train if train else data.num_eval,
+            seed=data.set_seed,
+            cache_dir=data.cache_dir or None,
+        )
+    if data.kind == "coco":
+        if data.root:
+            return load_dataset("coco", root=data.root, split=split)
+        images = data.train_images if train else data.eval_images
+        annotations = data.train_annotations if train else data.eval_annotations
+        which = "train" if train else "eval"
+        for name, value in ((f"{which}_images", images), (f"{which}_annotations", annotations)):
+            if not value:
+                raise ValueError(f"config.data.{name} is empty: set it (or config.data.root)")
+        return load_dataset("coco", images_dir=images, annotation_file=annotations, split=split)
+    if not data.root:
+        raise ValueError(f"config.data.root is empty: set it to the folder of the {data.kind} set")
+    if data.kind == "voc":
+        return load_dataset("voc", root=data.root, split=split)
+    return load_dataset("tfds", data_dir=data.root, split=split)
+
+
+def pipeline_config(
+    config: ExperimentConfig, *, train: bool, start_step: int = 0
+) -> PipelineConfig:
+    """The input pipeline's parameters on this process."""
+    data = config.data
+    return PipelineConfig(
+        batch_size=config.train.batch_size if train else config.train.eval_batch_size,
+        buckets=data.buckets if train else (data.eval_buckets or data.buckets),
+        max_boxes=data.max_boxes,
+        seed=config.seed,
+        augment=data.augment,
+        eval_short_side=data.eval_short_side,
+        eval_max_size=data.eval_max_size,
+        allow_truncation=data.allow_truncation,
+        on_error=data.on_error,
+        num_threads=data.num_threads,
+        prefetch=data.prefetch,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        start_step=start_step,
+    )
+
+
+def with_classes(config: ExperimentConfig, dataset: DetectionDataset) -> ExperimentConfig:
+    """Fills in ``model.num_classes=0`` from the data, and checks a pinned number.
+
+    Raises:
+      ValueError: the data have more classes than the model.
+    """
+    classes = config.model.num_classes
+    if classes == 0:
+        model = dataclasses.replace(config.model, num_classes=dataset.num_classes)
+        return dataclasses.replace(config, model=model)
+    if dataset.num_classes > classes:
+        raise ValueError(
+            f"{dataset.name} has {dataset.num_classes} classes, but config.model.num_classes is "
+            f"{classes}; set it to 0 to take the data's"
+        )
+    return config
+
+
+def example_input(bucket: tuple[int, int], batch: int = 1) -> tuple[jax.Array, jax.Array]:
+    """A black image and its mask, for shapes."""
+    return jnp.zeros((batch, *bucket, 3), jnp.uint8), jnp.ones((batch, *bucket), bool)
+
+
+def record_ops(module: Detr, variables: Any, bucket: tuple[int, int]) -> list[OpRecord]:
+    """The operations of one inference on one image of a bucket, without running it."""
+    images, mask = example_input(bucket)
+    with recording() as rows:
+        jax.eval_shape(lambda v: module.apply(v, images, mask), variables)
+    return rows
+
+
+class LoadReport(NamedTuple):
+    """What became of an imported tree, as lists of parameter paths.
+
+    Attributes:
+      loaded: taken over.
+      new: not in the source; started afresh.
+      dropped: in the source only.
+      mismatched: different shape in the source; started afresh.
+    """
+
+    loaded: list[str]
+    new: list[str]
+    dropped: list[str]
+    mismatched: list[str]
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = [f"{len(self.loaded)} loaded"]
+        for name in ("new", "dropped", "mismatched"):
+            paths = getattr(self, name)
+            if paths:
+                parts.append(f"{len(paths)} {name} ({', '.join(_roots(paths))})")
+        return "parameters: " + ", ".join(parts)
+
+
+def _roots(paths: Iterable[str]) -> list[str]:
+    """Top-level names, and the leaf name for step sizes."""
+    return sorted({"step sizes" if p.endswith(("_step", "_zero")) else p.split("/")[0] for p in paths})
+
+
+def merge(own: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], LoadReport]:
+    """Takes over every array of ``source`` that ``own`` has with the same shape (flat dicts)."""
+    merged, report = dict(own), LoadReport([], [], [], [])
+    for path, value in own.items():
+        if path not in source:
+            report.new.append(path)
+        elif np.shape(source[path]) != np.shape(value):
+            report.mismatched.append(path)
+        else:
+            merged[path] = source[path]
+            report.loaded.append(path)
+    report.dropped.extend(path for path in source if path not in own)
+    return merged, report
+
+
+def initial_variables(
+    config: ExperimentConfig,
+    module: Detr | DensePretrainer,
+    source: ModelBundle | None,
+    calibration: Iterable[Mapping[str, np.ndarray]],
+) -> tuple[dict[str, Any], LoadReport | None]:
+    """The first variables of a run: random, imported, calibrated.
+
+    Args:
+      config: seed, auxiliary start, calibration.
+      module: the model that is trained.
+      source: parameters to start from, or None.
+      calibration: training batches for the step sizes; read only if any step size is new.
+
+    Returns:
+      (variables as numpy arrays, load report or None).
+
+    Raises:
+      ValueError: almost nothing of ``source`` fits the model.
+    """
+    images, mask = example_input(config.data.buckets[0])
+    key = jax.random.fold_in(jax.random.key(config.seed), INIT)
+    variables = jax.tree.map(np.asarray, jax.jit(module.init)(key, images, mask))
+    params = traverse_util.flatten_dict(variables["params"], sep="/")
+    stats = traverse_util.flatten_dict(variables["batch_stats"], sep="/")
+    report = None
+    if source is not None:
+        given = traverse_util.flatten_dict(source.variables["params"], sep="/")
+        params, report = merge(params, given)
+        given_stats = traverse_util.flatten_dict(source.variables["batch_stats"], sep="/")
+        stats, stats_report = merge(stats, given_stats)
+        wanted = sum(not path.endswith(("_step", "_zero")) for path in params)
+        if len(report.loaded) < 0.1 * wanted or stats_report.mismatched:
+            raise ValueError(
+                f"config.init_from={config.init_from!r} does not fit this model: "
+                f"{report.summary()}; first that differ: "
+                f"{(report.mismatched + stats_report.mismatched + report.new)[:5]}"
+            )
+        auxiliary = "auxiliary_queries"
+        if auxiliary in report.new and config.auxiliary.start == "object":
+            params[auxiliary] = _copied_queries(config, params["query_embed"], params[auxiliary])
+    variables = _unflatten(params, stats)
+    new_steps = [
+        path
+        for path in params
+        if path.endswith("_step") and (report is None or path not in report.loaded)
+    ]
+    if new_steps and isinstance(module, Detr):
+        variables = calibrate(config, module, variables, calibration)
+    return variables, report
+
+
+def _unflatten(params: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "params": traverse_util.unflatten_dict(params, sep="/"),
+        "batch_stats": traverse_util.unflatten_dict(stats, sep="/"),
+    }
+
+
+def _copied_queries(config: ExperimentConfig, queries, auxiliary) -> np.ndarray:
+    """Auxiliary queries as copies of the object queries, in turn, plus noise [ours]."""
+    count = auxiliary.shape[0]
+    key = jax.random.fold_in(jax.random.key(config.seed), AUXILIARY_START)
+    noise = np.asarray(jax.random.normal(key, auxiliary.shape)) * np.std(queries)
+    copies = np.asarray(queries)[np.arange(count) % queries.shape[0]]
+    return (copies + config.auxiliary.noise * noise).astype(np.float32)
+
+
+def calibrate(
+    config: ExperimentConfig,
+    module: Detr,
+    variables: Mapping[str, Any],
+    batches: Iterable[Mapping[str, np.ndarray]],
+) -> dict[str, Any]:
+    """Sets every step size from what the float model sees on a few training batches.
+
+    Args:
+      config: number of batches and method.
+      module: quantized model.
+      variables: its variables; float parameters trained or imported, step sizes of any value.
+      batches: training batches (images, mask).
+
+    Returns:
+      New variables.
+    """
+    observer = module.clone(
+        policy=dataclasses.replace(module.policy, arithmetic="observe")
+    )
+
+    @jax.jit
+    def observe(variables, images, mask):
+        _, seen = observer.apply(variables, images, mask, mutable=[OBSERVED])
+        return seen[OBSERVED]
+
+    samples = []
+    for _, batch in zip(range(config.quant.calibration_batches), batches, strict=False):
+        seen = observe(variables, batch["images"], batch["mask"])
+        samples.append(traverse_util.flatten_dict(jax.device_get(seen), sep="/"))
+    if not samples:
+        raise ValueError("calibration needs at least one batch (quant.calibration_batches)")
+    rows = record_ops(module, variables, config.data.buckets[0])
+    params = calibrated_parameters(
+        traverse_util.flatten_dict(variables["params"], sep="/"),
+        rows,
+        merge_samples(samples),
+        config.quant.calibration_method,
+    )
+    return {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
+
+
+def build_module(config: ExperimentConfig) -> Detr | DensePretrainer:
+    """The module that is trained."""
+    if config.task == "pretrain":
+        return DensePretrainer(config.model)
+    return Detr(config.model, config.quant.build())
+
+
+def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
+    """The float teacher of a distillation, or None.
+
+    Raises:
+      ValueError: the teacher is quantized, or its encoder does not match the student's.
+    """
+    if not config.distill.weights.active:
+        return None
+    path = config.distill.teacher or config.init_from
+    teacher = load_model(path)
+    if teacher.quant.quantized:
+        raise ValueError(f"distill.teacher={path!r} is quantized ({teacher.quant.policy}); give a float model")
+    mine, theirs = config.model, teacher.config
+    for name in ("encoder_layers", "decoder_layers", "heads", "dim", "num_queries"):
+        needed = name in ("encoder_layers", "heads") or (
+            config.distill.weights.decoder_self + config.distill.weights.decoder_cross > 0
+        )
+        if needed and getattr(mine, name) != getattr(theirs, name):
+            raise ValueError(
+                f"distill.teacher={path!r} has {name}={getattr(theirs, name)}, the student has "
+                f"{getattr(mine, name)}: their attention maps cannot be compared"
+            )
+    if mine.backbone.output_stride != theirs.backbone.output_stride:
+        raise ValueError(
+            f"distill.teacher={path!r} has output stride {theirs.backbone.output_stride}, the "
+            f"student {mine.backbone.output_stride}: their attention maps cannot be compared"
+        )
+    return teacher

@@ -1,0 +1,200 @@
+"""One training step, as pure functions of (state, teacher, batch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from aqdetr_jax.losses.auxiliary import AuxiliaryLossConfig, aqdetr_detection_loss
+from aqdetr_jax.losses.dense import dense_assignment, dense_loss
+from aqdetr_jax.losses.distillation import DistillationWeights, layer_by_layer_loss
+from aqdetr_jax.losses.targets import Predictions, Targets
+from aqdetr_jax.models.dense import DensePretrainer
+from aqdetr_jax.models.detr import Detr, DetrOutput
+from aqdetr_jax.training import optimizer as optim
+from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.state import TrainState, variables
+
+Batch = dict[str, Array]
+LossFn = Callable[[Any, Any, Any, Batch, Array], tuple[Array, tuple[dict[str, Array], Any]]]
+
+DROPOUT = 1
+"""Purpose number of the dropout key, see ``step_key``."""
+
+
+def step_key(seed: int, step: Array, purpose: int) -> Array:
+    """The random key of a step: ``fold_in(fold_in(key(seed), step), purpose)``."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
+
+
+def targets_of(batch: Batch) -> Targets:
+    """The padded ground truth of a batch."""
+    return Targets(batch["boxes"], batch["labels"], batch["valid"])
+
+
+def distillation_loss(
+    weights: DistillationWeights, teacher: DetrOutput, student: DetrOutput, num_queries: int
+) -> tuple[Array, dict[str, Array]]:
+    """``λ_dist L_dist`` and the optional decoder terms.
+
+    Args:
+      weights: λ of each term.
+      teacher: float model's output on the same images.
+      student: quantized model's output.
+      num_queries: N; only the object queries' cross-attention is compared.
+
+    Returns:
+      (weighted sum, unweighted terms).
+    """
+    terms: dict[str, Array] = {}
+    if weights.encoder:
+        terms["loss_distill_encoder"] = layer_by_layer_loss(
+            weights.kind,
+            teacher.encoder_attention,
+            student.encoder_attention,
+            student.memory_valid,
+        )
+    if weights.decoder_self:
+        terms["loss_distill_decoder_self"] = layer_by_layer_loss(
+            weights.kind, teacher.decoder_self_attention, student.decoder_self_attention
+        )
+    if weights.decoder_cross:
+        objects = [
+            [type(m)(m.scores[:, :, :num_queries], None, m.output[:, :num_queries]) for m in maps]
+            for maps in (teacher.decoder_cross_attention, student.decoder_cross_attention)
+        ]
+        terms["loss_distill_decoder_cross"] = layer_by_layer_loss(weights.kind, *objects)
+    scale = {
+        "loss_distill_encoder": weights.encoder,
+        "loss_distill_decoder_self": weights.decoder_self,
+        "loss_distill_decoder_cross": weights.decoder_cross,
+    }
+    return sum((scale[k] * v for k, v in terms.items()), jnp.float32(0.0)), terms
+
+
+def detection_loss_fn(config: ExperimentConfig, model: Detr, teacher: Detr | None) -> LossFn:
+    """``L = L_det + λ_aux L_aux + λ_dist L_dist`` as a function of (params, ...).
+
+    Args:
+      config: weights and seed.
+      model: the student (or a float model).
+      teacher: float module of the teacher, None without distillation.
+    """
+    sizes = model.config
+    auxiliary = AuxiliaryLossConfig(
+        config.auxiliary.weight, config.auxiliary.repeats, sizes.auxiliary_groups
+    )
+    weights = config.distill.weights
+
+    def loss_fn(params, batch_stats, teacher_variables, batch, step):
+        output, updated = model.apply(
+            variables(params, batch_stats),
+            batch["images"],
+            batch["mask"],
+            train=True,
+            auxiliary=sizes.num_auxiliary > 0,
+            mutable=["batch_stats"],
+            rngs={"dropout": step_key(config.seed, step, DROPOUT)} if sizes.dropout else None,
+        )
+        extra = (
+            Predictions(output.auxiliary_logits, output.auxiliary_boxes)
+            if sizes.num_auxiliary
+            else None
+        )
+        loss, terms, diagnostics = aqdetr_detection_loss(
+            Predictions(output.logits, output.boxes),
+            extra,
+            targets_of(batch),
+            config.loss,
+            auxiliary,
+        )
+        if teacher is not None:
+            target = teacher.apply(teacher_variables, batch["images"], batch["mask"])
+            target = jax.lax.stop_gradient(target)
+            more, distilled = distillation_loss(weights, target, output, sizes.num_queries)
+            loss, terms = loss + more, terms | distilled
+        terms = {"loss": loss, **terms}
+        for name in ("class_error", "num_boxes", "limited_images"):
+            terms[name] = diagnostics[name].astype(jnp.float32)
+        terms["replaced_costs"] = jnp.sum(diagnostics["replaced_costs"]).astype(jnp.float32)
+        return loss, (terms, updated.get("batch_stats", batch_stats))
+
+    return loss_fn
+
+
+def pretrain_loss_fn(config: ExperimentConfig, model: DensePretrainer) -> LossFn:
+    """The dense detection loss of the pretraining."""
+
+    def loss_fn(params, batch_stats, teacher_variables, batch, step):
+        del teacher_variables
+        output, updated = model.apply(
+            variables(params, batch_stats),
+            batch["images"],
+            batch["mask"],
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": step_key(config.seed, step, DROPOUT)},
+        )
+        targets = targets_of(batch)
+        matched = dense_assignment(output.centres, targets, output.cell)
+        loss, terms = dense_loss(output.logits, output.boxes, output.valid, matched, targets)
+        return loss, ({"loss": loss, **terms}, updated["batch_stats"])
+
+    return loss_fn
+
+
+def make_train_step(
+    config: ExperimentConfig, loss_fn: LossFn, optimizer: optax.GradientTransformation, groups: Any
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The update step: loss, gradient, guarded AdamW update, step sizes kept positive, average.
+
+    If the loss or the gradient norm is not finite, nothing but the step number changes, and
+    ``bad_in_a_row`` counts it; the metrics then show which term was at fault.
+
+    Args:
+      config: for the moving average's decay.
+      loss_fn: see ``detection_loss_fn``.
+      optimizer: see ``optimizer.make_optimizer``.
+      groups: tree of group names, see ``optimizer.parameter_groups``.
+
+    Returns:
+      ``step(state, teacher_variables, batch) -> (state, metrics)``, to be jitted with the state
+      donated. Metrics are float32 scalars on the device.
+    """
+    decay = config.optimizer.ema
+
+    def step(state: TrainState, teacher_variables, batch: Batch):
+        (loss, (terms, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, state.batch_stats, teacher_variables, batch, state.step
+        )
+        gradients = optim.trained_gradients(gradients, groups)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optim.keep_steps_positive(optax.apply_updates(state.params, updates))
+        ema = state.ema
+        if decay:
+            # A young average follows closely, so that it does not remember the random start.
+            d = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda e, p: e * d + p * (1 - d), state.ema, params)
+
+        def guard(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        new = TrainState(
+            step=state.step + 1,
+            params=guard(params, state.params),
+            batch_stats=guard(batch_stats, state.batch_stats),
+            opt_state=guard(opt_state, state.opt_state),
+            ema=guard(ema, state.ema),
+            bad_in_a_row=jnp.where(finite, 0, state.bad_in_a_row + 1).astype(jnp.int32),
+        )
+        metrics = {**terms, "gradient_norm": norm, "bad_in_a_row": new.bad_in_a_row}
+        return new, metrics
+
+    return step

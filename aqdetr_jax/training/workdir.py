@@ -1,0 +1,252 @@
+"""The work directory of a run: its configuration, its origin, and a lock.
+
+``config.json`` is the resolved configuration (loadable by ``load_config_file``), ``manifest.json``
+says where the results come from: versions, commit, seed, data, devices, and each start's command.
+Running the same command again resumes; a changed configuration is refused with its differences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.training.config_tools import changed_keys, config_diff, to_plain
+
+# Keys that change neither what was computed so far nor its meaning.
+CHANGEABLE = ("train.steps", "eval.*", "log.*")
+
+_PACKAGES = ("aqdetr-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class WorkdirError(RuntimeError):
+    """A work directory that this run must not use; the message says why and what to do."""
+
+
+@dataclasses.dataclass
+class Workdir:
+    """A prepared and locked work directory; ``with`` or :meth:`release` unlocks it.
+
+    Attributes:
+      path: the folder.
+      resumed: it held this run already.
+      changes: keys that changed, as ``"key: old -> new"``; all of them were allowed to.
+    """
+
+    path: Path
+    resumed: bool
+    changes: list[str]
+    _lock: int | None = None
+
+    def __enter__(self) -> Workdir:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Unlocks the folder; the end of the process, however it comes, does so too."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def prepare_workdir(
+    path: str | Path,
+    config_dict: Any,
+    *,
+    resume: bool = True,
+    seed: int | None = None,
+    dataset: Any = None,
+    changeable: Sequence[str] = CHANGEABLE,
+) -> Workdir:
+    """Makes or re-opens a work directory, locks it, and writes its configuration and manifest.
+
+    In a multi-process run process 0 does this and the others only make the folder.
+
+    Args:
+      path: folder, made if missing.
+      config_dict: resolved configuration: ``ConfigDict``, mapping or dataclass.
+      resume: go on with a run that the folder holds; False refuses such a folder.
+      seed: recorded; the configuration's ``seed`` when None.
+      dataset: fingerprint of the data (JSON-serialisable), recorded. On resume another
+        fingerprint than the first start's is refused.
+      changeable: patterns (``fnmatch``) of dotted keys that may differ on resume.
+
+    Returns:
+      The locked folder.
+
+    Raises:
+      WorkdirError: another process uses the folder; it holds another configuration or data set
+        (the differences are listed); it holds a run and ``resume`` is False.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise WorkdirError(f"the work directory {path} is a file; choose another --workdir")
+    path.mkdir(parents=True, exist_ok=True)
+    config = to_plain(config_dict)
+    if jax.process_index() != 0:
+        return Workdir(path, (path / "config.json").is_file(), [])
+    lock = _lock(path / ".lock")
+    try:
+        existing = (path / "config.json").is_file()
+        changes = _check_existing(path, config, resume, changeable) if existing else []
+        manifest = _read_manifest(path) if existing else {}
+        fingerprint = to_plain(dataset)
+        known = manifest.get("dataset")
+        if known is not None and fingerprint is not None and known != fingerprint:
+            raise WorkdirError(
+                f"{path} was trained on other data (recorded {known}, now {fingerprint}). Restore "
+                "the data, or choose another --workdir."
+            )
+        # The manifest first: config.json is what makes the folder a run.
+        if not manifest:
+            number = seed if seed is not None else config.get("seed")
+            manifest = {"seed": number, "dataset": fingerprint, "starts": []}
+        manifest["starts"].append(_describe_start(changes))
+        write_json_atomic(path / "manifest.json", manifest)
+        if changes or not existing:
+            write_json_atomic(path / "config.json", config)
+    except BaseException:
+        os.close(lock)
+        raise
+    return Workdir(path, existing, changes, lock)
+
+
+def git_commit() -> str:
+    """Commit of the package's own sources: ``<sha>``, ``<sha>-dirty``, or ``unknown``.
+
+    ``unknown`` where the package is not run from a git checkout of its own repository, so that
+    an installed copy inside someone else's checkout does not report that one's commit.
+    """
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return "unknown"
+        commit = git("rev-parse", "--verify", "HEAD")
+        return f"{commit}-dirty" if git("status", "--porcelain") else commit
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions
+
+
+def _describe_start(changes: list[str]) -> dict[str, Any]:
+    # The program's own folder is this machine's business; what the user typed is kept.
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": git_commit(),
+        "versions": package_versions(),
+        "host": platform.node(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "changes": changes,
+    }
+
+
+def _check_existing(
+    path: Path, config: Mapping[str, Any], resume: bool, changeable: Sequence[str]
+) -> list[str]:
+    if not resume:
+        raise WorkdirError(
+            f"{path} already holds a run. Resume it, or choose another --workdir for a new one."
+        )
+    try:
+        old = read_json(path / "config.json")
+    except ValueError as error:
+        raise WorkdirError(f"cannot resume: {error}. Restore the file from a copy.") from error
+    changes = config_diff(old, config)
+    refused = [
+        change
+        for key, change in zip(changed_keys(old, config), changes, strict=True)
+        if not any(fnmatchcase(key, pattern) for pattern in changeable)
+    ]
+    if refused:
+        listing = "\n  ".join(refused)
+        raise WorkdirError(
+            f"{path} holds a run with another configuration:\n  {listing}\n"
+            "Use the old values to resume it, or choose another --workdir for the new ones. "
+            f"Only these may change on resume: {', '.join(changeable)}"
+        )
+    return changes
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = path / "manifest.json"
+    if not manifest.is_file():
+        return {}
+    try:
+        content = read_json(manifest)
+    except ValueError as error:
+        raise WorkdirError(f"cannot resume: {error}. Restore the file or delete it.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("starts"), list):
+        raise WorkdirError(f"{manifest} is not a run's manifest. Restore the file or delete it.")
+    return content
+
+
+def _lock(path: Path) -> int:
+    """Takes an exclusive lock that the operating system drops when the process ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock_descriptor(descriptor)
+    except OSError as error:
+        holder = ""
+        with contextlib.suppress(OSError):
+            holder = f" ({os.read(descriptor, 200).decode(errors='replace').strip()})"
+        os.close(descriptor)
+        raise WorkdirError(
+            f"another process is using the work directory {path.parent}{holder}. "
+            "Wait for it, stop it, or choose another --workdir."
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+    return descriptor
+
+
+def _lock_descriptor(descriptor: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        # A byte far behind the text, which stays readable for the message of the other process.
+        os.lseek(descriptor, 1 << 20, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,1 @@
+"""Pictures and reports: training curves, detections, attention maps, the HTML report."""

@@ -1,0 +1,1 @@
+"""Experiment configurations; each file's docstring says its command, its result and its cost."""

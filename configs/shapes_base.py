@@ -1,0 +1,76 @@
+"""What all experiments on the embedded set share: data, sizes, schedule. Not run on its own.
+
+The model is a DETR for 128-pixel images on two CPU cores: a narrow ResNet with output stride 8
+(256 tokens), one encoder and three decoder layers of width 128, pre-norm, 25 object queries.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Data and model of the embedded set."""
+    config = ConfigDict()
+    config.name = "shapes_base"
+    config.task = "detect"
+    config.seed = 0
+    config.init_from = ""
+    config.data = ConfigDict(
+        dict(
+            kind="shapes",
+            cache_dir="",
+            max_boxes=12,
+            augment=dict(
+                scales=(112, 128), max_size=128, crop_probability=0.3, crop_size=(80, 128)
+            ),
+        )
+    )
+    config.model = ConfigDict(
+        dict(
+            backbone=dict(
+                block="basic",
+                depths=(1, 2, 2),
+                widths=(32, 64, 96),
+                strides=(1, 2, 1),
+                dilations=(1, 1, 2),
+                stem_width=32,
+                stem_kernel=5,
+                stem_stride=4,
+                stem_pool=False,
+                norm="frozen",
+            ),
+            num_classes=0,
+            num_queries=25,
+            num_auxiliary=0,
+            auxiliary_groups=1,
+            dim=128,
+            heads=4,
+            encoder_layers=1,
+            decoder_layers=3,
+            ffn=384,
+            dropout=0.0,
+            pre_norm=True,
+        )
+    )
+    config.optimizer = ConfigDict(
+        dict(
+            lr=1e-3,
+            lr_backbone=3e-4,
+            weight_decay=1e-4,
+            clip_norm=1.0,
+            warmup=200,
+            schedule="cosine",
+            final=0.02,
+            ema=0.998,
+        )
+    )
+    config.train = ConfigDict(
+        dict(
+            steps=8000,
+            batch_size=32,
+            eval_batch_size=50,
+            eval_every=1000,
+            checkpoint_every=500,
+            log_every=20,
+        )
+    )
+    return config

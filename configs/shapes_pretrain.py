@@ -1,0 +1,18 @@
+"""Dense pretraining of backbone and encoder on the embedded set: stands in for ImageNet.
+
+aqdetr train --config=configs/shapes_pretrain.py --workdir=runs/shapes_pretrain
+"""
+
+from configs import shapes_base
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Learning norms, no decoder."""
+    config = shapes_base.get_config()
+    config.name = "shapes_pretrain"
+    config.task = "pretrain"
+    config.model.backbone.norm = "batch"
+    config.optimizer.update(lr=2e-3, lr_backbone=2e-3)
+    config.train.update(steps=2500, eval_every=0)
+    return config

@@ -1,0 +1,18 @@
+"""The float teacher of the embedded set.
+
+aqdetr train --config=configs/shapes_teacher.py --workdir=runs/shapes_teacher
+"""
+
+from configs import shapes_base
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Float DETR with auxiliary query groups (dropped afterwards), from the pretrained backbone."""
+    config = shapes_base.get_config()
+    config.name = "shapes_teacher"
+    config.init_from = "runs/shapes_pretrain"
+    config.model.num_auxiliary = 50
+    config.model.auxiliary_groups = 2
+    config.auxiliary = ConfigDict(dict(weight=1.0, repeats=1, start="random"))
+    return config

@@ -1,0 +1,243 @@
+"""Augmentation: boxes against pixels, sizes against hand values, reading of odd image files."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from aqdetr_jax.data import transforms as T
+from aqdetr_jax.data.dataset import Example, ImageReadError
+
+
+def example(height=40, width=60, boxes=((10, 5, 30, 25), (50, 30, 60, 40))):
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0] = np.arange(height)[:, None]
+    image[..., 1] = np.arange(width)[None, :]
+    boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
+    return Example(
+        image, boxes, np.arange(len(boxes), dtype=np.int32), np.zeros(len(boxes), bool), 1, "x.png"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "longest", "expected"),
+    [
+        ((480, 640), 800, 1333, (800, 1066)),  # 800 * 640 / 480 = 1066.67, cut off.
+        ((640, 480), 800, 1333, (1066, 800)),
+        ((427, 640), 800, 1333, (800, 1199)),  # 1199.06
+        ((200, 500), 800, 1333, (533, 1332)),  # Long side binds: round(533.2), then 1332.5.
+        ((500, 200), 800, 1333, (1332, 533)),
+        ((800, 1066), 800, 1333, (800, 1066)),  # Already there: untouched.
+        ((480, 640), 800, None, (800, 1066)),
+        ((600, 600), 512, 1333, (512, 512)),
+    ],
+)
+def test_resize_rule_of_detr(size, short, longest, expected):
+    assert T.resized_size(*size, short, longest) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket", "expected"),
+    [
+        ((100, 200), (128, 256), (100, 200)),  # Never up.
+        ((100, 200), (50, 256), (50, 100)),
+        ((100, 200), (100, 100), (50, 100)),
+        ((3, 1000), (100, 100), (1, 100)),
+    ],
+)
+def test_fitted_size(size, bucket, expected):
+    assert T.fitted_size(*size, bucket) == expected
+
+
+@given(st.tuples(*[st.integers(1, 2000)] * 4))
+@settings(deadline=None, max_examples=200)
+def test_fitted_size_always_fits(numbers):
+    height, width, *bucket = numbers
+    h, w = T.fitted_size(height, width, tuple(bucket))
+    assert 1 <= h <= min(bucket[0], height)
+    assert 1 <= w <= min(bucket[1], width)
+
+
+def test_flip_by_hand():
+    flipped = T.horizontal_flip(example())
+    assert flipped.boxes.tolist() == [[30, 5, 50, 25], [0, 30, 10, 40]]
+    assert flipped.image[0, :3, 1].tolist() == [59, 58, 57]
+    back = T.horizontal_flip(flipped)
+    assert np.array_equal(back.image, example().image)
+    assert np.array_equal(back.boxes, example().boxes)
+
+
+def test_crop_by_hand():
+    cropped = T.crop(example(), top=10, left=20, height=20, width=30)
+    assert cropped.image.shape == (20, 30, 3)
+    assert cropped.image[0, 0].tolist() == [10, 20, 0]
+    # The first box keeps (20, 10)-(30, 25); the second starts where the window ends.
+    assert cropped.boxes.tolist() == [[0, 0, 10, 15]]
+    assert cropped.labels.tolist() == [0]
+    with pytest.raises(ValueError, match="leaves the image"):
+        T.crop(example(), 30, 0, 20, 10)
+
+
+def test_resize_matches_pillow_and_scales_boxes():
+    resized = T.resize(example(), (20, 90))
+    oracle = Image.fromarray(example().image).resize((90, 20), Image.Resampling.BILINEAR)
+    assert np.array_equal(resized.image, np.asarray(oracle))
+    assert resized.boxes.tolist() == [[15, 2.5, 45, 12.5], [75, 15, 90, 20]]
+
+
+def test_empty_images_pass():
+    rng = np.random.default_rng(0)
+    config = T.AugmentConfig(
+        flip_probability=1, crop_probability=1, crop_size=(10, 20), scales=(16, 24)
+    )
+    done = T.augment(example(boxes=()), rng, config, (32, 32))
+    assert done.boxes.shape == (0, 4)
+    assert done.boxes.dtype == np.float32
+
+
+@given(st.integers(0, 10_000))
+@settings(deadline=None, max_examples=60)
+def test_boxes_follow_the_pixels(seed):
+    """The oracle is the picture: a bright rectangle must end up where its box says."""
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(60, 120, 2)
+    x1, y1 = rng.integers(0, width - 30), rng.integers(0, height - 30)
+    x2, y2 = rng.integers(x1 + 12, width + 1), rng.integers(y1 + 12, height + 1)
+    start = example(height, width, [(x1, y1, x2, y2)])
+    start.image[:] = 0
+    start.image[y1:y2, x1:x2] = 255
+    config = T.AugmentConfig(
+        flip_probability=0.5,
+        crop_probability=0.5,
+        crop_resize=(60, 80, 100),
+        crop_size=(40, 90),
+        scales=(48, 64, 100),
+        max_size=140,
+    )
+    done = T.augment(start, rng, config, (96, 96))
+    assert done.image.shape[0] <= 96
+    assert done.image.shape[1] <= 96
+    bright = done.image[..., 0] >= 128
+    if not len(done.boxes):
+        assert not bright[1:-1, 1:-1].any()
+        return
+    box = done.boxes[0]
+    assert (box >= 0).all()
+    if (box[2:] - box[:2]).min() < 3:
+        return  # A sliver at the edge of the crop need not reach half brightness.
+    rows, columns = np.nonzero(bright.any(1))[0], np.nonzero(bright.any(0))[0]
+    found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    np.testing.assert_allclose(box, found, atol=1.51)
+
+
+def test_augment_is_a_function_of_its_generator():
+    config = T.AugmentConfig(scales=(30, 40, 50), crop_probability=0.5, crop_size=(20, 40))
+    a = [T.augment(example(), np.random.default_rng(i), config) for i in range(8)]
+    b = [T.augment(example(), np.random.default_rng(i), config) for i in range(8)]
+    assert all(np.array_equal(x.image, y.image) for x, y in zip(a, b, strict=True))
+    assert len({x.image.shape for x in a}) > 1
+
+
+def test_default_augmentation_only_flips():
+    rng = np.random.default_rng(1)
+    for _ in range(6):
+        image = T.augment(example(), rng, T.AugmentConfig()).image
+        assert np.array_equal(image, example().image) or np.array_equal(
+            image, example().image[:, ::-1]
+        )
+
+
+def test_colour_jitter_stays_in_range_and_is_off_at_zero():
+    noisy = example()
+    noisy.image[:] = np.random.default_rng(0).integers(0, 256, noisy.image.shape)
+    changed = T.colour_jitter(noisy, np.random.default_rng(1), 0.4)
+    assert changed.image.dtype == np.uint8
+    assert not np.array_equal(changed.image, noisy.image)
+    same = T.colour_jitter(noisy, np.random.default_rng(1), 0.0)
+    assert np.array_equal(same.image, noisy.image)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("flip_probability", 2),
+        ("scales", (0,)),
+        ("crop_size", (10, 5)),
+        ("colour_jitter", 1.0),
+    ],
+)
+def test_bad_parameters(field, value):
+    with pytest.raises(ValueError, match=field):
+        T.AugmentConfig(**{field: value})
+
+
+def encoded(picture, fmt, **kwargs):
+    buffer = io.BytesIO()
+    picture.save(buffer, fmt, **kwargs)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "1"])
+def test_png_modes_become_rgb(mode):
+    source = Image.fromarray(np.full((4, 6, 3), 255, np.uint8))
+    image = T.read_image(encoded(source.convert(mode), "PNG"))
+    assert image.shape == (4, 6, 3)
+    assert image.dtype == np.uint8
+    assert image.min() >= 250
+
+
+def test_cmyk_palette_transparency_and_16_bit():
+    grey = Image.new("CMYK", (6, 4), (0, 0, 0, 127))
+    assert abs(int(T.read_image(encoded(grey, "JPEG")).mean()) - 128) < 4
+    palette = Image.new("P", (6, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    image = T.read_image(encoded(palette, "PNG", transparency=bytes([0, 128])))
+    assert image[0, 0].tolist() == [10, 20, 30]
+    deep = Image.fromarray(np.full((4, 6), 0x8000, np.uint16))
+    assert T.read_image(encoded(deep, "PNG"))[0, 0].tolist() == [128, 128, 128]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_is_applied_only_where_the_annotated_size_says_so(orientation):
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 6, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(picture, "PNG", exif=exif)
+    stored = T.read_image(data, expected_size=(4, 6))
+    assert np.array_equal(stored, pixels)
+    assert np.array_equal(T.read_image(data), pixels)
+    turned = T.read_image(data, expected_size=(6, 4))
+    if orientation >= 5:
+        oracle = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert np.array_equal(turned, np.asarray(oracle))
+    else:
+        assert np.array_equal(turned, pixels)
+
+
+def test_errors_name_the_file(tmp_path):
+    with pytest.raises(ImageReadError, match=r"gone\.jpg: no such image file"):
+        T.read_image(tmp_path / "gone.jpg")
+    text = tmp_path / "text.jpg"
+    text.write_text("no image")
+    with pytest.raises(ImageReadError, match=r"text\.jpg: not an image file"):
+        T.read_image(text)
+    data = encoded(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG"
+    )
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ImageReadError, match=r"cut\.jpg: cannot be decoded.*truncated"):
+        T.read_image(cut)
+    with pytest.raises(ImageReadError, match=r"big\.jpg: 64x64 pixels are over the budget of 100"):
+        T.read_image(data, max_pixels=100, name="big.jpg")
+
+
+def test_a_bomb_is_refused_by_its_header():
+    """One bit a pixel: 20000 x 20000 pixels in a few kilobytes, past Pillow's own limit too."""
+    data = encoded(Image.new("1", (20_000, 20_000)), "PNG")
+    with pytest.raises(ImageReadError, match=r"bomb\.png"):
+        T.read_image(data, name="bomb.png")
