@@ -1,7 +1,7 @@
 """What all experiments on the embedded set share: data, sizes, schedule. Not run on its own.
 
 The model is a DETR for 128-pixel images on two CPU cores: a narrow ResNet with output stride 8
-(256 tokens), one encoder and three decoder layers of width 128, pre-norm, 25 object queries.
+(256 tokens), one encoder and three decoder layers of width 96, pre-norm, 25 object queries.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         dict(
             backbone=dict(
                 block="basic",
-                depths=(1, 2, 2),
+                depths=(1, 2, 1),
                 widths=(32, 64, 96),
                 strides=(1, 2, 1),
                 dilations=(1, 1, 2),
@@ -42,11 +42,11 @@ def get_config() -> ConfigDict:
             num_queries=25,
             num_auxiliary=0,
             auxiliary_groups=1,
-            dim=128,
+            dim=96,
             heads=4,
             encoder_layers=1,
             decoder_layers=3,
-            ffn=384,
+            ffn=256,
             dropout=0.0,
             pre_norm=True,
         )

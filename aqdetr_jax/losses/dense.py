@@ -16,9 +16,7 @@ from aqdetr_jax.losses.targets import Targets
 from aqdetr_jax.ops.boxes import cxcywh_to_xyxy, elementwise_giou
 
 
-def dense_assignment(
-    centres: Array, targets: Targets, cell: Array, radius: float = 1.5
-) -> Array:
+def dense_assignment(centres: Array, targets: Targets, cell: Array, radius: float = 1.5) -> Array:
     """Which target each cell is responsible for: centre sampling, smallest box wins.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -60,8 +61,8 @@ def packed_projection_init(packs: int) -> nn.initializers.Initializer:
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention; every product in it quantized as the policy says.
 
-    ``A = softmax(Q(q) Q(k)^T / sqrt(d))``, ``D = Q(A) Q(v)`` (Q-DETR section 2; AQ-DETR's Q-MHSA and
-    Q-MHCA differ in their query inputs only).
+    ``A = softmax(Q(q) Q(k)^T / sqrt(d))``, ``D = Q(A) Q(v)`` (Q-DETR section 2; AQ-DETR's Q-MHSA
+    and Q-MHCA differ in their query inputs only).
 
     Attributes:
       dim: model width, H*D.
@@ -78,12 +79,19 @@ class MultiHeadAttention(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
+        """Declares the four projections and the core."""
         if self.dim % self.heads:
             raise ValueError(f"model width {self.dim} is not divisible by {self.heads} heads")
-        dense = dict(policy=self.policy, dtype=self.dtype, kernel_init=packed_projection_init(3))
-        self.q_proj = QDense(self.dim, **dense)
-        self.k_proj = QDense(self.dim, **dense)
-        self.v_proj = QDense(self.dim, **dense)
+        dense = functools.partial(
+            QDense,
+            self.dim,
+            policy=self.policy,
+            dtype=self.dtype,
+            kernel_init=packed_projection_init(3),
+        )
+        self.q_proj = dense()
+        self.k_proj = dense()
+        self.v_proj = dense()
         self.out_proj = QDense(self.dim, policy=self.policy, dtype=self.dtype)
         self.core = AttentionCore(self.policy, self.dropout, self.dtype)
 
@@ -127,8 +135,8 @@ class MultiHeadAttention(nn.Module):
         outputs, first, start = [], None, 0
         for size, count in _runs(query_sets):
             stop = start + size * count
-            parts = [_fold(x[:, :, start:stop], count) for x in (q, k, v)]
-            mixed, maps = self.core(*parts, None, train=train)
+            q_set, k_set, v_set = (_fold(x[:, :, start:stop], count) for x in (q, k, v))
+            mixed, maps = self.core(q_set, k_set, v_set, None, train=train)
             outputs.append(mixed.reshape(q.shape[0], count * size, -1))
             first = maps if first is None else first
             start = stop

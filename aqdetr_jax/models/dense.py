@@ -35,7 +35,8 @@ class DenseOutput(NamedTuple):
 class DensePretrainer(nn.Module):
     """Backbone, input projection and encoder with the names they have in ``Detr``; a dense head.
 
-    After training, the parameters under those names start a ``Detr``; the two dense layers are dropped.
+    After training, the parameters under those names start a ``Detr``; the two dense layers are
+    dropped.
 
     Attributes:
       config: the DETR that is to be started.
@@ -63,8 +64,11 @@ class DensePretrainer(nn.Module):
 
         # Extent of the real image in cells: normalised units are those of the targets.
         extent = jnp.stack(
-            [jnp.sum(jnp.any(mask, 1), -1) / mask.shape[2] * width,
-             jnp.sum(jnp.any(mask, 2), -1) / mask.shape[1] * height], -1
+            [
+                jnp.sum(jnp.any(mask, 1), -1) / mask.shape[2] * width,
+                jnp.sum(jnp.any(mask, 2), -1) / mask.shape[1] * height,
+            ],
+            -1,
         )[:, None]
         grid = jnp.stack(jnp.meshgrid(jnp.arange(width), jnp.arange(height)), -1).reshape(1, -1, 2)
         centres = (grid + 0.5) / extent

@@ -9,6 +9,7 @@ not appended and their parameter is not read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -51,7 +52,7 @@ class DetrConfig:
       pixel_std: RGB standard deviation.
     """
 
-    backbone: BackboneConfig = BackboneConfig()
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
     num_classes: int = 91
     num_queries: int = 100
     num_auxiliary: int = 0
@@ -226,9 +227,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, query, memory, position, valid, query_sets, train):
         """Query embedding [B, Q, d] -> ([L, B, Q, d], self maps, cross maps)."""
-        layer = (
-            nn.remat(DecoderLayer, static_argnums=(6, 7)) if self.config.remat else DecoderLayer
-        )
+        layer = nn.remat(DecoderLayer, static_argnums=(6, 7)) if self.config.remat else DecoderLayer
         norm = LayerNorm(name="norm")
         x = jnp.zeros_like(query)
         outputs, self_maps, cross_maps = [], [], []
@@ -251,10 +250,10 @@ class BoxHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., d] -> [..., 4]."""
-        common = dict(policy=self.policy, kernel_init=TORCH_LINEAR)
-        x = jax.nn.relu(QDense(self.dim, name="layer_0", **common)(x))
-        x = jax.nn.relu(QDense(self.dim, name="layer_1", unsigned=True, **common)(x))
-        return jax.nn.sigmoid(QDense(4, name="layer_2", unsigned=True, **common)(x))
+        dense = functools.partial(QDense, policy=self.policy, kernel_init=TORCH_LINEAR)
+        x = jax.nn.relu(dense(self.dim, name="layer_0")(x))
+        x = jax.nn.relu(dense(self.dim, name="layer_1", unsigned=True)(x))
+        return jax.nn.sigmoid(dense(4, name="layer_2", unsigned=True)(x))
 
 
 class Detr(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -95,7 +97,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """[B, S, dim] -> [B, S, dim]."""
-        common = dict(policy=self.policy, dtype=self.dtype)
-        x = jax.nn.relu(QDense(self.hidden, name="linear1", **common)(x))
+        dense = functools.partial(QDense, policy=self.policy, dtype=self.dtype)
+        x = jax.nn.relu(dense(self.hidden, name="linear1")(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return QDense(self.dim, name="linear2", unsigned=True, **common)(x)
+        return dense(self.dim, name="linear2", unsigned=True)(x)

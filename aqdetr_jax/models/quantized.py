@@ -60,9 +60,9 @@ def activation_quantizer(
             raise ValueError(f"{module_path(module)}: {name} has no head axis for per-head steps")
         shape = (x.shape[head_axis], *(1,) * (x.ndim - head_axis - 1))
     if module.is_mutable_collection(OBSERVED) and not module.is_initializing():
-        module.variable(OBSERVED, name, lambda: _sample(x, head_axis if shape else None)).value = (
-            _sample(x, head_axis if shape else None)
-        )
+        module.variable(
+            OBSERVED, name, lambda: _sample(x, head_axis if shape else None)
+        ).value = _sample(x, head_axis if shape else None)
     # Before calibration: LSQ's start for mean|x| = 1.
     default = 2.0 / math.sqrt(spec.upper)
     step = module.param(f"{name}_step", nn.initializers.constant(default), shape, jnp.float32)

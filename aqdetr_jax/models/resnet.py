@@ -26,13 +26,13 @@ class BackboneConfig:
       widths: width of each stage's 3x3 convolutions (a bottleneck stage outputs 4x).
       strides: stride of each stage's first block.
       dilations: dilation of each stage; as in torchvision, the first block of a stage keeps the
-        previous stage's dilation (this is how DC5 is built: stride 1, dilation 2 in the last stage).
+        previous stage's dilation (DC5 is built this way: stride 1, dilation 2 in the last stage).
       stem_width: channels of the stem.
       stem_kernel: kernel size of the stem convolution.
       stem_stride: its stride.
       stem_pool: 3x3 stride-2 max pooling after the stem.
-      norm: "frozen" as in DETR (imported or pretrained backbones) or "batch" (learning; for training
-        from scratch).
+      norm: "frozen" as in DETR (imported or pretrained backbones) or "batch" (learning; for
+        training from scratch).
     """
 
     block: Literal["basic", "bottleneck"] = "bottleneck"
@@ -68,7 +68,9 @@ class BackboneConfig:
         return self.widths[-1] * (4 if self.block == "bottleneck" else 1)
 
 
-_DEPTHS = {
+Block = Literal["basic", "bottleneck"]
+
+_DEPTHS: dict[str, tuple[Block, tuple[int, ...]]] = {
     "resnet18": ("basic", (2, 2, 2, 2)),
     "resnet34": ("basic", (3, 4, 6, 3)),
     "resnet50": ("bottleneck", (3, 4, 6, 3)),
@@ -76,7 +78,9 @@ _DEPTHS = {
 }
 
 
-def resnet_config(name: str, *, output_stride: int = 32, dc5: bool = False, **changes):
+def resnet_config(
+    name: str, *, output_stride: int = 32, dc5: bool = False, **changes
+) -> BackboneConfig:
     """A standard ResNet by name.
 
     Args:
@@ -129,14 +133,14 @@ class ResNet(nn.Module):
           One [B, H_i, W_i, C_i] array per stage, last one the coarsest.
         """
         c = self.config
-        common = dict(policy=self.policy, dtype=self.dtype)
         x = QConv(
             c.stem_width,
             (c.stem_kernel, c.stem_kernel),
             strides=c.stem_stride,
             unsigned=False,
+            policy=self.policy,
+            dtype=self.dtype,
             name="stem",
-            **common,
         )(images)
         x = jax.nn.relu(BatchNorm(c.norm == "frozen", name="stem_norm")(x, train=train))
         if c.stem_pool:
@@ -150,8 +154,9 @@ class ResNet(nn.Module):
                     strides=c.strides[i] if j == 0 else 1,
                     dilation=dilation if j == 0 else c.dilations[i],
                     frozen=c.norm == "frozen",
+                    policy=self.policy,
+                    dtype=self.dtype,
                     name=f"layer{i + 1}_{j}",
-                    **common,
                 )(x, train=train)
             dilation = c.dilations[i]
             stages.append(x)

@@ -94,18 +94,15 @@ def _search_range(values: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.n
     """Least squared error over shrunken ranges [a min, a max], which always contain 0."""
     top = spec.upper
     low, high = values.min(1).clip(max=0), values.max(1).clip(min=0)
-    best = best_zero = best_error = None
+    best, best_zero = np.full(len(values), TINY, np.float32), np.zeros(len(values), np.float32)
+    best_error = np.full(len(values), np.inf)
     for fraction in np.geomspace(1.0, 0.02, CANDIDATES, dtype=np.float32):
         step = np.maximum((high - low) * fraction / top, TINY).astype(np.float32)
         zero = np.clip(np.round(-low * fraction / step), 0, top).astype(np.float32)
         error = _error(values, step, -zero[:, None], top - zero[:, None])
-        if best is None:
-            best, best_zero, best_error = step, zero, error
-        else:
-            better = error < best_error
-            best = np.where(better, step, best)
-            best_zero = np.where(better, zero, best_zero)
-            best_error = np.where(better, error, best_error)
+        better = error < best_error
+        best, best_zero = np.where(better, step, best), np.where(better, zero, best_zero)
+        best_error = np.where(better, error, best_error)
     return best, best_zero
 
 

@@ -43,7 +43,7 @@ def inside(v: Array, s: Array, lower: Array | float, upper: Array | float) -> Ar
 
 
 def step_derivative(v: Array, s: Array, lower: Array | float, upper: Array | float) -> Array:
-    """``d v_hat / d s`` (LSQ eq. 3): ``-v/s + round(v/s)`` inside the range, ``-Qn``/``Qp`` outside."""
+    """``d v_hat / d s`` (LSQ eq. 3): ``-v/s + round(v/s)`` inside, ``-Qn``/``Qp`` outside."""
     ratio = v / s
     code = jnp.round(jnp.clip(ratio, lower, upper))
     return jnp.where((ratio > lower) & (ratio < upper), code - ratio, code)
@@ -76,7 +76,12 @@ def sum_to_shape(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def vjp(
-    v: Array, s: Array, lower: Array | float, upper: Array | float, g: Array | float, cotangent: Array
+    v: Array,
+    s: Array,
+    lower: Array | float,
+    upper: Array | float,
+    g: Array | float,
+    cotangent: Array,
 ) -> tuple[Array, Array]:
     """LSQ's backward pass: cotangents of ``v`` and ``s`` from the cotangent of ``v_hat``.
 

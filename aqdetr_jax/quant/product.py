@@ -171,8 +171,8 @@ def quantized_product(
       quantizer_a: how ``a`` is put on its grid; None leaves it float.
       quantizer_b: the same for ``b``.
       arithmetic: "fake" (integer-valued floats, differentiable), "integer" (real integers, int32
-        sums; not differentiable; products with a float operand stay floats) or "observe" (no quantization:
-        the float product, used by calibration).
+        sums; not differentiable; products with a float operand stay floats) or "observe" (no
+        quantization: the float product, used by calibration).
 
     Returns:
       float32 product. "fake" and "integer" agree bit for bit while sums stay below 2^24.

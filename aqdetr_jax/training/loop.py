@@ -191,7 +191,7 @@ class _Run:
         if block is not None and detections is not None:
             block = {**block, "seconds": round(time.perf_counter() - start, 3)}
             write_json_atomic(self.path / "detections.json", detections.results, indent=None)
-            write_json_atomic(self.path / "results.json", {"student": block})
+            write_json_atomic(self.path / "results.json", block)
         return RunResult(bundle, block, detections)
 
     # ------------------------------------------------------------------------------------------

@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine with Python >= 3.11:
+#   make quickstart   installs and runs the main job on the embedded data (CPU, minutes)
+#   make test         installs and runs the tests
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quickstart
+
+.PHONY: quickstart test test-slow lint typecheck check install lock clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/aqdetr quickstart --workdir=$(WORKDIR)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.installed
+	$(BIN)/mypy
+
+check: lint typecheck test
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or run 'make PYTHON=/path/to/python3'"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# Resolves the newest versions for all supported Pythons (needs uv).
+lock:
+	uv pip compile --universal --python-version 3.11 --all-extras --no-emit-package aqdetr-jax --no-header --quiet pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) .jax_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

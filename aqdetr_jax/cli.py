@@ -1,0 +1,205 @@
+"""The command ``aqdetr``: verbs only, no logic."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_STOPPED = 75
+"""Exit status of a run that was asked to stop and saved its state (EX_TEMPFAIL: try again)."""
+
+
+def entry_point() -> None:
+    """Console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one verb.
+
+    Args:
+      argv: arguments without the program's name.
+
+    Returns:
+      Exit status: 0, 1 for bad input (one line on stderr says what), 75 for a run that was asked
+      to stop and can go on.
+    """
+    from aqdetr_jax.training.config_tools import split_overrides
+
+    overrides, rest = split_overrides(argv)
+    arguments = _parser().parse_args(rest)
+    from aqdetr_jax.training.loop import StoppedError, TrainingDivergedError
+
+    try:
+        arguments.run(arguments, tuple(overrides))
+    except StoppedError as stop:
+        print(f"aqdetr: {stop}", file=sys.stderr)
+        return EXIT_STOPPED
+    except (ValueError, OSError, RuntimeError, TrainingDivergedError) as error:
+        if arguments.traceback:
+            raise
+        print(f"aqdetr: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aqdetr",
+        description="Low-bit detection transformers: train, evaluate, predict.",
+        epilog="Overrides: --config.a.b=value or a.b=value, after any verb that takes --config.",
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name, run, text, *, config=False, workdir=False):
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        if config:
+            sub.add_argument("--config", required=True, metavar="configs/NAME.py")
+        if workdir:
+            sub.add_argument("--workdir", required=True, metavar="DIR")
+        return sub
+
+    verb("train", _train, "train, evaluate and report one run", config=True, workdir=True)
+    verb("pretrain", _pretrain, "dense pretraining of a backbone", config=True, workdir=True)
+    sub = verb("eval", _eval, "COCO numbers of a model", config=True)
+    sub.add_argument("--model", required=True, metavar="DIR", help="a run or its model folder")
+    sub.add_argument("--out", metavar="DIR", help="where results.json and detections.json go")
+    sub = verb("predict", _predict, "detect on images")
+    sub.add_argument("images", nargs="+", metavar="IMAGE")
+    sub.add_argument("--model", metavar="DIR", help="a run or its model folder")
+    sub.add_argument("--out", default="predictions", metavar="DIR")
+    sub.add_argument("--threshold", type=float, default=0.5)
+    sub = verb("quickstart", _quickstart, "a float detector becomes a 4-bit one, in minutes")
+    sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
+    sub.add_argument("--from-scratch", action="store_true", help="train the float teacher too")
+    sub.add_argument("--baseline", action="store_true", help="also train plain LSQ as long")
+    sub = verb("prepare-data", _prepare, "write a data set as TFDS or COCO folder", config=True)
+    sub.add_argument("--format", choices=("tfds", "coco"), default="tfds")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    verb("inspect-data", _inspect, "check a data set before training", config=True)
+    verb("config", _config, "print a resolved configuration", config=True)
+    return parser
+
+
+def _experiment(arguments, overrides, **fields):
+    from aqdetr_jax.quickstart import load_experiment
+
+    return load_experiment(arguments.config, overrides, **fields)
+
+
+def _train(arguments, overrides, **fields) -> None:
+    from aqdetr_jax.reporting import report_training
+    from aqdetr_jax.training.loop import train
+    from aqdetr_jax.training.sharding import initialize_distributed
+
+    initialize_distributed()
+    config = _experiment(arguments, overrides, **fields)
+    result = train(config, arguments.workdir)
+    report_training(config, arguments.workdir, result)
+
+
+def _pretrain(arguments, overrides) -> None:
+    config = _experiment(arguments, overrides)
+    model = config.model
+    backbone = dataclasses.replace(model.backbone, norm="batch")
+    _train(
+        arguments,
+        overrides,
+        task="pretrain",
+        model=dataclasses.replace(model, backbone=backbone),
+    )
+
+
+def _eval(arguments, overrides) -> None:
+    from aqdetr_jax.evaluation.coco import format_results
+    from aqdetr_jax.io import write_json_atomic
+    from aqdetr_jax.quickstart import evaluate_bundle
+    from aqdetr_jax.training.model_io import load_model
+
+    config = _experiment(arguments, overrides)
+    block, detections = evaluate_bundle(load_model(arguments.model), config, config.name)
+    print(format_results(block))
+    if arguments.out:
+        out = Path(arguments.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(out / "results.json", block)
+        write_json_atomic(out / "detections.json", detections.results, indent=None)
+        print(f"written to {out}")
+
+
+def _predict(arguments, overrides) -> None:
+    from aqdetr_jax.evaluation.predict import as_array, load
+    from aqdetr_jax.io import write_json_atomic
+    from aqdetr_jax.quickstart import TEACHER
+    from aqdetr_jax.viz.detections import draw_boxes
+
+    if overrides:
+        raise ValueError(f"predict takes no configuration overrides, found {overrides[0]!r}")
+    detector = load(arguments.model or TEACHER)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
+    for path in arguments.images:
+        array = as_array(path)
+        found = detector.predict(array, threshold=arguments.threshold)
+        stem, number = Path(path).stem, 1
+        while stem in taken:  # a/1.png and b/1.png
+            number += 1
+            stem = f"{Path(path).stem}_{number}"
+        taken.add(stem)
+        write_json_atomic(out / f"{stem}.json", {"image": str(path), **found.to_dict()})
+        picture = draw_boxes(
+            array, found.boxes, found.labels, found.scores, detector.class_names, min_score=0.0
+        )
+        picture.save(out / f"{stem}.png")
+        print(f"{path}: {len(found)} objects -> {out / stem}.png, .json")
+
+
+def _quickstart(arguments, overrides) -> None:
+    from aqdetr_jax.quickstart import quickstart
+
+    quickstart(
+        arguments.workdir,
+        from_scratch=arguments.from_scratch,
+        baseline=arguments.baseline,
+        overrides=overrides,
+    )
+
+
+def _prepare(arguments, overrides) -> None:
+    from aqdetr_jax.data.shapes import write_coco_folder
+    from aqdetr_jax.data.tfds_builder import prepare
+    from aqdetr_jax.training.setup import open_dataset
+
+    data = _experiment(arguments, overrides).data
+    splits = {True: data.train_split, False: data.eval_split}
+    sets = {name: open_dataset(data, train=train) for train, name in splits.items()}
+    if arguments.format == "tfds":
+        print(f"written to {prepare(sets, arguments.out)}")
+    else:
+        for dataset in sets.values():
+            print(f"written to {write_coco_folder(dataset, arguments.out)}")
+
+
+def _inspect(arguments, overrides) -> None:
+    from aqdetr_jax.data.inspect import format_report, inspect_dataset
+    from aqdetr_jax.training.setup import open_dataset
+
+    config = _experiment(arguments, overrides)
+    evaluation = open_dataset(config.data, train=False)
+    train = open_dataset(config.data, train=True)
+    queries = config.model.num_queries
+    print(format_report(inspect_dataset(train, queries, other=evaluation)))
+    print(format_report(inspect_dataset(evaluation, queries)))
+
+
+def _config(arguments, overrides) -> None:
+    from aqdetr_jax.training.config_types import from_dataclass
+
+    print(json.dumps(from_dataclass(_experiment(arguments, overrides)), indent=2))

@@ -1,0 +1,239 @@
+"""Pictures and the report of a run: curves, detections side by side, attention, bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from aqdetr_jax.data.dataset import DetectionDataset
+from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
+from aqdetr_jax.io import read_json
+from aqdetr_jax.training import setup
+from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.loop import RunResult
+from aqdetr_jax.training.model_io import ModelBundle
+from aqdetr_jax.viz.attention import attention_grid
+from aqdetr_jax.viz.curves import save_figure, training_curves
+from aqdetr_jax.viz.detections import detection_grid
+from aqdetr_jax.viz.records import read_metrics
+from aqdetr_jax.viz.report import write_report
+
+Results = Sequence[Mapping[str, Any]]
+
+
+def detection_picture(
+    dataset: DetectionDataset, detections: Mapping[str, Results], count: int
+) -> Image.Image:
+    """The first images with objects: ground truth, then each model's detections.
+
+    Args:
+      dataset: evaluation set.
+      detections: model name -> COCO results of the whole set, in column order.
+      count: images, one a row.
+    """
+    chosen = [i for i in range(min(len(dataset), 20 * count)) if len(dataset[i].labels)][:count]
+    by_image = {
+        name: _group(results, {dataset.image_id(i) for i in chosen})
+        for name, results in detections.items()
+    }
+    label_of = {category: label for label, category in enumerate(dataset.category_ids)}
+    rows = []
+    for index in chosen:
+        example = dataset[index]
+        panels = [("ground truth", example.boxes, example.labels, None)]
+        for name in detections:
+            found = by_image[name].get(dataset.image_id(index), [])
+            box = np.array([d["bbox"] for d in found], np.float32).reshape(-1, 4)
+            box[:, 2:] += box[:, :2]
+            labels = np.array([label_of[d["category_id"]] for d in found], np.int32)
+            panels.append((name, box, labels, np.array([d["score"] for d in found])))
+        rows.append((example.image, panels))
+    return detection_grid(rows, dataset.class_names, min_score=0.4)
+
+
+def _group(results: Results, wanted: set) -> dict[Any, list]:
+    groups: dict[Any, list] = {}
+    for row in results:
+        if row["image_id"] in wanted:
+            groups.setdefault(row["image_id"], []).append(row)
+    return groups
+
+
+def attention_pictures(
+    dataset: DetectionDataset,
+    teacher: ModelBundle,
+    student: ModelBundle,
+    count: int,
+    names: tuple[str, str] = ("teacher", "student"),
+) -> list[dict[str, Any]]:
+    """Encoder attention of two models on the first images with objects, last encoder layer.
+
+    Args:
+      dataset: evaluation set.
+      teacher: left model.
+      student: right model, with an encoder of the same shape.
+      count: images.
+      names: column titles.
+    """
+    rule = student.input
+    config = PipelineConfig(
+        batch_size=1,
+        buckets=rule.buckets,
+        eval_short_side=rule.short_side,
+        eval_max_size=rule.max_size,
+        num_threads=0,
+        prefetch=0,
+    )
+    pictures: list[dict[str, Any]] = []
+
+    def run(bundle):
+        module = bundle.module()
+        return jax.jit(
+            lambda v, x, m: module.apply(v, x, m).encoder_attention[-1].probabilities[0]
+        )
+
+    teacher_map, student_map = run(teacher), run(student)
+    for batch in EvalBatches(dataset, config):
+        if not batch["valid"][0].any():
+            continue
+        maps = [
+            np.asarray(f(b.variables, batch["images"], batch["mask"]))
+            for f, b in ((teacher_map, teacher), (student_map, student))
+        ]
+        height, width = (int(x) for x in batch["size"][0])
+        bucket = batch["mask"].shape[1:]
+        grid = _grid(bucket, student.config.backbone.output_stride, maps[0].shape[-1])
+        picture = attention_grid(
+            batch["images"][0, :height, :width],
+            *maps,
+            grid_size=grid,
+            real=(height / bucket[0], width / bucket[1]),
+            titles=names,
+        )
+        name = dataset.file_name(int(batch["image_index"][0]))
+        pictures.append({"image": picture, "title": f"encoder self-attention, {name}"})
+        if len(pictures) == count:
+            break
+    return pictures
+
+
+def _grid(bucket: tuple[int, int], stride: int, cells: int) -> tuple[int, int]:
+    """(rows, columns) of the encoder's cells."""
+    for rows in (-(-bucket[0] // stride), bucket[0] // stride):
+        if rows and cells % rows == 0:
+            return rows, cells // rows
+    raise ValueError(f"{cells} encoder cells do not fit a {bucket} bucket with stride {stride}")
+
+
+def write_run_report(
+    workdir: str | Path,
+    *,
+    title: str,
+    summary: Sequence[str],
+    blocks: Mapping[str, Mapping[str, Any]],
+    curves: Mapping[str, Path],
+    detections: Mapping[str, Results],
+    dataset: DetectionDataset,
+    pictures: int,
+    teacher: ModelBundle | None = None,
+    student: ModelBundle | None = None,
+    bits: Path | None = None,
+    manifest: Path | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
+    """Writes ``report.html`` and its pictures (``pictures/*.png``) into a work directory.
+
+    Args:
+      workdir: folder of the run.
+      title: heading.
+      summary: paragraphs.
+      blocks: model name -> results block.
+      curves: run name -> its ``metrics.jsonl``.
+      detections: model name -> COCO results.
+      dataset: evaluation set the detections belong to.
+      pictures: images drawn; 0 = none.
+      teacher: for the attention pictures.
+      student: for the attention pictures.
+      bits: ``bit_report.json`` of the student.
+      manifest: ``manifest.json`` of the run.
+      notes: remarks and limits.
+
+    Returns:
+      Path of the report.
+    """
+    workdir = Path(workdir)
+    folder = workdir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    context: dict[str, Any] = {"title": title, "summary": list(summary), "results": dict(blocks)}
+    metrics = {name: read_metrics(path) for name, path in curves.items() if path.is_file()}
+    if metrics:
+        context["metrics"] = metrics
+        figure = training_curves(metrics)
+        if figure is not None:
+            save_figure(figure, folder / "curves.png")
+    if pictures and detections:
+        picture = detection_picture(dataset, detections, pictures)
+        picture.save(folder / "detections.png")
+        context["detections"] = [picture]
+    if pictures and teacher is not None and student is not None:
+        context["attention"] = attention_pictures(dataset, teacher, student, min(3, pictures))
+        for number, item in enumerate(context["attention"]):
+            item["image"].save(folder / f"attention_{number}.png")
+    if bits is not None and bits.is_file():
+        context["bit_report"] = read_json(bits)
+    if manifest is not None and manifest.is_file():
+        context["run"] = _run_facts(read_json(manifest), blocks)
+    if notes:
+        context["notes"] = list(notes)
+    return write_report(workdir, context)
+
+
+def report_training(config: ExperimentConfig, workdir: str | Path, result: RunResult) -> None:
+    """The report of one training run, with its teacher's attention beside its own.
+
+    Args:
+      config: the run's configuration.
+      workdir: its work directory.
+      result: what ``loop.train`` returned.
+    """
+    if result.block is None or result.detections is None:
+        return
+    workdir = Path(workdir)
+    teacher = setup.load_teacher(config)
+    kind = "student" if config.quant.quantized else "teacher"
+    report = write_run_report(
+        workdir,
+        title=config.name,
+        summary=[f"{config.train.steps} steps of {config.train.batch_size} images."],
+        blocks={kind: result.block},
+        curves={config.name: workdir / "metrics.jsonl"},
+        detections={config.name: result.detections.results},
+        dataset=setup.open_dataset(config.data, train=False),
+        pictures=config.train.pictures,
+        teacher=teacher,
+        student=result.bundle if teacher else None,
+        bits=workdir / "bit_report.json",
+        manifest=workdir / "manifest.json",
+    )
+    print(f"report: {report}")
+
+
+def _run_facts(manifest: Mapping[str, Any], blocks: Mapping[str, Any]) -> dict[str, Any]:
+    start = manifest["starts"][-1]
+    facts = {
+        "command": " ".join(start["command"]),
+        "commit": start["commit"],
+        "seed": manifest["seed"],
+        "device": f"{start['devices']} x {start['device']}",
+        "started": start["time"],
+        "starts": len(manifest["starts"]),
+    }
+    if blocks:
+        facts["seconds"] = float(list(blocks.values())[-1]["seconds"])
+    facts["versions"] = start["versions"]
+    return facts

@@ -1,0 +1,58 @@
+"""Blood cells (BCCD, Pascal VOC layout, 640x480 photographs, 3 classes): float teacher and students.
+
+aqdetr pretrain --config=configs/bccd.py:pretrain --workdir=runs/bccd_pretrain
+aqdetr train    --config=configs/bccd.py:teacher  --workdir=runs/bccd_teacher
+aqdetr train    --config=configs/bccd.py:VARIANT  --workdir=runs/bccd_VARIANT
+
+VARIANT as in configs/shapes_w4a4.py: "lsq", "auxiliary", "distill" or "aqdetr" (all 4-bit).
+Add --config.data.root=FOLDER. Training images are the trainval split, numbers are on test.
+"""
+
+from configs import shapes_base, shapes_w4a4
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "teacher") -> ConfigDict:
+    """``variant``: "pretrain", "teacher", or a student variant of ``shapes_w4a4``."""
+    if variant in shapes_w4a4.VARIANTS:
+        config = shapes_w4a4.get_config(variant)
+        config.init_from = "runs/bccd_teacher"
+        config.optimizer.update(lr=2e-4, lr_backbone=5e-5)
+        config.train.update(steps=1200, eval_every=400)
+    else:
+        config = shapes_base.get_config()
+        config.auxiliary = ConfigDict(dict(weight=1.0, repeats=2, start="random"))
+        config.train.update(steps=3000, eval_every=500)
+        if variant == "pretrain":
+            config.task = "pretrain"
+            config.model.backbone.norm = "batch"
+            config.optimizer.update(lr=2e-3, lr_backbone=2e-3)
+            config.train.update(steps=1500, eval_every=0)
+        elif variant == "teacher":
+            config.init_from = "runs/bccd_pretrain"
+            config.model.num_auxiliary = 80
+        else:
+            raise ValueError(f"unknown variant {variant!r}: pretrain, teacher, or a student variant")
+    config.name = f"bccd_{variant}"
+    config.data = ConfigDict(
+        dict(
+            kind="voc",
+            root="",
+            train_split="trainval",
+            eval_split="test",
+            max_boxes=32,
+            buckets=((192, 256),),
+            eval_short_side=192,
+            eval_max_size=256,
+            augment=dict(
+                scales=(160, 176, 192),
+                max_size=256,
+                crop_probability=0.3,
+                crop_resize=(192, 224, 256),
+                crop_size=(144, 192),
+            ),
+        )
+    )
+    config.model.num_queries = 40
+    config.train.update(batch_size=16, eval_batch_size=24)
+    return config

@@ -1,0 +1,103 @@
+"""DETR on COCO: float, and 4 / 3 / 2 bits by the paper's recipe, all official sizes.
+
+aqdetr train --config=configs/coco.py:BACKBONE,BITS --workdir=DIR --config.data.root=COCO
+
+BACKBONE: r50, r50-dc5, r101, r101-dc5. BITS: float, w4a4, w3a3, w2a2 (attention at the same
+bits), w4a4-attn8 (Q-DETR's 4-4-8). COCO: folder with train2017/, val2017/ and annotations/.
+
+float: DETR's own 300 epochs at batch 64 from an ImageNet backbone (config.init_from). Published by
+DETR: R50 42.0 AP (500 epochs), DC5 43.3, R101 43.5, DC5-R101 44.9. Here: not run.
+low-bit: 50 epochs from the float checkpoint (config.init_from), learning rate dropped at 40, step
+sizes without decay, auxiliary queries M=300, K=3, encoder attention distilled from the float model.
+Here: not run (docs/results.md has the ledger). Cost: on the order of a day on a v5e-32 slice,
+estimated, not measured.
+"""
+
+from ml_collections import ConfigDict
+
+TRAIN_IMAGES = 118_287
+
+
+def get_config(variant: str = "r50,w4a4") -> ConfigDict:
+    """``variant``: "BACKBONE,BITS"."""
+    backbone, _, bits = variant.partition(",")
+    depths = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
+    name, _, dilated = backbone.partition("-")
+    if name not in depths or dilated not in ("", "dc5") or not bits:
+        raise ValueError(f"unknown variant {variant!r}: BACKBONE,BITS with r50, r50-dc5, r101, ...")
+    low_bit = bits != "float"
+    batch = 64
+    epoch = -(-TRAIN_IMAGES // batch)
+
+    config = ConfigDict()
+    config.name = f"coco_{backbone}_{bits}"
+    config.seed = 0
+    config.init_from = ""
+    config.data = ConfigDict(
+        dict(
+            kind="coco",
+            root="",
+            train_split="train2017",
+            eval_split="val2017",
+            max_boxes=100,
+            # One compilation each; the bucket of a step is drawn from (seed, step).
+            buckets=((800, 1344), (1344, 800), (1088, 1088)),
+            eval_buckets=((800, 1344), (1344, 800), (1088, 1088)),
+            eval_short_side=800,
+            eval_max_size=1333,
+            augment=dict(
+                scales=tuple(range(480, 801, 32)),
+                max_size=1333,
+                crop_probability=0.5,
+                crop_resize=(400, 500, 600),
+                crop_size=(384, 600),
+            ),
+            num_threads=16,
+            prefetch=8,
+        )
+    )
+    config.model = ConfigDict(
+        dict(
+            backbone=dict(
+                block="bottleneck",
+                depths=depths[name],
+                strides=(1, 2, 2, 1 if dilated else 2),
+                dilations=(1, 1, 1, 2 if dilated else 1),
+                norm="frozen",
+            ),
+            num_classes=91,
+            num_queries=100,
+            num_auxiliary=300 if low_bit else 0,
+            remat=True,
+        )
+    )
+    config.optimizer = ConfigDict(
+        dict(
+            lr=1e-4,
+            lr_backbone=1e-5,
+            lr_steps=1e-4,
+            weight_decay=1e-4,
+            clip_norm=0.1,
+            schedule="step",
+            drop_at=(0.8 if low_bit else 2 / 3,),
+            frozen=("backbone/stem", "backbone/layer1_"),
+        )
+    )
+    epochs = 50 if low_bit else 300
+    config.train = ConfigDict(
+        dict(
+            steps=epochs * epoch,
+            batch_size=batch,
+            eval_batch_size=batch,
+            eval_every=5 * epoch,
+            checkpoint_every=epoch // 2,
+            log_every=50,
+        )
+    )
+    if low_bit:
+        config.quant = ConfigDict(dict(policy=bits, calibration_batches=16))
+        config.auxiliary = ConfigDict(dict(weight=1.0, repeats=3, start="object"))
+        config.distill = ConfigDict(dict(weights=dict(encoder=1.0, kind="kl")))
+        # Quantized everywhere, so everything trains.
+        config.optimizer.frozen = ()
+    return config

@@ -1,0 +1,17 @@
+"""The quickstart's student: 4-bit AQ-DETR on the embedded set, short enough for two CPU cores.
+
+aqdetr quickstart                 (the AQ-DETR student, from the packaged teacher)
+aqdetr quickstart --baseline      (plain LSQ for as many steps beside it)
+"""
+
+from configs import shapes_w4a4
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "aqdetr") -> ConfigDict:
+    """``variant``: as in ``shapes_w4a4``; "baseline" is plain LSQ."""
+    config = shapes_w4a4.get_config("lsq" if variant == "baseline" else variant)
+    config.name = f"shapes_quickstart_{variant}"
+    config.train.update(steps=400, eval_every=0)
+    config.optimizer.update(warmup=20, ema=0.98)
+    return config
