@@ -105,9 +105,7 @@ def quickstart(
     teacher_path = TEACHER
     if from_scratch:
         teacher_path = train_teacher(workdir)
-    student_config = load_experiment(
-        "shapes_quickstart", overrides, init_from=str(teacher_path)
-    )
+    student_config = load_experiment("shapes_quickstart", overrides, init_from=str(teacher_path))
     teacher = load_model(teacher_path)
 
     print("1. the float teacher, and the same weights at 4 bits after calibration only")
@@ -128,7 +126,9 @@ def quickstart(
     blocks["student"], found["student"] = student.block, student.detections
     if baseline:
         print("3. the baseline: plain LSQ for as many steps")
-        config = load_experiment("shapes_quickstart:baseline", overrides, init_from=str(teacher_path))
+        config = load_experiment(
+            "shapes_quickstart:baseline", overrides, init_from=str(teacher_path)
+        )
         lsq = train(config, workdir / "baseline")
         assert lsq.block is not None
         blocks["baseline"] = lsq.block
@@ -140,7 +140,9 @@ def quickstart(
         summary=_summary(blocks, time.perf_counter() - start),
         blocks=blocks,
         curves={
-            name: workdir / name / "metrics.jsonl" for name in ("student", "baseline") if name in blocks
+            name: workdir / name / "metrics.jsonl"
+            for name in ("student", "baseline")
+            if name in blocks
         },
         detections={name: d.results for name, d in found.items() if name != "calibrated"},
         dataset=setup.open_dataset(student_config.data, train=False),

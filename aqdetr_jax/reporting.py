@@ -19,7 +19,7 @@ from aqdetr_jax.training.loop import RunResult
 from aqdetr_jax.training.model_io import ModelBundle
 from aqdetr_jax.viz.attention import attention_grid
 from aqdetr_jax.viz.curves import save_figure, training_curves
-from aqdetr_jax.viz.detections import detection_grid
+from aqdetr_jax.viz.detections import Panel, detection_grid
 from aqdetr_jax.viz.records import read_metrics
 from aqdetr_jax.viz.report import write_report
 
@@ -45,7 +45,7 @@ def detection_picture(
     rows = []
     for index in chosen:
         example = dataset[index]
-        panels = [("ground truth", example.boxes, example.labels, None)]
+        panels: list[Panel] = [("ground truth", example.boxes, example.labels, None)]
         for name in detections:
             found = by_image[name].get(dataset.image_id(index), [])
             box = np.array([d["bbox"] for d in found], np.float32).reshape(-1, 4)
@@ -93,9 +93,7 @@ def attention_pictures(
 
     def run(bundle):
         module = bundle.module()
-        return jax.jit(
-            lambda v, x, m: module.apply(v, x, m).encoder_attention[-1].probabilities[0]
-        )
+        return jax.jit(lambda v, x, m: module.apply(v, x, m).encoder_attention[-1].probabilities[0])
 
     teacher_map, student_map = run(teacher), run(student)
     for batch in EvalBatches(dataset, config):

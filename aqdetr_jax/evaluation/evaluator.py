@@ -44,7 +44,7 @@ def make_predict_fn(module: Detr, mesh: Mesh, kind: str = "softmax") -> Callable
     """
 
     def predict(variables, images, mask, original_size):
-        output = module.apply(variables, images, mask)
+        output: Any = module.apply(variables, images, mask)
         return postprocess(output.logits[-1], output.boxes[-1], original_size, kind=kind)
 
     whole, split = replicated(mesh), batch_sharding(mesh)

@@ -65,7 +65,9 @@ class Detector:
 
     def __init__(self, bundle: ModelBundle):
         self.bundle = bundle
-        self._mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), ("data", "model"))
+        self._mesh = jax.sharding.Mesh(
+            np.array(jax.local_devices()[:1]).reshape(1, 1), ("data", "model")
+        )
         self._predict = make_predict_fn(bundle.module(), self._mesh)
         self._variables = jax.device_put(bundle.variables, jax.local_devices()[0])
 

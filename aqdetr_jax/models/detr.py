@@ -143,6 +143,7 @@ class _TransformerLayer(nn.Module):
         layer_norm = LayerNorm(name=norm)
         dropout = nn.Dropout(self.config.dropout, deterministic=not train)
         y, maps = sublayer(layer_norm(x) if self.config.pre_norm else x)
+        record(OpRecord(f"{module_path(self)}/{norm}_sum", "add", note=FLOAT))
         x = x + dropout(y)
         return (x if self.config.pre_norm else layer_norm(x)), maps
 
@@ -305,6 +306,7 @@ class Detr(nn.Module):
         )
 
         queries = self.param("query_embed", nn.initializers.normal(1.0), (c.num_queries, c.dim))
+        record(OpRecord("query_embed", "embedding", parameters=queries.size, note=FLOAT))
         sets: tuple[int, ...] = (c.num_queries,)
         if c.num_auxiliary and (auxiliary or self.is_initializing()):
             more = self.param(

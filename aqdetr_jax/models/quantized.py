@@ -80,13 +80,13 @@ def _sample(x: Array, head_axis: int | None) -> Array:
         flat = x.reshape(1, -1)
     else:
         flat = jnp.moveaxis(x, head_axis, 0).reshape(x.shape[head_axis], -1)
+    # The extremes are always part of the sample, so that a maximum can be trusted. Each head has
+    # its own: another head's peak would stretch the grid of a head that never comes near it.
+    ends = jnp.stack([jnp.min(flat, axis=1), jnp.max(flat, axis=1)], axis=1)
     size = flat.shape[1]
     if size > SAMPLES_PER_SITE:
         index = np.random.default_rng(size).integers(0, size, SAMPLES_PER_SITE)
         flat = flat[:, np.sort(index)]
-    # The extremes are always part of the sample, so that a maximum can be trusted.
-    low, high = jnp.min(x), jnp.max(x)
-    ends = jnp.broadcast_to(jnp.stack([low, high]), (flat.shape[0], 2))
     out = jnp.concatenate([flat, ends], axis=1)
     return out[0] if head_axis is None else out
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from aqdetr_jax.models.layers import BatchNorm
-from aqdetr_jax.models.quantized import QConv
+from aqdetr_jax.models.layers import FLOAT, BatchNorm
+from aqdetr_jax.models.quantized import QConv, module_path
 from aqdetr_jax.quant.policy import Policy
+from aqdetr_jax.quant.record import OpRecord, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +196,11 @@ class _Block(nn.Module):
             return x
         return self.conv(x, features, 1, self.strides, 1, "shortcut", train)
 
+    def residual(self, y, x):
+        """ReLU of the sum of both branches."""
+        record(OpRecord(f"{module_path(self)}/sum", "add", note=FLOAT))
+        return jax.nn.relu(y + x)
+
 
 class BasicBlock(_Block):
     """Two 3x3 convolutions (ResNet-18/34)."""
@@ -204,7 +210,7 @@ class BasicBlock(_Block):
         """[B, H, W, C] -> [B, H/s, W/s, width]."""
         y = self.conv(x, self.width, 3, self.strides, self.dilation, "1", train)
         y = self.conv(jax.nn.relu(y), self.width, 3, 1, self.dilation, "2", train, zero_scale=True)
-        return jax.nn.relu(y + self.shortcut(x, self.width, train))
+        return self.residual(y, self.shortcut(x, self.width, train))
 
 
 class Bottleneck(_Block):
@@ -217,4 +223,4 @@ class Bottleneck(_Block):
         y = jax.nn.relu(self.conv(x, self.width, 1, 1, 1, "1", train))
         y = jax.nn.relu(self.conv(y, self.width, 3, self.strides, self.dilation, "2", train))
         y = self.conv(y, out, 1, 1, 1, "3", train, zero_scale=True)
-        return jax.nn.relu(y + self.shortcut(x, out, train))
+        return self.residual(y, self.shortcut(x, out, train))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ ATTENTION = ("scores", "mix")
 
 def bit_report(rows: Sequence[OpRecord], batch: int = 1) -> dict[str, Any]:
     """A table of all operations and honest totals.
+
+    An operation that runs several times in a pass (the decoder's shared norm) is one row: its
+    weights count once, its multiply-adds every time.
 
     Args:
       rows: records of one forward pass.
@@ -30,7 +34,7 @@ def bit_report(rows: Sequence[OpRecord], batch: int = 1) -> dict[str, Any]:
     """
     table, packed, plain = [], 0.0, 0
     macs: dict[str, int] = {}
-    for row in rows:
+    for row in _merged(rows):
         attention = row.kind in ATTENTION
         table.append(
             {
@@ -60,6 +64,17 @@ def bit_report(rows: Sequence[OpRecord], batch: int = 1) -> dict[str, Any]:
         "macs": total,
         "macs_by_bits": {key: value / total for key, value in sorted(macs.items())},
     }
+
+
+def _merged(rows: Sequence[OpRecord]) -> list[OpRecord]:
+    """One record per operation, in the order of first use."""
+    merged: dict[tuple[str, str], OpRecord] = {}
+    for row in rows:
+        first = merged.get((row.path, row.kind))
+        merged[row.path, row.kind] = (
+            row if first is None else dataclasses.replace(first, macs=first.macs + row.macs)
+        )
+    return list(merged.values())
 
 
 def _bits(spec: QuantSpec | None) -> int | str:

@@ -66,7 +66,7 @@ class DataConfig:
     eval_buckets: tuple[tuple[int, int], ...] = ()
     max_boxes: int = 12
     allow_truncation: bool = False
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     eval_short_side: int | None = None
     eval_max_size: int | None = None
     on_error: Literal["error", "skip"] = "error"
@@ -144,7 +144,7 @@ class DistillConfig:
     """
 
     teacher: str = ""
-    weights: DistillationWeights = DistillationWeights()
+    weights: DistillationWeights = dataclasses.field(default_factory=DistillationWeights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,11 +241,11 @@ class ExperimentConfig:
     seed: int = 0
     init_from: str = ""
     data: DataConfig = DataConfig()
-    model: DetrConfig = DetrConfig()
+    model: DetrConfig = dataclasses.field(default_factory=DetrConfig)
     quant: QuantConfig = QuantConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     distill: DistillConfig = DistillConfig()
-    loss: LossWeights = LossWeights()
+    loss: LossWeights = dataclasses.field(default_factory=LossWeights)
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
@@ -273,17 +273,15 @@ def learning_rate(config: OptimizerConfig, steps: int):
 
     def factor(step: Any):
         t = jnp.asarray(step, jnp.float32)
-        warm = jnp.minimum((t + 1) / config.warmup, 1.0) if config.warmup else 1.0
+        warm: Any = jnp.minimum((t + 1) / config.warmup, 1.0) if config.warmup else 1.0
+        shape: Any = 1.0
         if config.schedule == "cosine":
             span = max(steps - config.warmup, 1)
             progress = jnp.clip((t - config.warmup) / span, 0.0, 1.0)
             shape = config.final + (1 - config.final) * 0.5 * (1 + jnp.cos(math.pi * progress))
         elif config.schedule == "step":
-            shape = 1.0
             for fraction in config.drop_at:
                 shape = shape * jnp.where(t >= fraction * steps, 0.1, 1.0)
-        else:
-            shape = 1.0
         return warm * shape
 
     return factor

@@ -169,7 +169,8 @@ class _Run:
                 MetricsWriter(self.path, resume_step=first if restored else None) as writer,
                 _stop_signal() as stop,
             ):
-                for done, state in self._loop(state, first, step, teacher_variables, writer):
+                steps = self._loop(state, first, step, teacher_variables, writer)
+                for done, state in steps:
                     last = done == config.train.steps
                     if self._due(done, config.train.eval_every) and not last:
                         block, detections = self._evaluate(state)
@@ -392,5 +393,3 @@ def _stop_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-

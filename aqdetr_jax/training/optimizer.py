@@ -40,7 +40,8 @@ def group_of(path: str, config: OptimizerConfig, *, frozen_norms: bool) -> str:
 def parameter_groups(params: Any, config: OptimizerConfig, *, frozen_norms: bool) -> Any:
     """A tree like ``params`` with the group name of every leaf."""
     return traverse_util.path_aware_map(
-        lambda path, _: group_of("/".join(path), config, frozen_norms=frozen_norms), params
+        lambda path, _: group_of("/".join(map(str, path)), config, frozen_norms=frozen_norms),
+        params,
     )
 
 

@@ -142,7 +142,9 @@ class LoadReport(NamedTuple):
 
 def _roots(paths: Iterable[str]) -> list[str]:
     """Top-level names, and the leaf name for step sizes."""
-    return sorted({"step sizes" if p.endswith(("_step", "_zero")) else p.split("/")[0] for p in paths})
+    return sorted(
+        {"step sizes" if p.endswith(("_step", "_zero")) else p.split("/")[0] for p in paths}
+    )
 
 
 def merge(own: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], LoadReport]:
@@ -245,9 +247,7 @@ def calibrate(
     Returns:
       New variables.
     """
-    observer = module.clone(
-        policy=dataclasses.replace(module.policy, arithmetic="observe")
-    )
+    observer = module.clone(policy=dataclasses.replace(module.policy, arithmetic="observe"))
 
     @jax.jit
     def observe(variables, images, mask):
@@ -288,7 +288,9 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
     path = config.distill.teacher or config.init_from
     teacher = load_model(path)
     if teacher.quant.quantized:
-        raise ValueError(f"distill.teacher={path!r} is quantized ({teacher.quant.policy}); give a float model")
+        raise ValueError(
+            f"distill.teacher={path!r} is quantized ({teacher.quant.policy}); give a float model"
+        )
     mine, theirs = config.model, teacher.config
     for name in ("encoder_layers", "decoder_layers", "heads", "dim", "num_queries"):
         needed = name in ("encoder_layers", "heads") or (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from aqdetr_jax.losses.auxiliary import AuxiliaryLossConfig, aqdetr_detection_lo
 from aqdetr_jax.losses.dense import dense_assignment, dense_loss
 from aqdetr_jax.losses.distillation import DistillationWeights, layer_by_layer_loss
 from aqdetr_jax.losses.targets import Predictions, Targets
+from aqdetr_jax.models.attention import AttentionMaps
 from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detr import Detr, DetrOutput
 from aqdetr_jax.training import optimizer as optim
@@ -64,17 +65,25 @@ def distillation_loss(
             weights.kind, teacher.decoder_self_attention, student.decoder_self_attention
         )
     if weights.decoder_cross:
-        objects = [
-            [type(m)(m.scores[:, :, :num_queries], None, m.output[:, :num_queries]) for m in maps]
-            for maps in (teacher.decoder_cross_attention, student.decoder_cross_attention)
-        ]
-        terms["loss_distill_decoder_cross"] = layer_by_layer_loss(weights.kind, *objects)
+        terms["loss_distill_decoder_cross"] = layer_by_layer_loss(
+            weights.kind,
+            _of_objects(teacher.decoder_cross_attention, num_queries),
+            _of_objects(student.decoder_cross_attention, num_queries),
+        )
     scale = {
         "loss_distill_encoder": weights.encoder,
         "loss_distill_decoder_self": weights.decoder_self,
         "loss_distill_decoder_cross": weights.decoder_cross,
     }
     return sum((scale[k] * v for k, v in terms.items()), jnp.float32(0.0)), terms
+
+
+def _of_objects(maps: Sequence[AttentionMaps], num_queries: int) -> list[AttentionMaps]:
+    """The maps of the object queries only; they come before the auxiliary ones."""
+    n = num_queries
+    return [
+        AttentionMaps(m.scores[:, :, :n], m.probabilities[:, :, :n], m.output[:, :n]) for m in maps
+    ]
 
 
 def detection_loss_fn(config: ExperimentConfig, model: Detr, teacher: Detr | None) -> LossFn:
@@ -114,7 +123,7 @@ def detection_loss_fn(config: ExperimentConfig, model: Detr, teacher: Detr | Non
             auxiliary,
         )
         if teacher is not None:
-            target = teacher.apply(teacher_variables, batch["images"], batch["mask"])
+            target: Any = teacher.apply(teacher_variables, batch["images"], batch["mask"])
             target = jax.lax.stop_gradient(target)
             more, distilled = distillation_loss(weights, target, output, sizes.num_queries)
             loss, terms = loss + more, terms | distilled
@@ -173,7 +182,7 @@ def make_train_step(
             state.params, state.batch_stats, teacher_variables, batch, state.step
         )
         gradients = optim.trained_gradients(gradients, groups)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optim.keep_steps_positive(optax.apply_updates(state.params, updates))

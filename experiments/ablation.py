@@ -1,0 +1,77 @@
+"""The two contributions on and off: LSQ, + auxiliary queries, + distillation, both.
+
+python experiments/ablation.py --config=shapes_w4a4 --teacher=DIR --out=FILE --work=DIR \
+    [--seeds=0,1] [--variants=lsq,auxiliary,distill,aqdetr] [a.b=value ...]
+
+Every variant and seed is one ordinary training run under WORK; run the command again to go on
+after an interruption. FILE collects the results block of each, the float teacher's, and that of
+the calibrated model before training, and is written anew after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.quickstart import calibrated_bundle, evaluate_bundle, load_experiment
+from aqdetr_jax.training.config_tools import split_overrides
+from aqdetr_jax.training.loop import train
+from aqdetr_jax.training.model_io import load_model
+
+
+def main() -> None:
+    """Runs what is missing and writes the JSON file."""
+    overrides, rest = split_overrides(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="configuration that takes :VARIANT")
+    parser.add_argument("--teacher", required=True, help="the float teacher's folder")
+    parser.add_argument("--work", required=True, help="folder of the runs")
+    parser.add_argument("--out", required=True, help="JSON file of the results")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--variants", default="lsq,auxiliary,distill,aqdetr")
+    options = parser.parse_args(rest)
+    variants, seeds = options.variants.split(","), [int(s) for s in options.seeds.split(",")]
+
+    def config_of(variant, seed):
+        return load_experiment(
+            f"{options.config}:{variant}",
+            (f"init_from={options.teacher}", f"seed={seed}", *overrides),
+        )
+
+    # The command as others would type it, without this machine's folders.
+    command = f"python experiments/ablation.py --config={options.config} " + " ".join(overrides)
+    result = {"command": command.strip(), "teacher": {}, "calibrated": {}, "runs": {}}
+    if Path(options.out).is_file():
+        result |= read_json(options.out)
+    first = config_of(variants[0], seeds[0])
+    if not result["teacher"]:
+        teacher = load_model(options.teacher)
+        result["teacher"], _ = evaluate_bundle(teacher, first, "teacher")
+        calibrated = calibrated_bundle(first, teacher)
+        result["calibrated"], _ = evaluate_bundle(calibrated, first, "calibrated")
+        write_json_atomic(options.out, result)
+    for seed in seeds:
+        for variant in variants:
+            name = f"{variant}_seed{seed}"
+            if name in result["runs"]:
+                continue
+            print(f"=== {name}")
+            run = train(config_of(variant, seed), Path(options.work) / name)
+            result["runs"][name] = run.block
+            write_json_atomic(options.out, result)
+    reference = result["teacher"]["AP"]
+    print(f"teacher AP {reference:.4f}; calibrated only {result['calibrated']['AP']:.4f}")
+    for variant in variants:
+        found = [result["runs"][f"{variant}_seed{s}"]["AP"] for s in seeds]
+        mean = statistics.mean(found)
+        print(
+            f"{variant:10s} AP {mean:.4f} ({mean / reference:.1%} of the teacher) "
+            + " ".join(f"{x:.4f}" for x in found)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""One training step of a full-size DETR at low bits, with teacher and auxiliary queries, on CPU.
+
+python experiments/full_size_step.py [--config=coco:r50,w4a4] [--out=FILE] [a.b=value ...]
+
+Builds the model of a COCO configuration at 800 x 1333, calibrates on one random image, takes one
+step on random pixels, and states parameters, seconds and memory. It shows that the thing fits and
+runs, not that it learns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import sys
+import time
+
+import jax
+import numpy as np
+
+from aqdetr_jax.io import write_json_atomic
+from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.quickstart import load_experiment
+from aqdetr_jax.training import optimizer as optim
+from aqdetr_jax.training import setup
+from aqdetr_jax.training.config_tools import split_overrides
+from aqdetr_jax.training.state import TrainState
+from aqdetr_jax.training.step import detection_loss_fn, make_train_step
+from aqdetr_jax.training.workdir import git_commit, package_versions
+
+RECIPE_FROZEN = ("backbone/stem", "backbone/layer1_")
+
+
+def random_batch(height: int, width: int, batch: int, boxes: int, classes: int) -> dict:
+    """Random pixels and boxes."""
+    rng = np.random.default_rng(0)
+    centre = rng.uniform(0.2, 0.8, (batch, boxes, 2))
+    size = rng.uniform(0.05, 0.4, (batch, boxes, 2))
+    valid = np.zeros((batch, boxes), bool)
+    valid[:, :7] = True
+    return {
+        "images": rng.integers(0, 256, (batch, height, width, 3), dtype=np.uint8),
+        "mask": np.ones((batch, height, width), bool),
+        "boxes": np.concatenate([centre, size], -1).astype(np.float32) * valid[..., None],
+        "labels": (rng.integers(0, classes, (batch, boxes)) * valid).astype(np.int32),
+        "valid": valid,
+    }
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Takes the step and writes the JSON file."""
+    overrides, rest = split_overrides(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="coco:r50,w4a4")
+    parser.add_argument("--height", type=int, default=800)
+    parser.add_argument("--width", type=int, default=1333)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--out", default="experiments/results/full_size_step.json")
+    options = parser.parse_args(rest)
+    # The teacher's path is a formality here: its weights are random.
+    config = load_experiment(options.config, ("init_from=random", *overrides), init_from="random")
+    bucket = (options.height, options.width)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, buckets=(bucket,), eval_buckets=()),
+        quant=dataclasses.replace(config.quant, calibration_batches=1),
+    )
+    batch = random_batch(*bucket, options.batch, config.data.max_boxes, config.model.num_classes)
+
+    start = time.perf_counter()
+    module = setup.build_module(config)
+    variables, _ = setup.initial_variables(config, module, None, iter([batch]))
+    calibrated = time.perf_counter()
+    teacher = Detr(dataclasses.replace(config.model, num_auxiliary=0))
+    float_params = jax.eval_shape(
+        teacher.init, jax.random.key(0), *setup.example_input(bucket)
+    )["params"]
+    recipe = dataclasses.replace(config.optimizer, frozen=RECIPE_FROZEN)
+    trainable = optim.count_trainable(float_params, recipe, frozen_norms=True)
+    teacher_variables = jax.jit(teacher.init)(jax.random.key(1), *setup.example_input(bucket))
+    arguments = (variables["params"], config.optimizer)
+    optimizer = optim.make_optimizer(*arguments, config.train.steps, frozen_norms=True)
+    groups = optim.parameter_groups(*arguments, frozen_norms=True)
+    state = TrainState.create(
+        jax.device_put(variables["params"]), variables["batch_stats"], optimizer, ema=False
+    )
+    step = make_train_step(config, detection_loss_fn(config, module, teacher), optimizer, groups)
+    compiling = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, teacher_variables, batch).compile()
+    compiled_at = time.perf_counter()
+    state, metrics = jax.block_until_ready(compiled(state, teacher_variables, batch))
+    done = time.perf_counter()
+    result = {
+        "config": config.name,
+        "image": [options.height, options.width],
+        "batch": options.batch,
+        "remat": config.model.remat,
+        "auxiliary_queries": config.model.num_auxiliary,
+        "trainable_parameters_official_recipe": trainable,
+        "seconds": {
+            "initialise_and_calibrate": round(calibrated - start, 1),
+            "compile": round(compiled_at - compiling, 1),
+            "step": round(done - compiled_at, 1),
+        },
+        "temporary_bytes": int(compiled.memory_analysis().temp_size_in_bytes),
+        "peak_resident_bytes": peak_bytes(),
+        "metrics": {k: float(v) for k, v in jax.device_get(metrics).items()},
+        "device": jax.devices()[0].device_kind,
+        "commit": git_commit(),
+        "versions": package_versions(),
+    }
+    write_json_atomic(options.out, result)
+    print(f"{trainable:,} parameters trained in the official recipe")
+    print(f"step {result['seconds']['step']} s, peak {peak_bytes() / 2**30:.1f} GiB resident")
+    print({k: round(v, 4) for k, v in result["metrics"].items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Backbones: torchvision's layout, output strides, and the two batch norms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aqdetr_jax.models.layers import BatchNorm
+from aqdetr_jax.models.resnet import BackboneConfig, ResNet, resnet_config
+
+
+def convolutions(jaxpr):
+    """(kernel size, stride, dilation) of every convolution in a jaxpr, in order."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            numbers = equation.params["dimension_numbers"].rhs_spec
+            shape = equation.invars[1].aval.shape
+            kernel = shape[numbers[2]]
+            options = equation.params
+            found.append((kernel, options["window_strides"][0], options["rhs_dilation"][0]))
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += convolutions(inner)
+    return found
+
+
+def traced(config, size=64):
+    """(3x3 and shortcut-free layout, stage shapes) without running anything."""
+    module = ResNet(config)
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), image)
+    jaxpr, shapes = jax.make_jaxpr(module.apply, return_shape=True)(variables, image)
+    return convolutions(jaxpr.jaxpr), [s.shape for s in shapes], variables
+
+
+@pytest.mark.parametrize(
+    ("stride", "strides", "dilations"),
+    [
+        # torchvision, replace_stride_with_dilation: the first block keeps the dilation before it.
+        (32, [2, 2, 2], {2: [1] * 4, 3: [1] * 6, 4: [1, 1, 1]}),
+        (16, [2, 2, 1], {2: [1] * 4, 3: [1] * 6, 4: [1, 2, 2]}),
+        (8, [2, 1, 1], {2: [1] * 4, 3: [1] + [2] * 5, 4: [2, 4, 4]}),
+    ],
+)
+def test_layout_of_resnet50(stride, strides, dilations):
+    config = resnet_config("resnet50", output_stride=stride)
+    found, shapes, _ = traced(config)
+    assert config.output_stride == stride
+    assert shapes[-1] == (1, 64 // stride, 64 // stride, 2048) == (*shapes[-1][:3], 2048)
+    assert config.output_channels == 2048
+    assert found[0] == (7, 2, 1)
+    middle = [(s, d) for k, s, d in found if k == 3]
+    assert [d for _, d in middle] == [1] * 3 + dilations[2] + dilations[3] + dilations[4]
+    firsts = [middle[3][0], middle[7][0], middle[13][0]]
+    assert firsts == strides
+    assert sum(s for s, _ in middle) == len(middle) + strides.count(2)
+    assert len(found) == 53
+
+
+def test_dc5_is_output_stride_16():
+    assert resnet_config("resnet101", dc5=True) == resnet_config("resnet101", output_stride=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions_weights"),
+    # 11 689 512 and 21 797 672 parameters in torchvision, less the classifier and the norms.
+    [
+        ("resnet18", 11_689_512 - 513_000 - 9_600),
+        ("resnet34", 21_797_672 - 513_000 - 17_024),
+        ("resnet50", 23_454_912),
+        ("resnet101", 42_394_816),
+    ],
+)
+def test_convolution_weights(name, convolutions_weights):
+    _, _, variables = traced(resnet_config(name), 32)
+    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    assert kernels == convolutions_weights
+
+
+def test_bad_configurations_are_refused():
+    with pytest.raises(ValueError, match="unknown backbone 'resnet5'"):
+        resnet_config("resnet5")
+    with pytest.raises(ValueError, match="output_stride must be 8, 16 or 32, got 4"):
+        resnet_config("resnet50", output_stride=4)
+    with pytest.raises(ValueError, match="one entry per stage"):
+        BackboneConfig(depths=(1, 2))
+
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(2, 3, (2, 3, 4, 5)).astype(np.float32)
+VARIABLES = {
+    "params": {
+        "scale": RNG.normal(1, 0.3, 5).astype(np.float32),
+        "bias": RNG.normal(size=5).astype(np.float32),
+    },
+    "batch_stats": {
+        "mean": RNG.normal(size=5).astype(np.float32),
+        "var": RNG.uniform(0.5, 2, 5).astype(np.float32),
+    },
+}
+
+
+def affine(x, mean, var):
+    scale, bias = VARIABLES["params"]["scale"], VARIABLES["params"]["bias"]
+    return (x - mean) / np.sqrt(var + 1e-5) * scale + bias
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_frozen_norm_is_an_affine_map_of_its_statistics(train):
+    stats = VARIABLES["batch_stats"]
+    out, updates = BatchNorm(True).apply(VARIABLES, X, train=train, mutable=["batch_stats"])
+    np.testing.assert_allclose(out, affine(X, stats["mean"], stats["var"]), rtol=2e-5, atol=2e-5)
+    jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], stats)
+    learning = BatchNorm(False).apply(VARIABLES, X, train=False)
+    np.testing.assert_array_equal(BatchNorm(True).apply(VARIABLES, X), learning)
+
+
+def test_learning_norm_uses_and_updates_statistics():
+    out, updates = BatchNorm(False, momentum=0.8).apply(
+        VARIABLES, X, train=True, mutable=["batch_stats"]
+    )
+    mean, var = X.mean((0, 1, 2)), X.var((0, 1, 2))
+    np.testing.assert_allclose(out, affine(X, mean, var), rtol=2e-5, atol=2e-5)
+    for name, new in (("mean", mean), ("var", var)):
+        expected = 0.8 * VARIABLES["batch_stats"][name] + 0.2 * new
+        np.testing.assert_allclose(updates["batch_stats"][name], expected, rtol=1e-5)
+
+
+def test_only_the_learning_norm_has_gradients():
+    def loss(params, frozen):
+        variables = {**VARIABLES, "params": params}
+        out, _ = BatchNorm(frozen).apply(variables, X, train=True, mutable=["batch_stats"])
+        return jnp.sum(jnp.sin(out))
+
+    frozen = jax.grad(loss)(VARIABLES["params"], True)
+    learning = jax.grad(loss)(VARIABLES["params"], False)
+    for name in ("scale", "bias"):
+        np.testing.assert_array_equal(frozen[name], 0)
+        assert np.all(np.asarray(learning[name]) != 0)
+
+
+def test_residual_branches_start_at_zero_when_learning():
+    small = BackboneConfig("bottleneck", (2,), (4,), (1,), (1,), 4, norm="batch")
+    x = RNG.normal(size=(1, 16, 16, 3)).astype(np.float32)
+    variables = jax.jit(ResNet(small).init)(jax.random.key(0), x)
+    np.testing.assert_array_equal(variables["params"]["layer1_1"]["norm3"]["scale"], 0)
+    np.testing.assert_array_equal(variables["params"]["layer1_0"]["shortcut_norm"]["scale"], 1)

@@ -1,0 +1,241 @@
+"""The quantized product: composition of LSQ and a product, and one number in two arithmetics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aqdetr_jax.models.attention import AttentionCore
+from aqdetr_jax.models.quantized import QConv, QDense
+from aqdetr_jax.quant import lsq
+from aqdetr_jax.quant.policy import stock_policy
+from aqdetr_jax.quant.product import Conv, Dense, Mix, Quantizer, Scores, quantized_product
+
+# contraction, shapes of both operands, shapes of both steps
+CASES = {
+    "dense": (Dense, {}, (2, 3, 6), (6, 5), (), (1, 5)),
+    "conv": (Conv, {"padding": ((1, 1), (1, 1))}, (2, 5, 4, 3), (3, 3, 3, 2), (), (1, 1, 1, 2)),
+    "conv_strided_dilated": (
+        Conv,
+        {"strides": (2, 2), "dilation": (2, 2), "padding": ((2, 1), (0, 2))},
+        (2, 8, 7, 3),
+        (3, 3, 3, 2),
+        (),
+        (1, 1, 1, 2),
+    ),
+    "scores": (Scores, {}, (2, 3, 4, 5), (2, 3, 6, 5), (3, 1, 1), (3, 1, 1)),
+    "mix": (Mix, {}, (2, 3, 4, 6), (2, 3, 6, 5), (3, 1, 1), (3, 1, 1)),
+}
+
+
+def plain_product(name, a, b):
+    """The products once more, by ``einsum`` and loops over taps, in float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if name == "dense":
+        return a @ b
+    if name == "scores":
+        return np.einsum("bhqd,bhkd->bhqk", a, b)
+    if name == "mix":
+        return np.einsum("bhqk,bhkd->bhqd", a, b)
+    _, options, *_ = CASES[name]
+    (sh, sw), (dh, dw) = options.get("strides", (1, 1)), options.get("dilation", (1, 1))
+    a = np.pad(a, ((0, 0), *options["padding"], (0, 0)))
+    kh, kw = b.shape[:2]
+    out_h = (a.shape[1] - dh * (kh - 1) - 1) // sh + 1
+    out_w = (a.shape[2] - dw * (kw - 1) - 1) // sw + 1
+    out = np.zeros((a.shape[0], out_h, out_w, b.shape[3]))
+    for y, x in np.ndindex(out_h, out_w):
+        window = a[:, y * sh : y * sh + dh * kh : dh, x * sw : x * sw + dw * kw : dw]
+        out[:, y, x] = np.einsum("bijc,ijcn->bn", window, b)
+    return out
+
+
+def operands(name, seed=0, bits=(4, 4), signed=(True, True), scale=1.0):
+    _, _, shape_a, shape_b, step_a, step_b = CASES[name]
+    rng = np.random.default_rng(seed)
+
+    def one(shape, step_shape, bits, signed):
+        x = rng.normal(size=shape).astype(np.float32) * np.float32(scale)
+        lower, upper = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        # Small enough that some values clip, so that all branches of the gradient occur.
+        step = rng.uniform(1.0, 2.0, step_shape).astype(np.float32) * np.float32(scale / upper)
+        return x, Quantizer(step, np.float32(lower), np.float32(upper), np.float32(0.3))
+
+    a, qa = one(shape_a, step_a, bits[0], signed[0])
+    b, qb = one(shape_b, step_b, bits[1], signed[1])
+    return a, b, qa, qb
+
+
+@functools.cache
+def product(name, arithmetic="fake", dtype="float32"):
+    kind, options, *_ = CASES[name]
+    contraction = kind(jnp.dtype(dtype), **options)
+    return jax.jit(lambda a, b, qa, qb: quantized_product(contraction, a, b, qa, qb, arithmetic))
+
+
+def on_grid(x, q):
+    return lsq.fake_quantize(x, q.step, q.lower, q.upper, q.gradient_scale)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_is_the_product_of_quantized_operands(name):
+    a, b, qa, qb = operands(name, signed=(False, True))
+    expected = plain_product(name, on_grid(a, qa), on_grid(b, qb))
+    got = product(name)(a, b, qa, qb)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["both", "left", "right"])
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_is_that_of_the_composition(name, which):
+    kind, options, *_ = CASES[name]
+    contraction = kind(**options)
+    a, b, qa, qb = operands(name, seed=1)
+    cotangent = np.random.default_rng(2).normal(size=plain_product(name, a, b).shape)
+    cotangent = cotangent.astype(np.float32)
+    use_a, use_b = which != "right", which != "left"
+
+    def ours(a, b, step_a, step_b):
+        out = quantized_product(
+            contraction,
+            a,
+            b,
+            qa._replace(step=step_a) if use_a else None,
+            qb._replace(step=step_b) if use_b else None,
+        )
+        return jnp.sum(out * cotangent)
+
+    def composed(a, b, step_a, step_b):
+        a = on_grid(a, qa._replace(step=step_a)) if use_a else a
+        b = on_grid(b, qb._replace(step=step_b)) if use_b else b
+        return jnp.sum(contraction.contract(a, b, jnp.float32) * cotangent)
+
+    got, expected = jax.jit(
+        lambda *x: (jax.grad(ours, (0, 1, 2, 3))(*x), jax.grad(composed, (0, 1, 2, 3))(*x))
+    )(a, b, qa.step, qb.step)
+    for mine, reference, x in zip(got, expected, (a, b, qa.step, qb.step), strict=True):
+        assert mine.shape == np.shape(x)
+        size = float(jnp.max(jnp.abs(reference)))
+        np.testing.assert_allclose(mine, reference, rtol=1e-5, atol=1e-5 * max(size, 1e-3))
+    for step_gradient, used in ((got[2], use_a), (got[3], use_b)):
+        assert bool(np.any(np.asarray(step_gradient))) == used
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    bits=st.tuples(st.integers(2, 8), st.integers(2, 8)),
+    signed=st.tuples(st.booleans(), st.booleans()),
+    scale=st.sampled_from([1e-3, 0.1, 1.0, 30.0]),
+)
+@settings(deadline=None, max_examples=12)
+def test_fake_integer_and_bfloat16_are_the_same_numbers(name, seed, bits, signed, scale):
+    a, b, qa, qb = operands(name, seed, bits, signed, scale)
+    a.flat[::3] = 0.5 * np.float32(qa.step.max() if np.ndim(qa.step) else qa.step)  # ties
+    fake = np.asarray(product(name)(a, b, qa, qb))
+    np.testing.assert_array_equal(fake, product(name, "integer")(a, b, qa, qb))
+    np.testing.assert_array_equal(fake, product(name, dtype="bfloat16")(a, b, qa, qb))
+
+
+@pytest.mark.parametrize("name", ["dense", "conv"])
+def test_zero_point_grid_in_integers(name):
+    a, b, qa, qb = operands(name, seed=5, bits=(8, 8), signed=(False, True))
+    zero = np.float32(93)
+    qa = qa._replace(lower=qa.lower - zero, upper=qa.upper - zero)
+    fake = product(name)(a, b, qa, qb)
+    np.testing.assert_array_equal(fake, product(name, "integer")(a, b, qa, qb))
+    # Zero padding of the convolution is the code of real zero.
+    np.testing.assert_allclose(
+        fake, plain_product(name, on_grid(a, qa), on_grid(b, qb)), rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_observe_is_the_float_product(name):
+    kind, options, *_ = CASES[name]
+    a, b, qa, qb = operands(name)
+    floats = jax.jit(kind(**options).floats)(a, b)
+    np.testing.assert_array_equal(product(name, "observe")(a, b, qa, qb), floats)
+    np.testing.assert_array_equal(product(name)(a, b, None, None), floats)
+
+
+def test_bfloat16_gradients_are_close_to_float32_ones():
+    a, b, qa, qb = operands("dense", seed=3)
+
+    def gradients(dtype):
+        def loss(a, step):
+            out = quantized_product(Dense(dtype), a, b, qa._replace(step=step), qb)
+            return jnp.sum(jnp.sin(out))
+
+        return jax.jit(jax.grad(loss, (0, 1)))(a, qa.step)
+
+    for low, full in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert low.dtype == jnp.float32
+        np.testing.assert_allclose(low, full, rtol=0.05, atol=0.02 * float(jnp.abs(full).max()))
+
+
+# All sizes equal: a step on the wrong axis has the right shape here and must show otherwise.
+SQUARE = 4
+W4A4 = stock_policy("w4a4")
+
+
+@functools.cache
+def square_layer(kind):
+    """(apply, variables, x): a layer whose batch, tokens and channels are all four."""
+    rng = np.random.default_rng(7)
+    if kind == "dense":
+        module, shape = QDense(SQUARE, W4A4), (SQUARE,) * 3
+    else:
+        module, shape = QConv(SQUARE, (1, 1), W4A4, unsigned=False), (SQUARE,) * 4
+    x = rng.normal(size=shape).astype(np.float32)
+    variables = module.init(jax.random.key(0), x)
+    return jax.jit(module.apply), variables, x
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+def test_weight_steps_belong_to_output_channels(kind):
+    apply, variables, x = square_layer(kind)
+    params = variables["params"]
+    assert params["kernel_step"].shape == (SQUARE,)
+    assert params["input_step"].shape == ()
+    before = apply(variables, x)
+    for channel in range(SQUARE):
+        steps = params["kernel_step"].at[channel].multiply(3.0)
+        after = apply({"params": {**params, "kernel_step": steps}}, x)
+        changed = np.any(np.asarray(after != before), axis=tuple(range(x.ndim - 1)))
+        np.testing.assert_array_equal(changed, np.arange(SQUARE) == channel)
+    # LSQ's start, channel by channel.
+    kernel = np.asarray(params["kernel"]).reshape(-1, SQUARE)
+    np.testing.assert_allclose(
+        params["kernel_step"], 2 * np.abs(kernel).mean(0) / np.sqrt(7), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+def test_batch_order_does_not_matter(kind):
+    apply, variables, x = square_layer(kind)
+    order = [2, 0, 3, 1]
+    np.testing.assert_array_equal(apply(variables, x[order]), apply(variables, x)[jnp.array(order)])
+
+
+def test_attention_steps_belong_to_heads():
+    rng = np.random.default_rng(8)
+    q, k, v = rng.normal(size=(3, *(SQUARE,) * 4)).astype(np.float32)
+    module = AttentionCore(W4A4)
+    apply = jax.jit(lambda variables, q: module.apply(variables, q, k, v, None, train=False)[0])
+    variables = module.init(jax.random.key(0), q, k, v, None, train=False)
+    params = variables["params"]
+    before = np.asarray(apply(variables, q)).reshape(SQUARE, SQUARE, SQUARE, SQUARE)
+    assert set(params) == {"q_step", "k_step", "probs_step", "v_step"}
+    for name, steps in params.items():
+        assert steps.shape == (SQUARE, 1, 1)
+        for head in range(SQUARE):
+            other = {"params": {**params, name: steps.at[head].multiply(0.3)}}
+            after = np.asarray(apply(other, q)).reshape(before.shape)  # [B, Q, H, D]
+            changed = np.any(after != before, axis=(0, 1, 3))
+            np.testing.assert_array_equal(changed, np.arange(SQUARE) == head)

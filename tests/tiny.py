@@ -1,0 +1,145 @@
+"""One tiny experiment that all integration tests share, so that they share its compilations."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from aqdetr_jax.data.pipeline import make_train_pipeline
+from aqdetr_jax.data.transforms import AugmentConfig
+from aqdetr_jax.losses.distillation import DistillationWeights
+from aqdetr_jax.models.detr import DetrConfig
+from aqdetr_jax.models.resnet import BackboneConfig
+from aqdetr_jax.training import setup
+from aqdetr_jax.training.config import (
+    AuxiliaryConfig,
+    DataConfig,
+    DistillConfig,
+    ExperimentConfig,
+    OptimizerConfig,
+    QuantConfig,
+    TrainConfig,
+)
+from aqdetr_jax.training.config_types import from_dataclass
+from aqdetr_jax.training.model_io import InputRule, ModelBundle, save_model
+
+BACKBONE = BackboneConfig(
+    block="basic",
+    depths=(1, 1),
+    widths=(8, 16),
+    strides=(1, 2),
+    dilations=(1, 1),
+    stem_width=8,
+    stem_kernel=3,
+    stem_stride=4,
+    stem_pool=False,
+    norm="frozen",
+)
+"""Output stride 8: 64 tokens of a 64-pixel image."""
+
+MODEL = DetrConfig(
+    backbone=BACKBONE,
+    num_classes=0,
+    num_queries=12,
+    num_auxiliary=0,
+    dim=32,
+    heads=2,
+    encoder_layers=1,
+    decoder_layers=2,
+    ffn=32,
+    dropout=0.0,
+    pre_norm=True,
+)
+
+FLOAT = ExperimentConfig(
+    name="tiny",
+    data=DataConfig(
+        num_train=16,
+        num_eval=6,
+        image_size=64,
+        buckets=((64, 64),),
+        augment=AugmentConfig(scales=(48, 64), max_size=64, crop_probability=0.3, crop_size=(32, 64)),
+    ),
+    model=MODEL,
+    optimizer=OptimizerConfig(
+        lr=1e-3, lr_backbone=1e-3, clip_norm=1.0, schedule="constant", ema=0.9
+    ),
+    train=TrainConfig(
+        steps=6, batch_size=4, eval_batch_size=4, checkpoint_every=2, log_every=1, pictures=2
+    ),
+)
+"""A float DETR from scratch."""
+
+
+def student(teacher: str | Path) -> ExperimentConfig:
+    """A 4-bit student with everything random in it: auxiliary queries, distillation, dropout."""
+    return dataclasses.replace(
+        FLOAT,
+        name="tiny_student",
+        init_from=str(teacher),
+        model=dataclasses.replace(MODEL, num_auxiliary=24, auxiliary_groups=2, dropout=0.1),
+        quant=QuantConfig("w4a4", calibration_batches=1),
+        auxiliary=AuxiliaryConfig(repeats=2),
+        distill=DistillConfig(
+            weights=DistillationWeights(encoder=1.0, decoder_self=0.5, decoder_cross=0.5)
+        ),
+    )
+
+
+def resolved(config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration with its number of classes filled in."""
+    return setup.with_classes(config, setup.open_dataset(config.data, train=True))
+
+
+def bundle(config: ExperimentConfig = FLOAT, seed: int = 0) -> ModelBundle:
+    """A random float model that fits the tiny experiment."""
+    config = dataclasses.replace(resolved(config), seed=seed)
+    variables, _ = setup.initial_variables(config, setup.build_module(config), None, ())
+    dataset = setup.open_dataset(config.data, train=True)
+    return ModelBundle(
+        config.model,
+        config.quant,
+        InputRule.from_data(config.data),
+        dataset.class_names,
+        dataset.category_ids,
+        variables,
+        {"name": "tiny"},
+    )
+
+
+def save_teacher(folder: str | Path) -> Path:
+    """Saves a random float model and returns its folder."""
+    save_model(folder, bundle())
+    return Path(folder)
+
+
+def batches(config: ExperimentConfig, count: int) -> list[dict[str, np.ndarray]]:
+    """The first training batches."""
+    dataset = setup.open_dataset(config.data, train=True)
+    stream = make_train_pipeline(dataset, setup.pipeline_config(config, train=True))
+    try:
+        return [next(stream) for _ in range(count)]
+    finally:
+        stream.close()
+
+
+def write_config(config: ExperimentConfig, path: str | Path) -> Path:
+    """Writes a configuration as JSON that ``load_config_file`` reads."""
+    Path(path).write_text(json.dumps(from_dataclass(config)))
+    return Path(path)
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 over the bytes of every leaf, its path, shape and dtype included."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
+        array = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
