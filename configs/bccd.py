@@ -1,4 +1,4 @@
-"""Blood cells (BCCD, Pascal VOC layout, 640x480 photographs, 3 classes): float teacher and students.
+"""Blood cells (BCCD: Pascal VOC layout, 640x480 photographs, 3 classes), float and 4-bit.
 
 aqdetr pretrain --config=configs/bccd.py:pretrain --workdir=runs/bccd_pretrain
 aqdetr train    --config=configs/bccd.py:teacher  --workdir=runs/bccd_teacher
@@ -8,8 +8,9 @@ VARIANT as in configs/shapes_w4a4.py: "lsq", "auxiliary", "distill" or "aqdetr" 
 Add --config.data.root=FOLDER. Training images are the trainval split, numbers are on test.
 """
 
-from configs import shapes_base, shapes_w4a4
 from ml_collections import ConfigDict
+
+from configs import shapes_base, shapes_w4a4
 
 
 def get_config(variant: str = "teacher") -> ConfigDict:
@@ -32,7 +33,9 @@ def get_config(variant: str = "teacher") -> ConfigDict:
             config.init_from = "runs/bccd_pretrain"
             config.model.num_auxiliary = 80
         else:
-            raise ValueError(f"unknown variant {variant!r}: pretrain, teacher, or a student variant")
+            raise ValueError(
+                f"unknown variant {variant!r}: pretrain, teacher, or a student variant"
+            )
     config.name = f"bccd_{variant}"
     config.data = ConfigDict(
         dict(

@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
             ),
             num_classes=0,
             num_queries=25,
+            query_start="points",
             num_auxiliary=0,
             auxiliary_groups=1,
             dim=96,

@@ -3,8 +3,9 @@
 aqdetr train --config=configs/shapes_pretrain.py --workdir=runs/shapes_pretrain
 """
 
-from configs import shapes_base
 from ml_collections import ConfigDict
+
+from configs import shapes_base
 
 
 def get_config() -> ConfigDict:

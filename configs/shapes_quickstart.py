@@ -4,8 +4,9 @@ aqdetr quickstart                 (the AQ-DETR student, from the packaged teache
 aqdetr quickstart --baseline      (plain LSQ for as many steps beside it)
 """
 
-from configs import shapes_w4a4
 from ml_collections import ConfigDict
+
+from configs import shapes_w4a4
 
 
 def get_config(variant: str = "aqdetr") -> ConfigDict:

@@ -6,8 +6,9 @@ VARIANT: "aqdetr" (auxiliary queries and distillation), "lsq" (neither), "auxili
 Bits: --config.quant.policy=w3a3 (or w2a2, w4a4-attn8, w8a8).
 """
 
-from configs import shapes_base
 from ml_collections import ConfigDict
+
+from configs import shapes_base
 
 VARIANTS = {"lsq": (False, False), "auxiliary": (True, False), "distill": (False, True)}
 VARIANTS["aqdetr"] = (True, True)

@@ -77,9 +77,9 @@ def main() -> None:
     variables, _ = setup.initial_variables(config, module, None, iter([batch]))
     calibrated = time.perf_counter()
     teacher = Detr(dataclasses.replace(config.model, num_auxiliary=0))
-    float_params = jax.eval_shape(
-        teacher.init, jax.random.key(0), *setup.example_input(bucket)
-    )["params"]
+    float_params = jax.eval_shape(teacher.init, jax.random.key(0), *setup.example_input(bucket))[
+        "params"
+    ]
     recipe = dataclasses.replace(config.optimizer, frozen=RECIPE_FROZEN)
     trainable = optim.count_trainable(float_params, recipe, frozen_norms=True)
     teacher_variables = jax.jit(teacher.init)(jax.random.key(1), *setup.example_input(bucket))

@@ -60,9 +60,9 @@ def build(config, batch, batches, teacher_variables):
     arguments = (variables["params"], config.optimizer)
     optimizer = optim.make_optimizer(*arguments, config.train.steps, frozen_norms=True)
     groups = optim.parameter_groups(*arguments, frozen_norms=True)
-    state = jax.jit(
-        lambda p, s: TrainState.create(p, s, optimizer, ema=config.optimizer.ema > 0)
-    )(variables["params"], variables["batch_stats"])
+    state = jax.jit(lambda p, s: TrainState.create(p, s, optimizer, ema=config.optimizer.ema > 0))(
+        variables["params"], variables["batch_stats"]
+    )
     teacher = Detr(config.model) if config.distill.weights.active else None
     step = make_train_step(config, detection_loss_fn(config, module, teacher), optimizer, groups)
     start = time.perf_counter()
@@ -115,9 +115,9 @@ def main() -> None:
         "params": runs["aqdetr"][1].params,
         "batch_stats": runs["aqdetr"][1].batch_stats,
     }
-    output = jax.jit(
-        lambda v: module.apply(v, batch["images"], batch["mask"], auxiliary=True)
-    )(variables)
+    output = jax.jit(lambda v: module.apply(v, batch["images"], batch["mask"], auxiliary=True))(
+        variables
+    )
     targets = targets_of(batch)
     sets = [
         QuerySet(

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,29 @@ def bccd_root() -> Path:
             pytest.fail(f"AQDETR_BCCD={named} has no folder JPEGImages: not the BCCD set")
         pytest.skip("the BCCD set is not on this machine: set AQDETR_BCCD to its folder")
     return root
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """Compiles without XLA's expensive passes, which take most of the time of small tests.
+
+    For tests of whole training runs; child processes inherit it.
+    """
+    name = "jax_disable_most_optimizations"
+    before = getattr(jax.config, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "1")
+        jax.config.update(name, True)
+        yield
+        jax.config.update(name, before)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random float model for the students of ``tests/tiny.py``."""
+    import tiny
+
+    return tiny.save_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 @pytest.fixture

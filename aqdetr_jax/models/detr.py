@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,7 +22,12 @@ from aqdetr_jax.models.attention import AttentionMaps, MultiHeadAttention
 from aqdetr_jax.models.layers import FLOAT, FeedForward, LayerNorm
 from aqdetr_jax.models.quantized import QConv, QDense, module_path
 from aqdetr_jax.models.resnet import BackboneConfig, ResNet
-from aqdetr_jax.ops.position import downsample_mask, sine_position_encoding
+from aqdetr_jax.ops.position import (
+    downsample_mask,
+    encode_points,
+    sine_position_encoding,
+    spread_points,
+)
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.record import OpRecord, record
 
@@ -44,6 +50,8 @@ class DetrConfig:
       encoder_layers: number of encoder layers.
       decoder_layers: number of decoder layers.
       ffn: hidden width of the feed-forward networks.
+      query_start: "normal" as in DETR, or "points": the encodings of points spread over the image,
+        a start with a place for every query that helps short trainings from scratch.
       dropout: rate everywhere DETR has dropout.
       pre_norm: norm before each sub-layer instead of after it (the original's option).
       remat: recompute transformer layers in the backward pass to save memory.
@@ -62,6 +70,7 @@ class DetrConfig:
     encoder_layers: int = 6
     decoder_layers: int = 6
     ffn: int = 2048
+    query_start: Literal["normal", "points"] = "normal"
     dropout: float = 0.1
     pre_norm: bool = False
     remat: bool = False
@@ -257,6 +266,18 @@ class BoxHead(nn.Module):
         return jax.nn.sigmoid(dense(4, name="layer_2", unsigned=True)(x))
 
 
+def _query_start(config: DetrConfig, first: int) -> nn.initializers.Initializer:
+    """Initializer of query embeddings; ``first`` is the number of queries before these."""
+    if config.query_start == "normal":
+        return nn.initializers.normal(1.0)
+
+    def init(_key, shape, dtype=jnp.float32):
+        points = 2 * math.pi * spread_points(shape[0], first)
+        return encode_points(jnp.asarray(points), shape[1]).astype(dtype)
+
+    return init
+
+
 class Detr(nn.Module):
     """DETR under a quantization policy.
 
@@ -305,12 +326,12 @@ class Detr(nn.Module):
             x.reshape(batch, -1, c.dim), position, valid, train
         )
 
-        queries = self.param("query_embed", nn.initializers.normal(1.0), (c.num_queries, c.dim))
+        queries = self.param("query_embed", _query_start(c, 0), (c.num_queries, c.dim))
         record(OpRecord("query_embed", "embedding", parameters=queries.size, note=FLOAT))
         sets: tuple[int, ...] = (c.num_queries,)
         if c.num_auxiliary and (auxiliary or self.is_initializing()):
             more = self.param(
-                "auxiliary_queries", nn.initializers.normal(1.0), (c.num_auxiliary, c.dim)
+                "auxiliary_queries", _query_start(c, c.num_queries), (c.num_auxiliary, c.dim)
             )
             queries, sets = jnp.concatenate([queries, more]), c.query_sets
         elif auxiliary:

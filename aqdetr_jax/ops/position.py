@@ -50,12 +50,26 @@ def sine_position_encoding(
     """
     if channels % 4:
         raise ValueError(f"position encoding needs channels divisible by 4, got {channels}")
-    half = channels // 2
     valid = mask.astype(jnp.float32)
     y = jnp.cumsum(valid, axis=1)
     x = jnp.cumsum(valid, axis=2)
     y = (y + offset) / (y[:, -1:, :] + 1e-6) * scale
     x = (x + offset) / (x[:, :, -1:] + 1e-6) * scale
+    return encode_points(jnp.stack([x, y], axis=-1), channels, temperature=temperature)
+
+
+def encode_points(points: Array, channels: int, *, temperature: float = 10000.0) -> Array:
+    """Sine encoding of points, as ``sine_position_encoding`` has it for cells.
+
+    Args:
+      points: float32 [..., 2], (x, y) times the range of the coordinate (2 pi for the whole image).
+      channels: total channels, half for y and half for x; divisible by 4.
+      temperature: base of the frequencies.
+
+    Returns:
+      float32 [..., channels]: y first, then x; sine and cosine interleaved.
+    """
+    half = channels // 2
     power = 2 * (np.arange(half) // 2) / half
     frequency = jnp.asarray(temperature**power, jnp.float32)
 
@@ -64,4 +78,19 @@ def sine_position_encoding(
         pair = jnp.stack([jnp.sin(angle[..., 0::2]), jnp.cos(angle[..., 1::2])], axis=-1)
         return pair.reshape(*coordinate.shape, half)
 
-    return jnp.concatenate([encode(y), encode(x)], axis=-1)
+    return jnp.concatenate([encode(points[..., 1]), encode(points[..., 0])], axis=-1)
+
+
+def spread_points(count: int, first: int = 0) -> np.ndarray:
+    """Points of an evenly spread (R2 low-discrepancy) sequence in the unit square.
+
+    Args:
+      count: number of points.
+      first: index of the first one.
+
+    Returns:
+      float32 [count, 2].
+    """
+    index = np.arange(first, first + count)[:, None]
+    # Powers of the inverse plastic number: the two-dimensional golden ratio (Roberts, 2018).
+    return ((0.5 + index * np.array([0.7548776662466927, 0.5698402909980532])) % 1).astype("f4")

@@ -8,7 +8,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
-from aqdetr_jax.io import write_json_atomic
+from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import optimizer as optim
@@ -134,6 +134,10 @@ class _Run:
     def run(self) -> RunResult:
         config = self.config
         start = time.perf_counter()
+        finished = self._finished()
+        if finished is not None:
+            print(f"{config.name}: this run is finished; its results are in {self.path}")
+            return finished
         self._log_drops()
 
         # --- teacher ------------------------------------------------------------------------
@@ -166,10 +170,13 @@ class _Run:
             # --- loop -------------------------------------------------------------------------
             block = detections = None
             with (
-                MetricsWriter(self.path, resume_step=first if restored else None) as writer,
+                # A run that was killed before its first checkpoint logs from step 1 again.
+                MetricsWriter(self.path, resume_step=first) as writer,
                 _stop_signal() as stop,
+                contextlib.closing(
+                    self._loop(state, first, step, teacher_variables, writer)
+                ) as steps,
             ):
-                steps = self._loop(state, first, step, teacher_variables, writer)
                 for done, state in steps:
                     last = done == config.train.steps
                     if self._due(done, config.train.eval_every) and not last:
@@ -187,15 +194,26 @@ class _Run:
                     writer.write(config.train.steps, _flat_results(block))
 
         # --- what is kept ---------------------------------------------------------------------
-        bundle = self._bundle(state, block)
-        save_model(self.path / MODEL_FOLDER, bundle)
+        save_model(self.path / MODEL_FOLDER, self._bundle(state, block))
         if block is not None and detections is not None:
             block = {**block, "seconds": round(time.perf_counter() - start, 3)}
             write_json_atomic(self.path / "detections.json", detections.results, indent=None)
             write_json_atomic(self.path / "results.json", block)
-        return RunResult(bundle, block, detections)
+        return RunResult(load_model(self.path), block, detections)
 
     # ------------------------------------------------------------------------------------------
+
+    def _finished(self) -> RunResult | None:
+        """What a finished run left in the work directory, else None."""
+        results = self.path / "results.json"  # written last of all
+        if isinstance(self.module, Detr):
+            if not results.is_file():
+                return None
+            block = read_json(results)
+            found = Detections(read_json(self.path / "detections.json"), block["seconds"])
+            return RunResult(load_model(self.path), block, found)
+        done = (self.path / MODEL_FOLDER).is_dir()
+        return RunResult(load_model(self.path)) if done else None
 
     def _log_drops(self) -> None:
         for dataset in (self.train_set, self.eval_set):
@@ -244,9 +262,8 @@ class _Run:
         config = self.config
         source = load_model(config.init_from) if config.init_from else None
         pipeline = setup.pipeline_config(config, train=True)
-        values, report = setup.initial_variables(
-            config, self.module, source, make_train_pipeline(self.train_set, pipeline)
-        )
+        with contextlib.closing(make_train_pipeline(self.train_set, pipeline)) as batches:
+            values, report = setup.initial_variables(config, self.module, source, batches)
         if report is not None:
             print(f"{config.init_from}: {report.summary()}")
         elif config.task == "detect" and len(self.train_set) < 10_000:
@@ -265,7 +282,7 @@ class _Run:
             write_json_atomic(self.path / "bit_report.json", report)
             (self.path / "bit_report.txt").write_text(format_bit_report(report) + "\n")
 
-    def _loop(self, state, first, step, teacher_variables, writer) -> Iterator:
+    def _loop(self, state, first, step, teacher_variables, writer) -> Generator:
         """Yields (steps done, state) after every step; logs."""
         config = self.config
         pipeline = setup.pipeline_config(config, train=True, start_step=first)

@@ -62,7 +62,16 @@ class ModelBundle:
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def module(self) -> Detr:
-        """The module that the variables belong to."""
+        """The module that the variables belong to.
+
+        Raises:
+          ValueError: the model comes from a dense pretraining and has no decoder.
+        """
+        if "decoder" not in self.variables["params"]:
+            raise ValueError(
+                "this model comes from a dense pretraining: it has no decoder and can only start "
+                "a detector (config.init_from)"
+            )
         return Detr(self.config, self.quant.build())
 
 

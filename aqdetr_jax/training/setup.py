@@ -174,7 +174,8 @@ def initial_variables(
       config: seed, auxiliary start, calibration.
       module: the model that is trained.
       source: parameters to start from, or None.
-      calibration: training batches for the step sizes; read only if any step size is new.
+      calibration: training batches for the step sizes; read only if any step size is new or
+        ``source`` has another quantization policy.
 
     Returns:
       (variables as numpy arrays, load report or None).
@@ -204,12 +205,11 @@ def initial_variables(
         if auxiliary in report.new and config.auxiliary.start == "object":
             params[auxiliary] = _copied_queries(config, params["query_embed"], params[auxiliary])
     variables = _unflatten(params, stats)
-    new_steps = [
-        path
-        for path in params
-        if path.endswith("_step") and (report is None or path not in report.loaded)
-    ]
-    if new_steps and isinstance(module, Detr):
+    steps = [path for path in params if path.endswith("_step")]
+    # Step sizes of another policy (more bits, say) are as good as none.
+    kept = source is not None and source.quant.build() == config.quant.build()
+    loaded = set(report.loaded) if report is not None and kept else set()
+    if isinstance(module, Detr) and not loaded.issuperset(steps):
         variables = calibrate(config, module, variables, calibration)
     return variables, report
 

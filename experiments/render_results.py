@@ -1,0 +1,157 @@
+"""Writes the result tables of README.md and docs/results.md from experiments/results/*.json.
+
+python experiments/render_results.py
+
+Numbers in the documents come from here only; a missing file leaves "not run".
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from aqdetr_jax.io import read_json, write_text_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+VARIANTS = {
+    "lsq": "LSQ alone",
+    "auxiliary": "+ auxiliary queries",
+    "distill": "+ distillation",
+    "aqdetr": "both (AQ-DETR)",
+}
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A results file, or None."""
+    path = RESULTS / name
+    return read_json(path) if path.is_file() else None
+
+
+def quickstart_table() -> str:
+    """The quickstart's blocks."""
+    result = load("quickstart.json")
+    if result is None:
+        return "Quickstart figures: not run."
+    lines = [
+        "| embedded validation set | AP | AP50 | APs | APm | APl | of the teacher |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    names = {
+        "teacher": "float teacher",
+        "calibrated": "4-bit, calibration only",
+        "baseline": "4-bit LSQ, trained as long",
+        "student": "4-bit AQ-DETR",
+    }
+    reference = result["teacher"]["AP"]
+    for key, name in names.items():
+        if key in result:
+            block = result[key]
+            cells = " | ".join(f"{block[k]:.3f}" for k in ("AP", "AP50", "APs", "APm", "APl"))
+            lines.append(f"| {name} | {cells} | {block['AP'] / reference:.1%} |")
+    block = result["student"]
+    lines.append("")
+    lines.append(
+        f"`aqdetr quickstart{' --baseline' if 'baseline' in result else ''}`, config "
+        f"`{block['config']}`, seed {block['seed']}, {block['images']} images, commit "
+        f"`{block['commit'][:12]}`, from `experiments/results/quickstart.json`."
+    )
+    return "\n".join(lines)
+
+
+def ablation_table(name: str, title: str) -> str:
+    """The four variants of one data set."""
+    result = load(name)
+    if result is None or not result.get("teacher"):
+        return f"**{title}**: not run."
+    reference = result["teacher"]["AP"]
+    seeds = sorted({int(key.rsplit("seed", 1)[1]) for key in result["runs"]})
+    head = " | ".join(f"seed {s}" for s in seeds)
+    lines = [
+        f"**{title}**: AP; float teacher {reference:.4f} (AP50 {result['teacher']['AP50']:.4f}), "
+        f"4-bit by calibration only {result['calibrated']['AP']:.4f}.",
+        "",
+        f"| 4-bit (4-4-4) | {head} | mean | of the teacher |",
+        "|---|" + "---|" * (len(seeds) + 2),
+    ]
+    for key, label in VARIANTS.items():
+        found = [result["runs"].get(f"{key}_seed{s}", {}).get("AP") for s in seeds]
+        done = [x for x in found if x is not None]
+        cells = " | ".join("not run" if x is None else f"{x:.4f}" for x in found)
+        mean = statistics.mean(done) if done else None
+        tail = f"{mean:.4f} | {mean / reference:.1%}" if mean is not None else "not run | "
+        lines.append(f"| {label} | {cells} | {tail} |")
+    commits = sorted({block["commit"][:12] for block in result["runs"].values()})
+    lines += [
+        "",
+        f"`{result['command']}`; commits {', '.join(commits)}; `experiments/results/{name}`.",
+    ]
+    return "\n".join(lines)
+
+
+def step_time_table() -> str:
+    """Ratios of the step-time benchmark."""
+    result = load("step_time.json")
+    if result is None:
+        return "**Step time**: not run."
+    lines = [
+        f"**Step time**, config `{result['config']}`, batch {result['batch']}, "
+        f"{result['image'][0]}x{result['image'][1]}, device {result['device']}, commit "
+        f"`{result['commit'][:12]}`, side by side in one process:",
+        "",
+        "| variant | ratio to float | median ms | compile s | temporaries MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["variants"].items():
+        lines.append(
+            f"| {name} | {row['ratio_to_float']:.2f} | {row['median_seconds'] * 1e3:.0f} | "
+            f"{row['compile_seconds']:.0f} | {row['temporary_bytes'] / 2**20:.0f} |"
+        )
+    shares = ", ".join(f"{k} {v:.1%}" for k, v in result["share_of_whole_step"].items())
+    peak = result["peak_resident_bytes"] / 2**30
+    lines += ["", f"Shares of the whole step: {shares}; peak {peak:.1f} GiB resident for all."]
+    return "\n".join(lines)
+
+
+def full_size_table() -> str:
+    """The full-size step."""
+    result = load("full_size_step.json")
+    if result is None:
+        return "**Full-size step**: not run."
+    seconds = result["seconds"]
+    return (
+        f"**Full size**: one training step of `{result['config']}` at "
+        f"{result['image'][0]}x{result['image'][1]}, batch {result['batch']}, with teacher and "
+        f"{result['auxiliary_queries']} auxiliary queries, on this CPU: {seconds['step']} s, "
+        f"compiled in {seconds['compile']} s, peak {result['peak_resident_bytes'] / 2**30:.1f} GiB resident "
+        f"(`python experiments/full_size_step.py`, commit `{result['commit'][:12]}`). Trainable "
+        f"parameters in the official recipe: {result['trainable_parameters_official_recipe']:,}."
+    )
+
+
+def replace(path: Path, name: str, text: str) -> None:
+    """Puts ``text`` between the markers of a document."""
+    content = path.read_text(encoding="utf-8")
+    pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+    new, count = re.subn(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", content, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{path}: expected one block {name}:begin ... {name}:end, found {count}")
+    write_text_atomic(path, new)
+
+
+def main() -> None:
+    """Renders every table."""
+    replace(ROOT / "README.md", "results", quickstart_table())
+    parts = [
+        ablation_table("ablation_shapes.json", "Embedded set"),
+        ablation_table("ablation_bccd.json", "BCCD test split"),
+        step_time_table(),
+        full_size_table(),
+    ]
+    replace(ROOT / "docs" / "results.md", "ablation", "\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

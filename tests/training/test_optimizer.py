@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aqdetr_jax.training import optimizer as optim
+from aqdetr_jax.training.config import OptimizerConfig, learning_rate
+
+PARAMS = {
+    "backbone": {
+        "stem": {"kernel": jnp.full((3, 2), 0.5), "kernel_step": jnp.array([0.1, 0.2])},
+        "stem_norm": {"scale": jnp.ones(2), "bias": jnp.zeros(2)},
+    },
+    "encoder": {
+        "layer_0": {
+            "norm1": {"scale": jnp.ones(2), "bias": jnp.zeros(2)},
+            "self_attention": {
+                "q_step": jnp.full((2, 1, 1), 0.3),
+                "q_zero": jnp.float32(4.0),
+                "query": {"kernel": jnp.full((2, 2), 0.5), "bias": jnp.zeros(2)},
+            },
+        }
+    },
+    "query_embed": jnp.full((4, 2), 0.5),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "frozen_norms", "group"),
+    [
+        ("backbone/stem/kernel", True, "backbone"),
+        ("backbone/stem_norm/scale", True, "frozen"),
+        ("backbone/stem_norm/bias", True, "frozen"),
+        ("backbone/stem_norm/scale", False, "backbone"),
+        ("backbone/stem/kernel_step", True, "steps"),
+        ("backbone/layer1_0/conv1/input_step", False, "steps"),
+        ("backbone/layer1_0/conv1/input_zero", False, "frozen"),
+        ("encoder/layer_0/norm1/scale", True, "rest"),
+        ("encoder/layer_0/self_attention/q_step", True, "steps"),
+        ("encoder/layer_0/self_attention/q_zero", True, "frozen"),
+        ("input_proj/kernel", True, "rest"),
+        ("query_embed", True, "rest"),
+        ("auxiliary_queries", True, "rest"),
+        ("class_head/bias", True, "rest"),
+    ],
+)
+def test_group_of_typical_paths(path, frozen_norms, group):
+    assert optim.group_of(path, OptimizerConfig(), frozen_norms=frozen_norms) == group
+
+
+def test_frozen_patterns_cover_weights_and_their_steps():
+    config = OptimizerConfig(frozen=("backbone/stem", r"query_embed$"))
+    for path in ("backbone/stem/kernel", "backbone/stem/kernel_step", "query_embed"):
+        assert optim.group_of(path, config, frozen_norms=False) == "frozen"
+    assert optim.group_of("backbone/layer1_0/conv1/kernel", config, frozen_norms=False) != "frozen"
+
+
+def test_count_trainable_leaves_out_what_is_frozen():
+    total = sum(p.size for p in jax.tree.leaves(PARAMS))
+    # Two backbone norm vectors and one zero point.
+    assert optim.count_trainable(PARAMS, OptimizerConfig(), frozen_norms=True) == total - 5
+
+
+def _update(config, gradients, *, params=PARAMS, count=1):
+    optimizer = optim.make_optimizer(params, config, 100, frozen_norms=True)
+    groups = optim.parameter_groups(params, config, frozen_norms=True)
+    state = optimizer.init(params)
+    for _ in range(count):
+        gradients = optim.trained_gradients(gradients, groups)
+        updates, state = optimizer.update(gradients, state, params)
+    return updates
+
+
+def test_first_update_of_each_group():
+    config = OptimizerConfig(
+        lr=1e-2, lr_backbone=1e-3, lr_steps=1e-4, weight_decay=0.1, clip_norm=0.0, drop_at=()
+    )
+    updates = _update(config, jax.tree.map(jnp.ones_like, PARAMS))
+    attention = updates["encoder"]["layer_0"]["self_attention"]
+    # Adam's first step is the sign of the gradient; decay adds 0.1 * 0.5 to matrices only.
+    np.testing.assert_allclose(attention["query"]["kernel"], -1e-2 * 1.05, rtol=1e-5)
+    np.testing.assert_allclose(updates["query_embed"], -1e-2 * 1.05, rtol=1e-5)
+    np.testing.assert_allclose(attention["query"]["bias"], -1e-2, rtol=1e-5)
+    np.testing.assert_allclose(updates["encoder"]["layer_0"]["norm1"]["scale"], -1e-2, rtol=1e-5)
+    np.testing.assert_allclose(updates["backbone"]["stem"]["kernel"], -1e-3 * 1.05, rtol=1e-5)
+    # Step sizes move by a fraction of themselves, without decay.
+    steps = updates["backbone"]["stem"]["kernel_step"]
+    np.testing.assert_allclose(steps, [-1e-4 * 0.1, -1e-4 * 0.2], rtol=1e-5)
+    np.testing.assert_allclose(attention["q_step"], -1e-4 * 0.3, rtol=1e-5)
+    # Frozen: exactly nothing, whatever the gradient.
+    assert float(attention["q_zero"]) == 0.0
+    for leaf in updates["backbone"]["stem_norm"].values():
+        np.testing.assert_array_equal(leaf, 0.0)
+
+
+def test_clipping_ignores_frozen_parameters():
+    """A huge gradient of a frozen parameter must not shrink the others' share of the norm."""
+    config = OptimizerConfig(clip_norm=1.0, weight_decay=0.0, drop_at=())
+    small = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), PARAMS)
+    huge = jax.tree.map(lambda g: g, small)
+    huge["backbone"]["stem_norm"]["scale"] = jnp.full(2, 1e6)
+    groups = optim.parameter_groups(PARAMS, config, frozen_norms=True)
+    a, b = (optim.trained_gradients(g, groups) for g in (small, huge))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    jax.tree.map(np.testing.assert_array_equal, _update(config, small), _update(config, huge))
+
+
+def test_clipping_limits_the_global_norm():
+    config = OptimizerConfig(clip_norm=0.5, weight_decay=0.0, drop_at=())
+    optimizer = optim.make_optimizer(PARAMS, config, 100, frozen_norms=True)
+    gradients = jax.tree.map(jnp.ones_like, PARAMS)
+    _, state = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
+    mu = [s.mu for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
+    total = sum(float(jnp.sum(jnp.square(x))) for x in jax.tree.leaves(mu))
+    norm = math.sqrt(sum(g.size for g in jax.tree.leaves(gradients)))
+    trained = sum(
+        p.size
+        for p, group in zip(
+            jax.tree.leaves(PARAMS),
+            jax.tree.leaves(optim.parameter_groups(PARAMS, config, frozen_norms=True)),
+            strict=True,
+        )
+        if group != "frozen"
+    )
+    # First moments are 0.1 of the clipped gradients.
+    assert math.isclose(math.sqrt(total), 0.1 * 0.5 / norm * math.sqrt(trained), rel_tol=1e-5)
+
+
+def _is_adam(node) -> bool:
+    return type(node).__name__ == "ScaleByAdamState"
+
+
+def test_step_sizes_are_projected_and_nothing_else():
+    broken = {"a": {"kernel_step": jnp.array([-1.0, 0.0, 2.0]), "kernel": jnp.array([-1.0, 0.0])}}
+    fixed = optim.keep_steps_positive(broken)["a"]
+    np.testing.assert_array_equal(
+        fixed["kernel_step"], np.float32([optim.STEP_FLOOR, optim.STEP_FLOOR, 2.0])
+    )
+    np.testing.assert_array_equal(fixed["kernel"], [-1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("config", "points"),
+    [
+        (
+            OptimizerConfig(schedule="step", drop_at=(0.5, 0.8)),
+            {0: 1.0, 49: 1.0, 50: 0.1, 79: 0.1, 80: 0.01, 99: 0.01},
+        ),
+        (
+            OptimizerConfig(schedule="cosine", warmup=10, final=0.2),
+            # 0.2 + 0.8 * (1 + cos(pi (t - 10) / 90)) / 2 after the warm-up.
+            {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 55: 0.6, 100: 0.2, 250: 0.2},
+        ),
+        (OptimizerConfig(schedule="constant", warmup=4), {0: 0.25, 3: 1.0, 99: 1.0}),
+        (OptimizerConfig(schedule="constant"), {0: 1.0, 99: 1.0}),
+    ],
+)
+def test_schedules_at_hand_computed_points(config, points):
+    factor = learning_rate(config, 100)
+    for step, expected in points.items():
+        assert float(factor(step)) == pytest.approx(expected, rel=1e-5), step
