@@ -9,12 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from aqdetr_jax.host import use_huge_pages
+
 EXIT_STOPPED = 75
 """Exit status of a run that was asked to stop and saved its state (EX_TEMPFAIL: try again)."""
 
 
 def entry_point() -> None:
     """Console script."""
+    use_huge_pages()
     sys.exit(main(sys.argv[1:]))
 
 

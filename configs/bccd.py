@@ -56,6 +56,8 @@ def get_config(variant: str = "teacher") -> ConfigDict:
             ),
         )
     )
+    # Cells are large: output stride 16 (192 tokens) is enough, and four times as fast as 8.
+    config.model.backbone.update(widths=(32, 64, 128), strides=(1, 2, 2), dilations=(1, 1, 1))
     config.model.num_queries = 40
     config.train.update(batch_size=16, eval_batch_size=24)
     return config

@@ -15,6 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from aqdetr_jax.host import use_huge_pages
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.quickstart import calibrated_bundle, evaluate_bundle, load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
@@ -74,4 +75,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

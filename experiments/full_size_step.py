@@ -18,6 +18,7 @@ import time
 import jax
 import numpy as np
 
+from aqdetr_jax.host import use_huge_pages
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.quickstart import load_experiment
@@ -121,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

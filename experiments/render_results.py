@@ -125,7 +125,8 @@ def full_size_table() -> str:
         f"**Full size**: one training step of `{result['config']}` at "
         f"{result['image'][0]}x{result['image'][1]}, batch {result['batch']}, with teacher and "
         f"{result['auxiliary_queries']} auxiliary queries, on this CPU: {seconds['step']} s, "
-        f"compiled in {seconds['compile']} s, peak {result['peak_resident_bytes'] / 2**30:.1f} GiB resident "
+        f"compiled in {seconds['compile']} s, "
+        f"peak {result['peak_resident_bytes'] / 2**30:.1f} GiB resident "
         f"(`python experiments/full_size_step.py`, commit `{result['commit'][:12]}`). Trainable "
         f"parameters in the official recipe: {result['trainable_parameters_official_recipe']:,}."
     )

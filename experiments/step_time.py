@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from aqdetr_jax.data.pipeline import make_train_pipeline
+from aqdetr_jax.host import use_huge_pages
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.losses.auxiliary import split_groups
 from aqdetr_jax.losses.distillation import DistillationWeights
@@ -184,4 +185,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

@@ -55,13 +55,10 @@ def quick_compile() -> Iterator[None]:
 
     For tests of whole training runs; child processes inherit it.
     """
-    name = "jax_disable_most_optimizations"
-    before = getattr(jax.config, name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(name.upper(), "1")
-        jax.config.update(name, True)
+    import tiny
+
+    with tiny.quick():
         yield
-        jax.config.update(name, before)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +66,8 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random float model for the students of ``tests/tiny.py``."""
     import tiny
 
-    return tiny.save_teacher(tmp_path_factory.mktemp("teacher") / "model")
+    with tiny.quick():
+        return tiny.save_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 @pytest.fixture

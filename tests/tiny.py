@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.data.transforms import AugmentConfig
@@ -75,6 +78,18 @@ FLOAT = ExperimentConfig(
     ),
 )
 """A float DETR from scratch."""
+
+
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+    """Compiles without XLA's expensive passes, in child processes too."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "1")
+        jax.config.update(name, True)
+        yield
+        jax.config.update(name, before)
 
 
 def student(teacher: str | Path) -> ExperimentConfig:

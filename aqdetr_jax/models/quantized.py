@@ -21,7 +21,7 @@ from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.product import Conv, Dense, Quantizer, quantized_product
 from aqdetr_jax.quant.record import OpRecord, record
-from aqdetr_jax.quant.spec import QuantSpec
+from aqdetr_jax.quant.spec import QuantSpec, default_step
 
 OBSERVED = "observed"
 """Variable collection that holds what calibration saw; see ``quant.calibrate``."""
@@ -63,9 +63,8 @@ def activation_quantizer(
         module.variable(
             OBSERVED, name, lambda: _sample(x, head_axis if shape else None)
         ).value = _sample(x, head_axis if shape else None)
-    # Before calibration: LSQ's start for mean|x| = 1.
-    default = 2.0 / math.sqrt(spec.upper)
-    step = module.param(f"{name}_step", nn.initializers.constant(default), shape, jnp.float32)
+    start = nn.initializers.constant(default_step(spec))
+    step = module.param(f"{name}_step", start, shape, jnp.float32)
     lower, upper = jnp.float32(spec.lower), jnp.float32(spec.upper)
     if spec.zero_point:
         zero = module.param(f"{name}_zero", nn.initializers.zeros, (), jnp.float32)
@@ -80,15 +79,12 @@ def _sample(x: Array, head_axis: int | None) -> Array:
         flat = x.reshape(1, -1)
     else:
         flat = jnp.moveaxis(x, head_axis, 0).reshape(x.shape[head_axis], -1)
-    # The extremes are always part of the sample, so that a maximum can be trusted. Each head has
-    # its own: another head's peak would stretch the grid of a head that never comes near it.
-    ends = jnp.stack([jnp.min(flat, axis=1), jnp.max(flat, axis=1)], axis=1)
     size = flat.shape[1]
     if size > SAMPLES_PER_SITE:
+        # An unbiased sample: adding the extremes would weigh them thousands of times too much.
         index = np.random.default_rng(size).integers(0, size, SAMPLES_PER_SITE)
         flat = flat[:, np.sort(index)]
-    out = jnp.concatenate([flat, ends], axis=1)
-    return out[0] if head_axis is None else out
+    return flat[0] if head_axis is None else flat
 
 
 def weight_quantizer(
@@ -101,7 +97,8 @@ def weight_quantizer(
     axes = tuple(range(kernel.ndim - 1))
 
     def init(_key):
-        return jnp.maximum(lsq.initial_step(kernel, spec.upper, axes).reshape(channels), 1e-8)
+        first = lsq.initial_step(kernel, spec.upper, axes).reshape(channels)
+        return jnp.where(first > 0, first, default_step(spec))
 
     step = module.param(f"{name}_step", init)
     count = kernel.size // channels

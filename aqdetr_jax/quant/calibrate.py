@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from aqdetr_jax.quant.record import OpRecord
-from aqdetr_jax.quant.spec import QuantSpec
+from aqdetr_jax.quant.spec import QuantSpec, default_step
 
 Method = Literal["mse", "lsq", "percentile"]
 
@@ -60,11 +60,20 @@ def first_step(
       method: "lsq" ``2 mean|v| / sqrt(Qp)``; "percentile" maps the 99.9th percentile of |v| to the
         largest code; "mse" takes the step with the least squared error among fractions of the one
         that covers the whole range. With a zero point the range is searched by "mse" always.
+        A row of zeros gets ``default_step``.
 
     Returns:
       (steps float32 [R], zero points float32 [R]); zero points are 0 unless the spec has one.
     """
     values = np.asarray(values, np.float32)
+    steps, zeros = _first_step(values, spec, method)
+    # Steps move by fractions of themselves: from next to nothing a dead row would never come back.
+    return np.where(np.any(values, axis=1), steps, default_step(spec)).astype(np.float32), zeros
+
+
+def _first_step(
+    values: np.ndarray, spec: QuantSpec, method: Method
+) -> tuple[np.ndarray, np.ndarray]:
     rows = values.shape[0]
     zeros = np.zeros(rows, np.float32)
     if spec.zero_point:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 Granularity = Literal["tensor", "channel", "head"]
@@ -54,3 +55,8 @@ class QuantSpec:
         if self.granularity != "tensor":
             text += f"/{self.granularity}"
         return text + ("+z" if self.zero_point else "")
+
+
+def default_step(spec: QuantSpec) -> float:
+    """A step where data say nothing (before calibration, or all zeros): LSQ's for mean|v| = 1."""
+    return 2.0 / math.sqrt(spec.upper)

@@ -92,8 +92,8 @@ def standard(name, dc5):
     module = Detr(DetrConfig(resnet_config(name, dc5=dc5)))
     image = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.uint8)
     mask = jax.ShapeDtypeStruct((1, 64, 96), bool)
-    variables = jax.eval_shape(module.init, jax.random.key(0), image, mask)
-    return variables, jax.eval_shape(module.apply, variables, image, mask)
+    output, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), image, mask)
+    return variables, output
 
 
 @pytest.mark.parametrize(
@@ -272,10 +272,14 @@ def test_calibration_sees_the_float_model():
     assert sample.shape[0] == CONFIG.heads
     for head in range(CONFIG.heads):
         values = probabilities[:, head].ravel()
-        # A head's sample holds that head's values and extremes, never another head's.
+        # A head's sample holds that head's values, never another head's.
         assert sample[head].max() == values.max()
         assert sample[head].min() == values.min()
         assert np.isin(sample[head], values).all()
+    for site in ("q", "k", "v"):
+        sample = np.asarray(seen[f"encoder/layer_0/self_attention/core/{site}"])
+        assert sample[0].max() != sample[1].max()
+        assert sample[0].min() != sample[1].min()
     assert seen["input_proj/input"].ndim == 1
     assert seen["input_proj/input"].min() >= 0
 

@@ -170,3 +170,12 @@ def test_samples_of_batches_are_joined_per_head():
     assert joined["x"].shape == (2, 8)
     assert joined["y"].shape == (4,)
     np.testing.assert_array_equal(joined["x"][:, 3:], 1)
+
+
+@pytest.mark.parametrize("method", ["mse", "lsq", "percentile"])
+def test_a_row_of_zeros_gets_a_step_that_can_still_learn(method):
+    values = np.stack([np.zeros(50, np.float32), np.linspace(-1, 1, 50, dtype=np.float32)])
+    spec = QuantSpec(4)
+    steps, _ = first_step(values, spec, method)
+    assert steps[0] == np.float32(2 / np.sqrt(7))
+    assert 0 < steps[1] < 1

@@ -239,3 +239,57 @@ def test_attention_steps_belong_to_heads():
             after = np.asarray(apply(other, q)).reshape(before.shape)  # [B, Q, H, D]
             changed = np.any(after != before, axis=(0, 1, 3))
             np.testing.assert_array_equal(changed, np.arange(SQUARE) == head)
+
+
+def test_gradient_factors_count_one_example():
+    # g = 1 / sqrt(N Qp): N = elements of one example (or weights of one channel), not the batch.
+    rng = np.random.default_rng(9)
+    tokens, inputs, outputs = 3, 6, 5
+    module = QDense(outputs, W4A4)
+    x = rng.normal(size=(2, tokens, inputs)).astype(np.float32)
+    variables = module.init(jax.random.key(0), x)
+    params = {**variables["params"], "input_step": jnp.float32(0.3)}
+    gradient = jax.jit(jax.grad(lambda p, x: jnp.sum(module.apply({"params": p}, x))))
+
+    got = gradient(params, x)
+    kernel, steps = params["kernel"], params["kernel_step"]
+    w_hat = lsq.fake_quantize(kernel, steps, -8.0, 7.0)
+    x_hat = lsq.fake_quantize(x, params["input_step"], -8.0, 7.0)
+    to_x = jnp.broadcast_to(w_hat.sum(1), x.shape)
+    to_w = jnp.broadcast_to(x_hat.sum((0, 1))[:, None], kernel.shape)
+    g_x, g_w = 1 / np.sqrt(tokens * inputs * 7), 1 / np.sqrt(inputs * 7)
+    for name, expected in (
+        ("input_step", lsq.vjp(x, params["input_step"], -8.0, 7.0, g_x, to_x)[1]),
+        ("kernel_step", lsq.vjp(kernel, steps, -8.0, 7.0, g_w, to_w)[1]),
+    ):
+        np.testing.assert_allclose(got[name], expected, rtol=1e-4, atol=1e-5)
+    twice = gradient(params, np.concatenate([x, x]))
+    np.testing.assert_allclose(twice["input_step"], 2 * got["input_step"], rtol=1e-4)
+
+
+def test_gradient_factor_of_a_head_counts_its_own_elements():
+    rng = np.random.default_rng(10)
+    q, k, v = (rng.normal(size=(2, 3, n, 5)).astype(np.float32) for n in (4, 6, 6))
+    module = AttentionCore(W4A4)
+    params = module.init(jax.random.key(0), q, k, v, None, train=False)["params"]
+
+    def loss(params):
+        return jnp.sum(module.apply({"params": params}, q, k, v, None, train=False)[0] ** 2)
+
+    def plain(params):
+        # The same core with g = 1, from lsq alone.
+        q_hat, k_hat, v_hat = (
+            lsq.fake_quantize(x, params[f"{n}_step"], -8.0, 7.0)
+            for n, x in (("q", q), ("k", k), ("v", v))
+        )
+        scores = jnp.einsum("bhqd,bhkd->bhqk", q_hat, k_hat) / np.sqrt(5)
+        weights = lsq.fake_quantize(jax.nn.softmax(scores), params["probs_step"], 0.0, 15.0)
+        return jnp.sum(jnp.einsum("bhqk,bhkd->bhqd", weights, v_hat) ** 2)
+
+    got, expected = jax.jit(lambda p: (jax.grad(loss)(p), jax.grad(plain)(p)))(params)
+    for name, count, upper in (("q", 20, 7), ("k", 30, 7), ("v", 30, 7), ("probs", 24, 15)):
+        mine, reference = got[f"{name}_step"], expected[f"{name}_step"]
+        assert np.any(np.asarray(reference) != 0)
+        np.testing.assert_allclose(
+            mine, reference / np.sqrt(count * upper), rtol=1e-3, atol=1e-6, err_msg=name
+        )

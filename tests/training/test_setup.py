@@ -256,8 +256,7 @@ def test_wrong_folders_are_explained(tiny_teacher, tmp_path):
 def test_pretrained_backbone_is_no_detector(tiny_teacher, tmp_path):
     bundle = load_model(tiny_teacher)
     params = {k: v for k, v in bundle.variables["params"].items() if k != "decoder"}
-    save_model(
-        tmp_path, dataclasses.replace(bundle, variables={**bundle.variables, "params": params})
-    )
+    variables = {**bundle.variables, "params": params}
+    save_model(tmp_path / "model", dataclasses.replace(bundle, variables=variables))
     with pytest.raises(ValueError, match="can only start a detector"):
         load_model(tmp_path).module()

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from aqdetr_jax.cli import EXIT_STOPPED, main
+from aqdetr_jax.data.transforms import AugmentConfig
+from aqdetr_jax.training import loop
+from aqdetr_jax.training.checkpoint import Checkpoints
+from aqdetr_jax.training.model_io import load_model, save_model
+from aqdetr_jax.training.workdir import WorkdirError
+from aqdetr_jax.viz.records import read_metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def changed(config, section, **fields):
+    """The configuration with some fields of one section replaced."""
+    part = dataclasses.replace(getattr(config, section), **fields)
+    return dataclasses.replace(config, **{section: part})
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def final_state(folder: Path) -> dict:
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        tree, step = checkpoints.restore()
+    assert step == tiny.FLOAT.train.steps
+    return tree
+
+
+# --- learning --------------------------------------------------------------------------------------
+
+EIGHT = changed(
+    tiny.FLOAT,
+    "data",
+    num_train=4,
+    num_eval=4,
+    eval_split="train",  # what is trained is what is judged
+    augment=AugmentConfig(flip_probability=0.0),
+)
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory, quick_compile):
+    """Folder and result of a float model that has learnt its few images by heart."""
+    folder = tmp_path_factory.mktemp("overfit")
+    config = changed(EIGHT, "train", steps=400, log_every=20, checkpoint_every=0)
+    return folder, loop.train(config, folder)
+
+
+def test_float_model_learns_its_images_by_heart(overfitted):
+    folder, result = overfitted
+    losses = [row["loss"] for row in rows(folder) if "loss" in row]
+    assert losses[-1] < 0.35 * losses[0], losses
+    assert result.block["AP50"] > 0.5, result.block
+    assert result.block["images"] == 4
+
+
+def test_student_of_it_goes_on_learning(overfitted, tmp_path):
+    config = dataclasses.replace(
+        tiny.student(overfitted[0]), data=EIGHT.data, name="student_of_overfitted"
+    )
+    config = changed(config, "train", steps=60, checkpoint_every=0)
+    loop.train(config, tmp_path)
+    losses = np.array([row["loss"] for row in rows(tmp_path) if "loss" in row])
+    assert len(losses) == 60
+    assert np.isfinite(losses).all()
+    assert losses[-15:].mean() < 0.9 * losses[:15].mean(), losses
+    distilled = [row["loss_distill_encoder"] for row in rows(tmp_path) if "loss" in row]
+    assert np.isfinite(distilled).all()
+
+
+# --- stopping and going on -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, tiny_teacher, quick_compile):
+    """(folder, configuration file, result) of a student run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = changed(tiny.student(tiny_teacher), "train", eval_every=4)
+    file = tiny.write_config(config, folder / "student.json")
+    return folder / "run", file, loop.train(config, folder / "run")
+
+
+KILLED = """
+    import os
+    import signal
+
+    from aqdetr_jax.cli import main
+    from aqdetr_jax.training import loop
+
+    placed, put_batch, started = 0, loop.put_batch, False
+
+
+    def counted(batch, mesh):
+        global placed
+        if "boxes" in batch:  # a training step, not an evaluation
+            placed += 1
+            if placed == {at}:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return put_batch(batch, mesh)
+
+
+    loop.put_batch = counted
+    main(["train", "--config={config}", "--workdir={workdir}"])
+"""
+
+
+def test_killed_and_stopped_and_resumed_equals_straight(
+    straight, run_python, tmp_path, monkeypatch, capsys
+):
+    """SIGKILL in step 4, SIGTERM in step 3 after the restart, then to the end: not a bit differs."""
+    folder, config, result = straight
+    run = tmp_path / "run"
+    command = ["train", f"--config={config}", f"--workdir={run}"]
+    run_python(
+        KILLED.format(at=4, config=config, workdir=run), devices=1, timeout=300, expect=-9
+    )
+    assert [row["step"] for row in rows(run)] == [1, 2, 3]
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [2]
+
+    def no_second_start(*_, **__):
+        raise AssertionError("a resumed run was initialised or calibrated again")
+
+    monkeypatch.setattr(loop.setup, "initial_variables", no_second_start)
+    put_batch, placed = loop.put_batch, []
+
+    def stopped(batch, mesh):
+        placed.append(batch)
+        signal.raise_signal(signal.SIGTERM)
+        return put_batch(batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", stopped)
+    assert main(command) == EXIT_STOPPED == 75
+    assert len(placed) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("aqdetr: stopped at step 3")
+    assert "run the same command to go on" in error
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handler is gone again
+    monkeypatch.setattr(loop, "put_batch", put_batch)
+
+    assert main(command) == 0
+    mine, other = final_state(folder), final_state(run)
+    assert set(mine) == {"step", "params", "batch_stats", "opt_state", "ema", "bad_in_a_row"}
+    for name in mine:
+        assert tiny.digest(mine[name]) == tiny.digest(other[name]), name
+    assert tiny.digest(load_model(run).variables) == tiny.digest(result.bundle.variables)
+
+    timing = ("time", "images_per_second")
+    logs = [
+        [{k: v for k, v in row.items() if k not in timing} for row in rows(f)]
+        for f in (folder, run)
+    ]
+    assert logs[0] == logs[1]
+    # Each step once; evaluations after step 4 and at the end.
+    assert [row["step"] for row in logs[1]] == [1, 2, 3, 4, 4, 5, 6, 6]
+    blocks = [json.loads((f / "results.json").read_text()) for f in (folder, run)]
+    for block in blocks:
+        del block["seconds"], block["commit"]
+    assert blocks[0] == blocks[1]
+    starts = json.loads((run / "manifest.json").read_text())["starts"]
+    assert len(starts) == 3
+    read_metrics(run / "metrics.jsonl")
+
+
+def test_finished_run_is_left_alone(straight, monkeypatch, capsys):
+    folder, config, result = straight
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.json") if p.name != "manifest.json"}
+
+    def never(*_, **__):
+        raise AssertionError("a finished run was taken up again")
+
+    monkeypatch.setattr(loop, "make_train_step", never)
+    monkeypatch.setattr(loop, "Evaluator", never)
+    from aqdetr_jax.quickstart import load_experiment
+
+    again = loop.train(load_experiment(str(config)), folder)
+    assert "this run is finished" in capsys.readouterr().out
+    assert again.block == json.loads((folder / "results.json").read_text())
+    assert again.detections.results == result.detections.results
+    assert tiny.digest(again.bundle.variables) == tiny.digest(result.bundle.variables)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_another_configuration_is_refused_with_its_differences(straight):
+    from aqdetr_jax.quickstart import load_experiment
+
+    folder, config, _ = straight
+    other = load_experiment(str(config), ("optimizer.lr=0.5", "quant.policy=w2a2"))
+    with pytest.raises(WorkdirError) as caught:
+        loop.train(other, folder)
+    assert "optimizer.lr: 0.001 -> 0.5" in str(caught.value)
+    assert "quant.policy: 'w4a4' -> 'w2a2'" in str(caught.value)
+
+
+def test_what_a_run_leaves_behind(straight):
+    folder, _, result = straight
+    report = json.loads((folder / "bit_report.json").read_text())
+    assert not [row for row in report["rows"] if "auxiliary" in row["path"]]
+    assert "4x4" in report["macs_by_bits"]
+    assert result.bundle.config.num_auxiliary == 0
+    assert "auxiliary_queries" not in result.bundle.variables["params"]
+    assert result.bundle.info["results"]["AP"] == result.block["AP"]
+    # What is kept is the moving average, not the last parameters.
+    state = final_state(folder)
+    kept = result.bundle.variables["params"]["query_embed"]
+    np.testing.assert_array_equal(kept, state["ema"]["query_embed"])
+    assert (kept != state["params"]["query_embed"]).any()
+
+
+def test_rows_of_a_run_killed_before_its_first_checkpoint_are_not_repeated(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0.0, "loss": 9.0}\n')
+    config = changed(tiny.FLOAT, "train", steps=2)
+    loop.train(config, tmp_path)
+    found = [row["step"] for row in rows(tmp_path) if "loss" in row]
+    assert found == [1, 2]
+    assert 9.0 not in [row["loss"] for row in rows(tmp_path) if "loss" in row]
+
+
+# --- divergence ------------------------------------------------------------------------------------
+
+
+def test_divergence_is_named_and_ends_the_run(tiny_teacher, tmp_path, caplog):
+    bundle = load_model(tiny_teacher)
+    params = jax.tree.map(np.copy, bundle.variables["params"])
+    params["box_head"]["layer_2"]["bias"][0] = np.nan
+    broken = dataclasses.replace(bundle, variables={**bundle.variables, "params": params})
+    save_model(tmp_path / "broken", broken)
+    config = dataclasses.replace(tiny.FLOAT, init_from=str(tmp_path / "broken"))
+    config = changed(config, "train", abort_after=3)
+    with (
+        caplog.at_level(logging.WARNING, logger="aqdetr_jax"),
+        pytest.raises(loop.TrainingDivergedError, match=r"3 steps in a row up to step 3.*loss_bbox"),
+    ):
+        loop.train(config, tmp_path / "run")
+    messages = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
+    assert len(messages) == 3
+    assert "step 1 skipped" in messages[0]
+    assert "loss_bbox" in messages[0]
+    assert "image ids" in messages[0]
+    found = [row for row in rows(tmp_path / "run") if "bad_in_a_row" in row]
+    assert [row["bad_in_a_row"] for row in found] == [1, 2, 3]
+    assert "loss_bbox" in found[0]["nonfinite"]

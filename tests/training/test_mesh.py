@@ -1,0 +1,139 @@
+"""The same step on one device and on eight: equal losses and gradients, no talk in the matcher."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+PROGRAM = """
+    import sys
+
+    sys.path.insert(0, "tests")
+    import dataclasses
+    import re
+
+    import jax
+    import numpy as np
+    import tiny
+    from flax.traverse_util import flatten_dict
+    from jax.sharding import AxisType
+
+    from aqdetr_jax.training import setup
+    from aqdetr_jax.training.loop import TRAINED_KEYS
+    from aqdetr_jax.training.sharding import (
+        AXES, batch_sharding, make_mesh, put_batch, replicated,
+    )
+    from aqdetr_jax.training.step import detection_loss_fn
+
+    # Float, because a rounding boundary turns the last bit of a sum into a whole step; learning
+    # norms, because their statistics run over the global batch.
+    config = tiny.resolved(tiny.student("TEACHER"))
+    config = dataclasses.replace(
+        config,
+        quant=tiny.FLOAT.quant,
+        model=dataclasses.replace(
+            config.model,
+            backbone=dataclasses.replace(config.model.backbone, norm="batch"),
+        ),
+        train=dataclasses.replace(config.train, batch_size=8),
+    )
+    module = setup.build_module(config)
+    teacher = setup.load_teacher(config)
+    (batch,) = tiny.batches(config, 1)
+    images, mask = setup.example_input((64, 64))
+    # One example has no objects, so that the devices' shares differ.
+    batch = {k: batch[k].copy() for k in TRAINED_KEYS}
+    batch["valid"][3] = False
+    variables = jax.device_get(jax.jit(module.init)(jax.random.key(0), images, mask))
+    loss_fn = detection_loss_fn(config, module, teacher.module())
+
+
+    def run(mesh):
+        whole = replicated(mesh)
+        with jax.set_mesh(mesh):
+            f = jax.jit(
+                jax.value_and_grad(loss_fn, has_aux=True),
+                in_shardings=(whole, whole, whole, batch_sharding(mesh), whole),
+                out_shardings=whole,
+            )
+            arguments = (
+                *jax.device_put(
+                    (variables["params"], variables["batch_stats"], teacher.variables), whole
+                ),
+                put_batch(batch, mesh),
+                jax.device_put(np.int32(3), whole),
+            )
+            compiled = f.lower(*arguments).compile()
+            return jax.device_get(compiled(*arguments)), compiled.as_text()
+
+
+    one = jax.make_mesh(
+        (1, 1), AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=jax.devices()[:1]
+    )
+    ((loss_1, (terms_1, stats_1)), gradients_1), _ = run(one)
+    ((loss_8, (terms_8, stats_8)), gradients_8), text = run(make_mesh())
+    assert jax.device_count() == 8
+
+    assert terms_1.keys() == terms_8.keys()
+    for name in terms_1:
+        np.testing.assert_allclose(terms_8[name], terms_1[name], rtol=1e-5, err_msg=name)
+    gradients_1, gradients_8 = (
+        flatten_dict(g, sep="/") for g in (gradients_1, gradients_8)
+    )
+    # The gradient of a key bias is zero but for rounding (softmax does not see it), so that a
+    # parameter's own size alone is no scale.
+    largest = max(float(np.abs(g).max()) for g in gradients_1.values())
+    for path, wanted in gradients_1.items():
+        scale = max(float(np.abs(wanted).max()), 1e-3 * largest)
+        np.testing.assert_allclose(
+            gradients_8[path] / scale, wanted / scale, rtol=1e-5, atol=1e-5, err_msg=path
+        )
+    for path, wanted in flatten_dict(stats_1, sep="/").items():
+        np.testing.assert_allclose(
+            flatten_dict(stats_8, sep="/")[path], wanted, rtol=1e-5, atol=1e-6, err_msg=path
+        )
+
+    # --- collectives --------------------------------------------------------------------------
+    computations = {}
+    for line in text.splitlines():
+        head = re.match(r"(?:ENTRY )?%?([\\w.\\-]+) (?:\\(.*)?.*\\{$", line)
+        if head and not line.startswith(" "):
+            current = computations.setdefault(head.group(1), [])
+        elif line.startswith(" "):
+            current.append(line)
+    called = re.compile(r"(?:body|condition|calls|to_apply)=%?([\\w.\\-]+)|branch_computations=\\{([^}]*)\\}")
+    COLLECTIVES = r"\\b(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
+
+
+    def reachable(name, seen):
+        if name in computations and name not in seen:
+            seen.add(name)
+            for line in computations[name]:
+                for match in called.finditer(line):
+                    for callee in re.findall(r"[\\w.\\-]+", match.group(1) or match.group(2)):
+                        reachable(callee, seen)
+        return seen
+
+
+    loops = [
+        (match.group(1), line)
+        for lines in computations.values()
+        for line in lines
+        if " while(" in line and (match := re.search(r"body=%?([\\w.\\-]+)", line))
+    ]
+    assert loops, "the matcher is a while loop"
+    for body, line in loops:
+        for name in reachable(body, set()):
+            for inner in computations[name]:
+                assert not re.search(COLLECTIVES + r"(?:-start)?\\(", inner), (body, inner)
+    # The parser must be able to find one: gradients are summed over devices somewhere.
+    found = [line for lines in computations.values() for line in lines if re.search(COLLECTIVES, line)]
+    assert found, "no collective at all in a program on eight devices"
+    print("loops", len(loops), "collectives", len(found))
+"""
+
+
+def test_one_and_eight_devices_agree_and_the_matcher_stays_local(run_python, tiny_teacher):
+    output = run_python(PROGRAM.replace("TEACHER", str(tiny_teacher)), devices=8, timeout=300)
+    assert "loops" in output
