@@ -40,8 +40,17 @@ def load_experiment(name: str, overrides: tuple[str, ...] = (), **fields: Any) -
 def evaluate_bundle(
     bundle: ModelBundle, config: ExperimentConfig, name: str
 ) -> tuple[dict[str, Any], Detections]:
-    """Results block and detections of a model on a configuration's evaluation set."""
+    """Results block and detections of a model on a configuration's evaluation set.
+
+    Raises:
+      ValueError: the model's classes are not the set's.
+    """
     dataset = setup.open_dataset(config.data, train=False)
+    if bundle.class_names != dataset.class_names:
+        raise ValueError(
+            f"the model detects {_some(bundle.class_names)}, but {dataset.name} has "
+            f"{_some(dataset.class_names)}: evaluate it on the classes it was trained on"
+        )
     evaluator = Evaluator(
         bundle.module(),
         dataset,
@@ -59,6 +68,11 @@ def evaluate_bundle(
         seconds=detections.seconds,
     )
     return block, detections
+
+
+def _some(names: tuple[str, ...]) -> str:
+    """A list of names for a message, not too long."""
+    return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
 def calibrated_bundle(config: ExperimentConfig, teacher: ModelBundle) -> ModelBundle:

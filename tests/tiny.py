@@ -67,7 +67,9 @@ FLOAT = ExperimentConfig(
         num_eval=6,
         image_size=64,
         buckets=((64, 64),),
-        augment=AugmentConfig(scales=(48, 64), max_size=64, crop_probability=0.3, crop_size=(32, 64)),
+        augment=AugmentConfig(
+            scales=(48, 64), max_size=64, crop_probability=0.3, crop_size=(32, 64)
+        ),
     ),
     model=MODEL,
     optimizer=OptimizerConfig(

@@ -44,7 +44,7 @@ class ShapesSpec:
     """How hard the generated set is. All values enter the fingerprint.
 
     Attributes:
-      hue_fidelity: share of objects drawn near one of the hues of their class; others take any.
+      hue_fidelity: share of objects drawn near the hue of their class; others take any.
       texture_fidelity: share of objects filled with the texture of their class.
       noise: standard deviation of the sensor noise is drawn from [0, noise] (grey levels).
       blur: share of images that are slightly blurred.
@@ -57,8 +57,8 @@ class ShapesSpec:
       min_visible: smallest visible fraction an object may be left with by later ones.
     """
 
-    hue_fidelity: float = 0.7
-    texture_fidelity: float = 0.6
+    hue_fidelity: float = 0.8
+    texture_fidelity: float = 0.75
     noise: float = 10.0
     blur: float = 0.25
     clutter: float = 7.0

@@ -40,7 +40,7 @@ def final_state(folder: Path) -> dict:
     return tree
 
 
-# --- learning --------------------------------------------------------------------------------------
+# --- learning ------------------------------------------------------------------------------------
 
 EIGHT = changed(
     tiny.FLOAT,
@@ -82,7 +82,7 @@ def test_student_of_it_goes_on_learning(overfitted, tmp_path):
     assert np.isfinite(distilled).all()
 
 
-# --- stopping and going on -------------------------------------------------------------------------
+# --- stopping and going on -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +97,12 @@ def straight(tmp_path_factory, tiny_teacher, quick_compile):
 KILLED = """
     import os
     import signal
+    import time
 
     from aqdetr_jax.cli import main
     from aqdetr_jax.training import loop
 
-    placed, put_batch, started = 0, loop.put_batch, False
+    placed, put_batch = 0, loop.put_batch
 
 
     def counted(batch, mesh):
@@ -109,6 +110,8 @@ KILLED = """
         if "boxes" in batch:  # a training step, not an evaluation
             placed += 1
             if placed == {at}:
+                while not os.path.exists("{workdir}/checkpoints/step_00000002.manifest.json"):
+                    time.sleep(0.02)
                 os.kill(os.getpid(), signal.SIGKILL)
         return put_batch(batch, mesh)
 
@@ -121,13 +124,11 @@ KILLED = """
 def test_killed_and_stopped_and_resumed_equals_straight(
     straight, run_python, tmp_path, monkeypatch, capsys
 ):
-    """SIGKILL in step 4, SIGTERM in step 3 after the restart, then to the end: not a bit differs."""
+    """SIGKILL in step 4, SIGTERM in step 3 after the restart, then the rest: no bit differs."""
     folder, config, result = straight
     run = tmp_path / "run"
     command = ["train", f"--config={config}", f"--workdir={run}"]
-    run_python(
-        KILLED.format(at=4, config=config, workdir=run), devices=1, timeout=300, expect=-9
-    )
+    run_python(KILLED.format(at=4, config=config, workdir=run), devices=1, timeout=300, expect=-9)
     assert [row["step"] for row in rows(run)] == [1, 2, 3]
     with Checkpoints(run / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [2]
@@ -230,7 +231,7 @@ def test_rows_of_a_run_killed_before_its_first_checkpoint_are_not_repeated(tmp_p
     assert 9.0 not in [row["loss"] for row in rows(tmp_path) if "loss" in row]
 
 
-# --- divergence ------------------------------------------------------------------------------------
+# --- divergence ----------------------------------------------------------------------------------
 
 
 def test_divergence_is_named_and_ends_the_run(tiny_teacher, tmp_path, caplog):
@@ -243,7 +244,9 @@ def test_divergence_is_named_and_ends_the_run(tiny_teacher, tmp_path, caplog):
     config = changed(config, "train", abort_after=3)
     with (
         caplog.at_level(logging.WARNING, logger="aqdetr_jax"),
-        pytest.raises(loop.TrainingDivergedError, match=r"3 steps in a row up to step 3.*loss_bbox"),
+        pytest.raises(
+            loop.TrainingDivergedError, match=r"3 steps in a row up to step 3.*loss_bbox"
+        ),
     ):
         loop.train(config, tmp_path / "run")
     messages = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]

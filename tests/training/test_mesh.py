@@ -102,7 +102,9 @@ PROGRAM = """
             current = computations.setdefault(head.group(1), [])
         elif line.startswith(" "):
             current.append(line)
-    called = re.compile(r"(?:body|condition|calls|to_apply)=%?([\\w.\\-]+)|branch_computations=\\{([^}]*)\\}")
+    called = re.compile(
+        r"(?:body|condition|calls|to_apply)=%?([\\w.\\-]+)|branch_computations=\\{([^}]*)\\}"
+    )
     COLLECTIVES = r"\\b(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
 
 
@@ -128,7 +130,8 @@ PROGRAM = """
             for inner in computations[name]:
                 assert not re.search(COLLECTIVES + r"(?:-start)?\\(", inner), (body, inner)
     # The parser must be able to find one: gradients are summed over devices somewhere.
-    found = [line for lines in computations.values() for line in lines if re.search(COLLECTIVES, line)]
+    everything = [line for lines in computations.values() for line in lines]
+    found = [line for line in everything if re.search(COLLECTIVES, line)]
     assert found, "no collective at all in a program on eight devices"
     print("loops", len(loops), "collectives", len(found))
 """

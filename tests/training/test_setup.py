@@ -30,11 +30,16 @@ def calibrated(tiny_teacher, quick_compile):
     return config, module, teacher, variables, report
 
 
-# --- merge -----------------------------------------------------------------------------------------
+# --- merge ---------------------------------------------------------------------------------------
 
 
 def test_merge_takes_what_fits_and_reports_the_rest():
-    own = {"a/kernel": np.zeros(2), "a/kernel_step": np.zeros(1), "b": np.zeros(3), "c": np.zeros(1)}
+    own = {
+        "a/kernel": np.zeros(2),
+        "a/kernel_step": np.zeros(1),
+        "b": np.zeros(3),
+        "c": np.zeros(1),
+    }
     source = {"a/kernel": np.ones(2), "b": np.ones(4), "d": np.ones(1), "c": np.ones(1)}
     merged, report = setup.merge(own, source)
     assert report == setup.LoadReport(
@@ -48,7 +53,7 @@ def test_merge_takes_what_fits_and_reports_the_rest():
     np.testing.assert_array_equal(own["a/kernel"], 0)  # the input is not changed
 
 
-# --- first variables -------------------------------------------------------------------------------
+# --- first variables -----------------------------------------------------------------------------
 
 
 def test_student_has_the_teachers_parameters(calibrated):
@@ -94,9 +99,7 @@ def test_calibration_depends_on_the_images(calibrated):
     (batch,) = tiny.batches(config, 1)
     again = setup.calibrate(config, module, variables, [batch])
     assert tiny.digest(again["params"]) == tiny.digest(variables["params"])
-    darker = setup.calibrate(
-        config, module, variables, [{**batch, "images": batch["images"] // 4}]
-    )
+    darker = setup.calibrate(config, module, variables, [{**batch, "images": batch["images"] // 4}])
     site = ("backbone", "layer1_0", "conv1", "input_step")
     a, b = (traverse_util.flatten_dict(v["params"])[site] for v in (again, darker))
     assert a != b
@@ -142,7 +145,7 @@ def test_source_that_does_not_fit_is_refused(calibrated):
         setup.initial_variables(config, module, source, never())
 
 
-# --- classes ---------------------------------------------------------------------------------------
+# --- classes -------------------------------------------------------------------------------------
 
 
 def test_number_of_classes_comes_from_the_data():
@@ -169,7 +172,7 @@ def test_missing_data_settings_are_named(data, message):
         setup.open_dataset(data, train=True)
 
 
-# --- teacher ---------------------------------------------------------------------------------------
+# --- teacher -------------------------------------------------------------------------------------
 
 
 def test_teacher_is_float_while_the_student_is_quantized(calibrated):
@@ -216,7 +219,7 @@ def test_teacher_of_another_shape_is_refused(calibrated, changes, message):
         setup.load_teacher(config)
 
 
-# --- model folders ---------------------------------------------------------------------------------
+# --- model folders -------------------------------------------------------------------------------
 
 
 def test_model_round_trip_is_bit_equal_and_drops_auxiliary_queries(calibrated, tmp_path):
@@ -226,9 +229,7 @@ def test_model_round_trip_is_bit_equal_and_drops_auxiliary_queries(calibrated, t
     )
     save_model(tmp_path / "run" / "model", bundle)
     loaded = load_model(tmp_path / "run")  # the run, or its model folder
-    assert loaded.config == dataclasses.replace(
-        config.model, num_auxiliary=0, auxiliary_groups=1
-    )
+    assert loaded.config == dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1)
     for name in ("quant", "input", "class_names", "category_ids", "info"):
         assert getattr(loaded, name) == getattr(bundle, name)
     assert "auxiliary_queries" in variables["params"]

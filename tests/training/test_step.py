@@ -74,7 +74,7 @@ def parts(state) -> dict[str, str]:
     return {name: tiny.digest(getattr(state, name)) for name in names}
 
 
-# --- what a step does ------------------------------------------------------------------------------
+# --- what a step does ----------------------------------------------------------------------------
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(setting, after_one):
@@ -137,7 +137,7 @@ def test_moving_average_starts_close_to_the_parameters(setting, after_one):
     jax.tree.map(check, state.ema, setting.state.ema, state.params)
 
 
-# --- the teacher -----------------------------------------------------------------------------------
+# --- the teacher ---------------------------------------------------------------------------------
 
 
 def test_teacher_is_bit_equal_after_training(setting):
@@ -164,7 +164,7 @@ def test_teacher_gets_no_gradient(setting):
         assert not np.asarray(leaf).any(), path
 
 
-# --- non-finite losses -----------------------------------------------------------------------------
+# --- non-finite losses ---------------------------------------------------------------------------
 
 
 def with_nan_box(batch):

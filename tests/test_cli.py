@@ -1,0 +1,261 @@
+"""The command line from end to end, and its one-line errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from aqdetr_jax.cli import main
+from aqdetr_jax.evaluation.coco import validate_results_block
+from aqdetr_jax.quickstart import load_experiment
+from aqdetr_jax.training.config import DataConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_teacher, quick_compile):
+    """(work directory, configuration file) after ``aqdetr train``."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = tiny.student(tiny_teacher)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+    file = tiny.write_config(config, folder / "tiny.json")
+    assert main(["train", f"--config={file}", f"--workdir={folder / 'run'}"]) == 0
+    return folder / "run", file
+
+
+def error_line(capsys, *argv: str) -> str:
+    """Runs a command that must fail with status 1 and one line on standard error."""
+    capsys.readouterr()
+    assert main(list(argv)) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("aqdetr: ")
+    return lines[0]
+
+
+# --- verbs ---------------------------------------------------------------------------------------
+
+
+def test_train_leaves_everything(trained):
+    folder, _ = trained
+    for name in (
+        "config.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "results.json",
+        "detections.json",
+        "bit_report.json",
+        "bit_report.txt",
+        "report.html",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    for name in ("checkpoints", "model", "tb"):
+        assert any((folder / name).iterdir()), name
+    names = {path.name for path in (folder / "pictures").iterdir()}
+    assert {"detections.png", "attention_0.png"} <= names
+    block = validate_results_block(json.loads((folder / "results.json").read_text()))
+    assert (block["images"], block["config"]) == (6, "tiny_student")
+    detections = json.loads((folder / "detections.json").read_text())
+    assert len(detections) == 6 * 12
+    assert "4x4" in (folder / "bit_report.txt").read_text()
+    assert load_experiment(str(folder / "config.json")).name == "tiny_student"
+
+
+def test_train_again_does_nothing(trained, capsys):
+    folder, file = trained
+    before = (folder / "results.json").read_bytes()
+    assert main(["train", f"--config={file}", f"--workdir={folder}"]) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_eval_gives_the_numbers_of_the_run(trained, tmp_path, capsys):
+    folder, file = trained
+    command = ["eval", f"--config={file}", f"--model={folder}", f"--out={tmp_path / 'out'}"]
+    assert main(command) == 0
+    assert "AP50" in capsys.readouterr().out
+    block = validate_results_block(json.loads((tmp_path / "out" / "results.json").read_text()))
+    of_run = json.loads((folder / "results.json").read_text())
+    assert {k: v for k, v in block.items() if k.startswith("A")} == {
+        k: v for k, v in of_run.items() if k.startswith("A")
+    }
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert found == json.loads((folder / "detections.json").read_text())
+
+
+def test_predict_writes_a_picture_and_a_file_for_each_image(trained, tmp_path, capsys):
+    folder, _ = trained
+    paths = []
+    for name in ("a", "b"):  # two files of the same name
+        (tmp_path / name).mkdir()
+        paths.append(tmp_path / name / "image.png")
+        Image.fromarray(np.full((40, 60, 3), 128, np.uint8)).save(paths[-1])
+    out = tmp_path / "out"
+    command = ["predict", *map(str, paths), f"--model={folder}", f"--out={out}", "--threshold=0"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("12 objects") == 2
+    assert {p.name for p in out.iterdir()} == {
+        "image.png",
+        "image.json",
+        "image_2.png",
+        "image_2.json",
+    }
+    content = json.loads((out / "image.json").read_text())
+    assert content["image"] == str(paths[0])
+    assert content["size"] == [40, 60]
+    assert len(content["detections"]) == 12
+
+
+def test_config_prints_json_that_loads_back(trained, tmp_path, capsys):
+    _, file = trained
+    assert main(["config", f"--config={file}", "optimizer.lr=0.5"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "printed.json").write_text(text)
+    wanted = load_experiment(str(file), ("optimizer.lr=0.5",))
+    assert load_experiment(str(tmp_path / "printed.json")) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "shapes_teacher",
+        "shapes_pretrain",
+        "shapes_w4a4:lsq",
+        "shapes_quickstart:baseline",
+        "configs/bccd.py:teacher",
+        "configs/coco.py:r50,float",
+        "configs/coco.py:r101-dc5,w4a4-attn8 init_from=teacher",
+    ],
+)
+def test_shipped_configurations_resolve(text, capsys):
+    name, *overrides = text.split()
+    assert main(["config", f"--config={name}", *overrides]) == 0
+    assert json.loads(capsys.readouterr().out)["name"]
+
+
+def test_inspect_data(trained, capsys):
+    _, file = trained
+    assert main(["inspect-data", f"--config={file}"]) == 0
+    assert "shapes/train" in capsys.readouterr().out
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_misspelt_key(trained, capsys):
+    _, file = trained
+    line = error_line(capsys, "config", f"--config={file}", "--config.optimizer.lr_backbon=1")
+    assert "'lr_backbon'" in line
+    assert "lr_backbone" in line
+
+
+def test_missing_configuration(capsys):
+    line = error_line(capsys, "config", "--config=shapes_techer")
+    assert "no configuration 'shapes_techer'" in line
+    assert "shapes_teacher" in line
+
+
+def test_missing_model(trained, tmp_path, capsys):
+    _, file = trained
+    line = error_line(capsys, "eval", f"--config={file}", f"--model={tmp_path / 'nothing'}")
+    assert f"no such folder: {tmp_path / 'nothing'}" in line
+
+
+def test_predict_takes_no_overrides(trained, capsys):
+    line = error_line(capsys, "predict", "x.png", f"--model={trained[0]}", "train.steps=2")
+    assert "'train.steps=2'" in line
+
+
+def test_predict_names_an_unreadable_image(trained, tmp_path, capsys):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    out = f"--out={tmp_path / 'out'}"
+    line = error_line(capsys, "predict", str(broken), f"--model={trained[0]}", out)
+    assert "broken.jpg" in line
+
+
+def test_other_configuration_on_the_same_folder(trained, capsys):
+    folder, file = trained
+    command = ["train", f"--config={file}", f"--workdir={folder}", "optimizer.lr=0.5"]
+    assert main(command) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("aqdetr: WorkdirError:")
+    assert "optimizer.lr: 0.001 -> 0.5" in text
+
+
+def test_traceback_on_request(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "config", "--config=nothing"])
+
+
+@pytest.fixture
+def coco(trained, tmp_path):
+    """Writes a small COCO folder, changed by a function, and gives the arguments that name it."""
+
+    def write(change=lambda content: None) -> list[str]:
+        images = tmp_path / "images"
+        images.mkdir(exist_ok=True)
+        Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(images / "one.png")
+        names = load_experiment(str(trained[1]))
+        dataset_names = tiny.setup.open_dataset(names.data, train=False).class_names
+        content = {
+            "images": [{"id": 1, "file_name": "one.png", "width": 64, "height": 64}],
+            "annotations": [
+                {"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 20, 20], "area": 400}
+            ],
+            "categories": [{"id": i, "name": n} for i, n in enumerate(dataset_names, 1)],
+        }
+        change(content)
+        (tmp_path / "instances.json").write_text(json.dumps(content))
+        data = DataConfig(
+            kind="coco",
+            train_images=str(images),
+            train_annotations=str(tmp_path / "instances.json"),
+            eval_images=str(images),
+            eval_annotations=str(tmp_path / "instances.json"),
+            buckets=((64, 64),),
+        )
+        file = tiny.write_config(
+            dataclasses.replace(load_experiment(str(trained[1])), data=data),
+            tmp_path / "coco.json",
+        )
+        return ["eval", f"--config={file}", f"--model={trained[0]}"]
+
+    return write
+
+
+def test_missing_annotations(coco, tmp_path, capsys):
+    command = coco()
+    (tmp_path / "instances.json").unlink()
+    line = error_line(capsys, *command)
+    assert "instances.json" in line
+    assert "does not exist" in line
+
+
+def test_unknown_category(coco, capsys):
+    line = error_line(
+        capsys, *coco(lambda content: content["annotations"][0].update(category_id=77))
+    )
+    assert "77" in line
+    assert "instances.json" in line
+
+
+def test_unreadable_image(coco, tmp_path, capsys):
+    command = coco()
+    (tmp_path / "images" / "one.png").write_bytes(b"no image")
+    assert "one.png" in error_line(capsys, *command)
+    train = ["train", command[1], f"--workdir={tmp_path / 'run'}"]
+    assert "one.png" in error_line(capsys, *train)
+
+
+def test_other_classes(coco, capsys):
+    line = error_line(
+        capsys, *coco(lambda content: content["categories"][0].update(name="aardvark"))
+    )
+    assert "aardvark" in line

@@ -1,0 +1,89 @@
+"""The quickstart in miniature: the same code on the tiny experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import tiny
+
+from aqdetr_jax import quickstart as qs
+from aqdetr_jax.evaluation.coco import validate_results_block
+from aqdetr_jax.training.config_tools import flatten_config
+from aqdetr_jax.training.config_types import from_dataclass
+from aqdetr_jax.training.model_io import load_model
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def overrides(config) -> tuple[str, ...]:
+    """Every value of a configuration as a command-line override."""
+    flat = flatten_config(from_dataclass(config))
+    return tuple(
+        f"{key}={tuple(value) if isinstance(value, list) else value}"
+        for key, value in flat.items()
+        if key not in ("init_from", "name")
+    )
+
+
+def test_quickstart(tiny_teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(qs, "TEACHER", tiny_teacher)
+    config = tiny.student(tiny_teacher)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+    blocks = qs.quickstart(tmp_path, baseline=True, overrides=overrides(config))
+    assert list(blocks) == ["teacher", "calibrated", "student", "baseline"]
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored == blocks
+    for name, block in stored.items():
+        validate_results_block(block)
+        assert block["images"] == 6, name
+    assert "the 4-bit student keeps" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    for text in ("teacher", "calibrated", "student", "baseline"):
+        assert text in page
+    assert (tmp_path / "pictures" / "detections.png").is_file()
+    assert (tmp_path / "pictures" / "attention_0.png").is_file()
+    student = load_model(tmp_path / "student")
+    assert student.quant.policy == "w4a4"
+    assert student.config.num_auxiliary == 0
+
+    # The same command again goes through without training, to the same numbers.
+    again = qs.quickstart(tmp_path, overrides=overrides(config))
+    assert "this run is finished" in capsys.readouterr().out
+    for name in ("teacher", "calibrated", "student"):
+        assert again[name]["AP"] == blocks[name]["AP"]
+
+
+def test_teacher_from_scratch(tmp_path, monkeypatch):
+    """Pretraining, then the float teacher from it."""
+    short = dataclasses.replace(tiny.FLOAT.train, steps=2)
+    learning = dataclasses.replace(
+        tiny.MODEL, backbone=dataclasses.replace(tiny.BACKBONE, norm="batch")
+    )
+    experiments = {
+        "shapes_pretrain": dataclasses.replace(
+            tiny.FLOAT, name="pretrain", task="pretrain", model=learning, train=short
+        ),
+        "shapes_teacher": dataclasses.replace(tiny.FLOAT, name="teacher", train=short),
+    }
+    monkeypatch.setattr(
+        qs,
+        "load_experiment",
+        lambda name, overrides=(), **fields: dataclasses.replace(experiments[name], **fields),
+    )
+    folder = qs.train_teacher(tmp_path)
+    pretrained, teacher = load_model(tmp_path / "pretrain"), load_model(folder)
+    assert set(pretrained.variables["params"]) == {"backbone", "encoder", "input_proj"}
+    assert not teacher.quant.quantized
+    # The running statistics of the learning norms are frozen into the teacher.
+    assert tiny.digest(teacher.variables["batch_stats"]) == tiny.digest(
+        pretrained.variables["batch_stats"]
+    )
+    assert (tmp_path / "teacher" / "results.json").is_file()
+
+
+def test_model_of_other_classes_is_not_evaluated(tiny_teacher):
+    bundle = dataclasses.replace(load_model(tiny_teacher), class_names=("cat", "dog"))
+    with pytest.raises(ValueError, match=r"2 classes \(cat, dog\), but shapes/validation has 10"):
+        qs.evaluate_bundle(bundle, tiny.FLOAT, "wrong")
