@@ -51,6 +51,7 @@ def postprocess(
     *,
     kind: str = "softmax",
     max_detections: int = MAX_DETECTIONS,
+    num_classes: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Turns head outputs into scored boxes in original pixels. Pure and jit-able.
 
@@ -65,6 +66,8 @@ def postprocess(
       original_size: int [B, 2] (height, width) in pixels.
       kind: "softmax" or "focal".
       max_detections: detections per image for ``focal``, at most Q * C.
+      num_classes: classes that the data have, where the head has columns for more (COCO's 91 for
+        80 classes); the others cannot be detected. All by default.
 
     Returns:
       scores float32 [B, K], labels int32 [B, K] (contiguous classes) and boxes float32 [B, K, 4]
@@ -84,12 +87,13 @@ def postprocess(
     if kind == "softmax":
         if columns < 2:
             raise ValueError(f"softmax logits need a class and no-object, got {columns} column(s)")
-        probabilities = jax.nn.softmax(logits, axis=-1)[..., :-1]
+        probabilities = jax.nn.softmax(logits, axis=-1)[..., :-1][..., :num_classes]
         scores = probabilities.max(axis=-1)
         labels = probabilities.argmax(axis=-1)
         chosen = boxes.astype(jnp.float32)
     elif kind == "focal":
-        flat = jax.nn.sigmoid(logits).reshape(batch, queries * columns)
+        columns = min(columns, num_classes or columns)
+        flat = jax.nn.sigmoid(logits[..., :columns]).reshape(batch, queries * columns)
         scores, index = jax.lax.top_k(flat, min(max_detections, queries * columns))
         labels = index % columns
         chosen = jnp.take_along_axis(

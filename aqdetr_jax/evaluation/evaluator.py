@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,12 +32,13 @@ class Detections(NamedTuple):
     seconds: float
 
 
-def make_predict_fn(module: Detr, mesh: Mesh, kind: str = "softmax") -> Callable:
+def make_predict_fn(module: Detr, mesh: Mesh, num_classes: int, kind: str = "softmax") -> Callable:
     """The jitted inference function.
 
     Args:
       module: the model.
       mesh: devices; the batch is split over "data".
+      num_classes: classes of the data (the head may have columns for more).
       kind: "softmax" or "focal", see ``coco.postprocess``.
 
     Returns:
@@ -45,7 +48,9 @@ def make_predict_fn(module: Detr, mesh: Mesh, kind: str = "softmax") -> Callable
 
     def predict(variables, images, mask, original_size):
         output: Any = module.apply(variables, images, mask)
-        return postprocess(output.logits[-1], output.boxes[-1], original_size, kind=kind)
+        return postprocess(
+            output.logits[-1], output.boxes[-1], original_size, kind=kind, num_classes=num_classes
+        )
 
     whole, split = replicated(mesh), batch_sharding(mesh)
     return jax.jit(predict, in_shardings=(whole, split, split, split), out_shardings=split)
@@ -71,9 +76,16 @@ class Evaluator:
         kind: str = "softmax",
     ):
         self._dataset = dataset
-        self._batches = make_eval_pipeline(dataset, pipeline)
+        # The last batch is filled up anyway, so any batch size can be made to fit the devices.
+        unit = (
+            mesh.shape["data"]
+            * pipeline.process_count
+            // math.gcd(mesh.shape["data"], pipeline.process_count)
+        )
+        size = -(-pipeline.batch_size // unit) * unit
+        self._batches = make_eval_pipeline(dataset, dataclasses.replace(pipeline, batch_size=size))
         self._mesh = mesh
-        self._predict = make_predict_fn(module, mesh, kind)
+        self._predict = make_predict_fn(module, mesh, dataset.num_classes, kind)
 
     def detect(self, variables: Any, progress: Callable[[int, int], None] | None = None):
         """Detections of every image of the set.

@@ -68,7 +68,7 @@ class Detector:
         self._mesh = jax.sharding.Mesh(
             np.array(jax.local_devices()[:1]).reshape(1, 1), ("data", "model")
         )
-        self._predict = make_predict_fn(bundle.module(), self._mesh)
+        self._predict = make_predict_fn(bundle.module(), self._mesh, len(bundle.class_names))
         self._variables = jax.device_put(bundle.variables, jax.local_devices()[0])
 
     @property

@@ -18,7 +18,7 @@ import re
 from typing import Literal
 
 from aqdetr_jax.quant.product import Arithmetic
-from aqdetr_jax.quant.spec import QuantSpec
+from aqdetr_jax.quant.spec import SUPPORTED_BITS, QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,23 @@ class Rule:
     activation: int | None
     attention: int | None
     note: str = ""
+
+    def __post_init__(self):
+        check_pattern(self.pattern)
+        for bits in (self.weight, self.activation, self.attention):
+            if bits is not None and bits not in SUPPORTED_BITS:
+                raise ValueError(
+                    f"rule {self.pattern!r}: bits must be None or one of {SUPPORTED_BITS}, "
+                    f"got {bits!r}"
+                )
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises ``ValueError`` for a regular expression that cannot be compiled."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +144,7 @@ def stock_policy(name: str, **options) -> Policy:
       ValueError: the name is not of that form; the message gives the nearest stock name.
     """
     if name == "float":
-        return Policy()
+        return Policy(**options)
     match = re.fullmatch(r"w([2-8])a([2-8])(?:-attn([2-8]))?", name)
     if not match:
         known = ["float", "w8a8", "w4a4", "w3a3", "w2a2", "w4a4-attn8", "w3a3-attn8", "w2a2-attn8"]

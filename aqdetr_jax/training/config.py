@@ -15,7 +15,7 @@ from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.detr import DetrConfig
-from aqdetr_jax.quant.policy import Policy, Rule, stock_policy
+from aqdetr_jax.quant.policy import Policy, Rule, check_pattern, stock_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class DataConfig:
 
     Attributes:
       kind: "shapes" (generated), "coco" (folder), "voc" (folder) or "tfds" (prepared by
-        ``aqdetr prepare``).
-      root: folder of a "voc" or "tfds" set.
+        ``aqdetr prepare-data``).
+      root: folder of a "voc" or "tfds" set, or of a "coco" set laid out as COCO's own.
       train_split: split name ("shapes", "voc", "tfds").
       eval_split: split name for evaluation.
       train_images: image folder of a "coco" set.
@@ -96,17 +96,16 @@ class QuantConfig:
     calibration_batches: int = 8
     calibration_method: Literal["mse", "lsq", "percentile"] = "mse"
 
+    def __post_init__(self):
+        self.build()  # a name or a rule that cannot be used is an error here, not in the model
+
     def build(self) -> Policy:
         """The policy table."""
-        policy = (
-            stock_policy(
-                self.policy,
-                attention_granularity=self.attention_granularity,
-                zero_point=self.zero_point,
-                renormalize=self.renormalize,
-            )
-            if self.policy != "float"
-            else Policy()
+        policy = stock_policy(
+            self.policy,
+            attention_granularity=self.attention_granularity,
+            zero_point=self.zero_point,
+            renormalize=self.renormalize,
         )
         return dataclasses.replace(policy, rules=self.rules + policy.rules)
 
@@ -156,7 +155,7 @@ class OptimizerConfig:
       lr_backbone: learning rate of the backbone.
       lr_steps: learning rate of the step sizes, *relative to the step*: one Adam update of size 1
         changes a step by this fraction of itself.
-      weight_decay: decoupled; not on norms, biases, queries' steps.
+      weight_decay: decoupled; not on norms, biases and step sizes.
       clip_norm: limit on the global gradient norm; 0 = off.
       warmup: steps of linear warm-up.
       schedule: "step" (x0.1 at each of ``drop_at``), "cosine" or "constant".
@@ -178,6 +177,10 @@ class OptimizerConfig:
     final: float = 0.01
     frozen: tuple[str, ...] = ()
     ema: float = 0.0
+
+    def __post_init__(self):
+        for pattern in self.frozen:
+            check_pattern(pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,10 +254,9 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        if self.distill.weights.active and not (self.distill.teacher or self.init_from):
+        if self.loss.kind != "softmax":
             raise ValueError(
-                "distill.weights is not zero, but there is no teacher: set distill.teacher (or "
-                "init_from) to the folder of a float model"
+                "loss.kind must be 'softmax': DETR's class head has a no-object output"
             )
         if self.task == "pretrain" and self.quant.quantized:
             raise ValueError("task='pretrain' trains a float backbone: set quant.policy='float'")

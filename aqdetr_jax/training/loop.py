@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import logging
-import signal
-import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
-from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
 from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import optimizer as optim
@@ -27,6 +26,7 @@ from aqdetr_jax.training import setup
 from aqdetr_jax.training.checkpoint import Checkpoints
 from aqdetr_jax.training.config import ExperimentConfig, learning_rate
 from aqdetr_jax.training.config_types import from_dataclass
+from aqdetr_jax.training.hosts import agree, is_main, say, stop_request
 from aqdetr_jax.training.metrics import MetricsWriter, Progress
 from aqdetr_jax.training.model_io import (
     MODEL_FOLDER,
@@ -36,6 +36,7 @@ from aqdetr_jax.training.model_io import (
     save_model,
 )
 from aqdetr_jax.training.sharding import (
+    MODEL_PARALLEL,
     batch_sharding,
     make_mesh,
     parameter_shardings,
@@ -110,14 +111,23 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     train_set = setup.open_dataset(config.data, train=True)
     eval_set = setup.open_dataset(config.data, train=False)
     config = setup.with_classes(config, train_set)
+    setup.check_same_classes(train_set, eval_set)
     fingerprint = {"train": train_set.fingerprint, "eval": eval_set.fingerprint}
     with (
         prepare_workdir(
-            workdir, from_dataclass(config), dataset=fingerprint, changeable=CHANGEABLE
+            workdir,
+            from_dataclass(config),
+            dataset=fingerprint,
+            changeable=CHANGEABLE if _has_state(Path(workdir)) else ("*",),
         ) as folder,
         jax.set_mesh(mesh),
     ):
         return _Run(config, folder.path, mesh, train_set, eval_set).run()
+
+
+def _has_state(path: Path) -> bool:
+    """Whether a work directory holds anything trained; until then its configuration may change."""
+    return (path / MODEL_FOLDER).exists() or any(path.glob("checkpoints/step_*.manifest.json"))
 
 
 class _Run:
@@ -133,12 +143,11 @@ class _Run:
 
     def run(self) -> RunResult:
         config = self.config
-        start = time.perf_counter()
         finished = self._finished()
         if finished is not None:
-            print(f"{config.name}: this run is finished; its results are in {self.path}")
+            say(f"{config.name}: this run is finished; its results are in {self.path}")
             return finished
-        self._log_drops()
+        self._say_limits()
 
         # --- teacher ------------------------------------------------------------------------
         teacher = setup.load_teacher(config)
@@ -171,32 +180,36 @@ class _Run:
             block = detections = None
             with (
                 # A run that was killed before its first checkpoint logs from step 1 again.
-                MetricsWriter(self.path, resume_step=first) as writer,
-                _stop_signal() as stop,
+                _writer(self.path, first) as writer,
+                stop_request() as stop,
                 contextlib.closing(
                     self._loop(state, first, step, teacher_variables, writer)
                 ) as steps,
             ):
                 for done, state in steps:
                     last = done == config.train.steps
-                    if self._due(done, config.train.eval_every) and not last:
-                        block, detections = self._evaluate(state)
-                        writer.write(done, _flat_results(block))
-                    if self._due(done, config.train.checkpoint_every) or last or stop.is_set():
-                        checkpoints.save(done, state, wait=last or stop.is_set())
-                    if stop.is_set() and not last:
+                    stopping = not last and stop.seen(done)
+                    if self._due(done, config.train.checkpoint_every) or last or stopping:
+                        checkpoints.save(done, state, wait=last or stopping)
+                    if stopping:
                         raise StoppedError(
                             f"stopped at step {done} as asked; the state is saved in {self.path}: "
                             "run the same command to go on"
                         )
-                if isinstance(self.module, Detr):
+                    # After the save: an evaluation that fails, or is too long for the time that a
+                    # preempted machine is given, costs no training.
+                    if isinstance(self.module, Detr) and (
+                        last or self._due(done, config.train.eval_every)
+                    ):
+                        block, detections = self._evaluate(state)
+                        writer.write(done, _flat_results(block))
+                if block is None and isinstance(self.module, Detr):  # killed while evaluating
                     block, detections = self._evaluate(state)
                     writer.write(config.train.steps, _flat_results(block))
 
         # --- what is kept ---------------------------------------------------------------------
         save_model(self.path / MODEL_FOLDER, self._bundle(state, block))
-        if block is not None and detections is not None:
-            block = {**block, "seconds": round(time.perf_counter() - start, 3)}
+        if block is not None and detections is not None and is_main():
             write_json_atomic(self.path / "detections.json", detections.results, indent=None)
             write_json_atomic(self.path / "results.json", block)
         return RunResult(load_model(self.path), block, detections)
@@ -207,25 +220,42 @@ class _Run:
         """What a finished run left in the work directory, else None."""
         results = self.path / "results.json"  # written last of all
         if isinstance(self.module, Detr):
-            if not results.is_file():
+            if not agree(results.is_file()):
                 return None
             block = read_json(results)
             found = Detections(read_json(self.path / "detections.json"), block["seconds"])
             return RunResult(load_model(self.path), block, found)
-        done = (self.path / MODEL_FOLDER).is_dir()
+        done = agree((self.path / MODEL_FOLDER).is_dir())
         return RunResult(load_model(self.path)) if done else None
 
-    def _log_drops(self) -> None:
+    def _say_limits(self) -> None:
+        """Says what was left out of the data, and where the number of queries will bite."""
+        config = self.config
         for dataset in (self.train_set, self.eval_set):
             if dataset.drops:
                 counts = ", ".join(f"{n} {reason}" for reason, n in dataset.drops.items())
                 first = "; ".join(dataset.drop_examples[:3])
-                print(f"{dataset.name}: left out boxes: {counts} ({first})")
+                say(f"{dataset.name}: left out boxes: {counts} ({first})")
+        most = self.train_set.max_boxes_per_image()
+        if isinstance(self.module, Detr) and most > config.model.num_queries:
+            say(
+                f"{self.train_set.name} has images with up to {most} boxes, more than the "
+                f"{config.model.num_queries} object queries: the rest stays unmatched"
+            )
+        if config.model.num_auxiliary:
+            queries = config.model.num_auxiliary // config.model.auxiliary_groups
+            repeats = config.auxiliary.repeats
+            if most * repeats > queries:
+                say(
+                    f"auxiliary queries: {repeats} repeats of up to {most} boxes do not fit the "
+                    f"{queries} queries of a group; such images use fewer repeats "
+                    "(metric limited_images)"
+                )
 
     def _state(self, checkpoints: Checkpoints):
         """Optimizer, groups, state on the mesh, and the restored step (None = a fresh start)."""
         config = self.config
-        fresh = checkpoints.latest_step() is None
+        fresh = agree(checkpoints.latest_step() is None)
         images, mask = setup.example_input(config.data.buckets[0])
         key = jax.random.key(0)
         if fresh:
@@ -243,33 +273,34 @@ class _Run:
             return TrainState.create(params, stats, optimizer, ema=config.optimizer.ema > 0)
 
         abstract = jax.eval_shape(create, params, stats)
-        shardings = parameter_shardings(abstract, self.mesh)
+        rules = MODEL_PARALLEL if config.mesh.model > 1 else ()
+        shardings = parameter_shardings(abstract, self.mesh, rules)
         if fresh:
             state = jax.jit(create, out_shardings=shardings)(params, stats)
             trainable = optim.count_trainable(*arguments, frozen_norms=self.frozen_norms)
             total = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
-            print(f"{config.name}: {total:,} parameters, {trainable:,} of them trained")
+            say(f"{config.name}: {total:,} parameters, {trainable:,} of them trained")
             return optimizer, groups, state, None
         wanted = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         )
         restored = checkpoints.restore(wanted)
         assert restored is not None
-        print(f"{config.name}: going on from step {restored[1]} in {self.path}")
+        say(f"{config.name}: going on from step {restored[1]} in {self.path}")
         return optimizer, groups, restored[0], restored[1]
 
     def _first_variables(self) -> dict[str, Any]:
         config = self.config
-        source = load_model(config.init_from) if config.init_from else None
+        source = setup.load_source(config.init_from, "init_from") if config.init_from else None
         pipeline = setup.pipeline_config(config, train=True)
         with contextlib.closing(make_train_pipeline(self.train_set, pipeline)) as batches:
             values, report = setup.initial_variables(config, self.module, source, batches)
         if report is not None:
-            print(f"{config.init_from}: {report.summary()}")
-        elif config.task == "detect" and len(self.train_set) < 10_000:
-            print(
+            say(f"{config.init_from}: {report.summary()}")
+        elif config.task == "detect":
+            say(
                 f"training from scratch on {len(self.train_set)} images: a DETR needs pretrained "
-                "features (config.init_from), expect a low AP"
+                "features (aqdetr pretrain, then config.init_from); expect a low AP"
             )
         return values
 
@@ -278,9 +309,13 @@ class _Run:
         if isinstance(self.module, Detr):
             bucket = (self.config.data.eval_buckets or self.config.data.buckets)[0]
             shapes = jax.eval_shape(lambda s: s.evaluated, state)
-            report = bit_report(setup.record_ops(self.module, shapes, bucket))
+            rows = setup.record_ops(self.module, shapes, bucket)
+            setup.check_patterns(self.config, [row.path for row in rows], state.params)
+            report = bit_report(rows)
+            if not is_main():
+                return
             write_json_atomic(self.path / "bit_report.json", report)
-            (self.path / "bit_report.txt").write_text(format_bit_report(report) + "\n")
+            write_text_atomic(self.path / "bit_report.txt", format_bit_report(report) + "\n")
 
     def _loop(self, state, first, step, teacher_variables, writer) -> Generator:
         """Yields (steps done, state) after every step; logs."""
@@ -289,9 +324,14 @@ class _Run:
         batches = make_train_pipeline(self.train_set, pipeline)
         rate = jax.jit(learning_rate(config.optimizer, config.train.steps))
         progress = Progress(
-            config.train.steps, self.path, batch_size=config.train.batch_size, start=first
+            config.train.steps,
+            self.path,
+            batch_size=config.train.batch_size,
+            start=first,
+            stream=None if is_main() else io.StringIO(),
         )
         clock, counted = time.perf_counter(), first
+        skipped = int(state.skipped)
         try:
             for number in range(first, config.train.steps):
                 batch = next(batches)
@@ -307,7 +347,8 @@ class _Run:
                     values["learning_rate"] = float(rate(number)) * config.optimizer.lr
                     clock, counted = now, done
                     writer.write(done, values)
-                    self._check(done, values, batch)
+                    self._check(done, values, batch, int(values["skipped"]) - skipped)
+                    skipped = int(values["skipped"])
                     progress.update(done, _shown(values))
                 yield done, state
                 if self._due(done, config.train.eval_every):
@@ -316,12 +357,27 @@ class _Run:
             batches.close()
             progress.close()
 
-    def _check(self, step: int, values: dict[str, float], batch: dict[str, np.ndarray]) -> None:
-        """Names a non-finite loss term; stops after too many bad steps in a row."""
+    def _check(
+        self, step: int, values: dict[str, float], batch: dict[str, np.ndarray], skipped: int
+    ) -> None:
+        """Reports skipped steps and replaced costs; stops after too many bad steps in a row."""
         bad = [k for k, v in values.items() if not np.isfinite(v)]
+        ids = [self.train_set.image_id(int(i)) for i in batch["image_index"] if i >= 0]
         if bad:
-            ids = [self.train_set.image_id(int(i)) for i in batch["image_index"] if i >= 0]
             logger.warning("step %d skipped: %s not finite; image ids %s", step, bad, ids)
+        elif skipped:
+            logger.warning(
+                "%d steps before step %d were skipped for a non-finite loss or gradient",
+                skipped,
+                step,
+            )
+        if values.get("replaced_costs"):
+            logger.warning(
+                "step %d: %d non-finite matching costs replaced; image ids %s",
+                step,
+                int(values["replaced_costs"]),
+                ids,
+            )
         if values["bad_in_a_row"] >= self.config.train.abort_after:
             raise TrainingDivergedError(
                 f"{int(values['bad_in_a_row'])} steps in a row up to step {step} had a non-finite "
@@ -348,7 +404,7 @@ class _Run:
             commit=git_commit(),
             seconds=detections.seconds,
         )
-        print(f"AP {block['AP']:.4f}  AP50 {block['AP50']:.4f}  ({len(self.eval_set)} images)")
+        say(f"AP {block['AP']:.4f}  AP50 {block['AP50']:.4f}  ({len(self.eval_set)} images)")
         return block, detections
 
     def _bundle(self, state: TrainState, block) -> ModelBundle:
@@ -380,6 +436,18 @@ class _Run:
         return every > 0 and done % every == 0
 
 
+def _writer(path: Path, first: int) -> contextlib.AbstractContextManager:
+    """The metrics writer; a run killed before its first checkpoint logs from step 1 again."""
+    if is_main():
+        return MetricsWriter(path, resume_step=first)
+    return contextlib.nullcontext(_NoWriter())
+
+
+class _NoWriter:
+    def write(self, step: int, metrics: object) -> None:
+        """Other processes than the main one write nothing."""
+
+
 def _shown(values: dict[str, float]) -> dict[str, float]:
     """The few terms that fit a progress line."""
     shown = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_distill_encoder")
@@ -389,24 +457,3 @@ def _shown(values: dict[str, float]) -> dict[str, float]:
 def _flat_results(block: dict[str, Any]) -> dict[str, float]:
     """The 12 numbers as ``eval/AP`` etc."""
     return {f"eval/{k}": v for k, v in block.items() if k.startswith(("AP", "AR"))}
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM or the first SIGINT sets; the second SIGINT interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handle(number, frame):
-        if event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        event.set()
-
-    old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield event
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

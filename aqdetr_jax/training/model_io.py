@@ -18,6 +18,9 @@ from aqdetr_jax.training.config_types import from_dataclass, to_dataclass
 MODEL_FOLDER = "model"
 """Name of the model's folder inside a run's work directory."""
 
+PACKAGED = "packaged:"
+"""Prefix of the names of models that come with the package."""
+
 
 @dataclasses.dataclass(frozen=True)
 class InputRule:
@@ -110,12 +113,19 @@ def load_model(path: str | Path) -> ModelBundle:
     """Reads a model folder, or the model of a run's work directory.
 
     Args:
-      path: ``RUN/model`` or ``RUN``.
+      path: ``RUN/model`` or ``RUN``, or ``packaged:NAME`` for a model that comes along.
 
     Raises:
       FileNotFoundError: there is no model; the message says what the folder is instead.
       CheckpointError: a file is damaged.
     """
+    if str(path).startswith(PACKAGED):
+        path = Path(__file__).parents[1] / "assets" / str(path).removeprefix(PACKAGED)
+        if not path.is_dir():
+            known = ", ".join(sorted(PACKAGED + p.name for p in path.parent.glob("*/")))
+            raise FileNotFoundError(
+                f"no packaged model {path.name!r}; there are: {known or 'none'}"
+            )
     path = Path(path)
     folder = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
     variables, metadata = load_params(folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 INIT, AUXILIARY_START, CALIBRATION = 0, 2, 3
 """Purpose numbers of random keys outside the step (see ``step.step_key``)."""
+
+CALIBRATION_ROWS = 8
+"""Images that a calibration batch uses."""
 
 
 def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
@@ -100,6 +104,37 @@ def with_classes(config: ExperimentConfig, dataset: DetectionDataset) -> Experim
             f"{classes}; set it to 0 to take the data's"
         )
     return config
+
+
+def check_same_classes(train: DetectionDataset, evaluation: DetectionDataset) -> None:
+    """Labels are positions in a set's own list of classes: the two lists must be the same.
+
+    Raises:
+      ValueError: they differ; the message names the first difference.
+    """
+    mine = list(zip(train.category_ids, train.class_names, strict=True))
+    theirs = list(zip(evaluation.category_ids, evaluation.class_names, strict=True))
+    if mine != theirs:
+        only = sorted(set(mine) ^ set(theirs))[:3]
+        raise ValueError(
+            f"{train.name} has {len(mine)} classes and {evaluation.name} {len(theirs)}, and they "
+            f"differ in (id, name) {only}: give both annotation files the same categories"
+        )
+
+
+def check_patterns(config: ExperimentConfig, operations: Sequence[str], params: Any) -> None:
+    """Every rule and pattern that the user wrote must match something.
+
+    Raises:
+      ValueError: one matches nothing; the message names it.
+    """
+    for rule in config.quant.rules:
+        if not any(re.search(rule.pattern, path) for path in operations):
+            raise ValueError(f"config.quant.rules: {rule.pattern!r} matches no operation")
+    paths = traverse_util.flatten_dict(params, sep="/")
+    for pattern in config.optimizer.frozen:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(f"config.optimizer.frozen: {pattern!r} matches no parameter")
 
 
 def example_input(bucket: tuple[int, int], batch: int = 1) -> tuple[jax.Array, jax.Array]:
@@ -183,6 +218,11 @@ def initial_variables(
     Raises:
       ValueError: almost nothing of ``source`` fits the model.
     """
+    if source is None and config.optimizer.frozen and config.task == "detect":
+        raise ValueError(
+            f"config.optimizer.frozen={config.optimizer.frozen} would keep random parameters for "
+            "ever: set config.init_from, or config.optimizer.frozen=() to train from scratch"
+        )
     images, mask = example_input(config.data.buckets[0])
     key = jax.random.fold_in(jax.random.key(config.seed), INIT)
     variables = jax.tree.map(np.asarray, jax.jit(module.init)(key, images, mask))
@@ -255,8 +295,11 @@ def calibrate(
         return seen[OBSERVED]
 
     samples = []
+    # Few images a batch: this pass is not split over devices, and every process does all of it, so
+    # that step sizes are the same whatever the number of processes.
     for _, batch in zip(range(config.quant.calibration_batches), batches, strict=False):
-        seen = observe(variables, batch["images"], batch["mask"])
+        images, mask = (batch[k][:CALIBRATION_ROWS] for k in ("images", "mask"))
+        seen = observe(variables, images, mask)
         samples.append(traverse_util.flatten_dict(jax.device_get(seen), sep="/"))
     if not samples:
         raise ValueError("calibration needs at least one batch (quant.calibration_batches)")
@@ -277,6 +320,21 @@ def build_module(config: ExperimentConfig) -> Detr | DensePretrainer:
     return Detr(config.model, config.quant.build())
 
 
+def load_source(path: str, key: str) -> ModelBundle:
+    """A model that a configuration key points to.
+
+    Raises:
+      FileNotFoundError: there is none; the message names the key.
+    """
+    try:
+        return load_model(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"config.{key}={path!r}: {error}. Train that model first, or set config.{key} to the "
+            "folder of another run or model."
+        ) from error
+
+
 def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
     """The float teacher of a distillation, or None.
 
@@ -286,15 +344,23 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
     if not config.distill.weights.active:
         return None
     path = config.distill.teacher or config.init_from
-    teacher = load_model(path)
+    if not path:
+        raise ValueError(
+            "config.distill.weights is not zero, but there is no teacher: set "
+            "config.distill.teacher (or config.init_from) to the folder of a float model"
+        )
+    teacher = load_source(path, "distill.teacher" if config.distill.teacher else "init_from")
     if teacher.quant.quantized:
         raise ValueError(
             f"distill.teacher={path!r} is quantized ({teacher.quant.policy}); give a float model"
         )
     mine, theirs = config.model, teacher.config
     for name in ("encoder_layers", "decoder_layers", "heads", "dim", "num_queries"):
-        needed = name in ("encoder_layers", "heads") or (
-            config.distill.weights.decoder_self + config.distill.weights.decoder_cross > 0
+        width = name == "dim" and config.distill.weights.kind == "output"
+        needed = (
+            width
+            or name in ("encoder_layers", "heads")
+            or (config.distill.weights.decoder_self + config.distill.weights.decoder_cross > 0)
         )
         if needed and getattr(mine, name) != getattr(theirs, name):
             raise ValueError(

@@ -32,6 +32,17 @@ _CLUSTER_VARIABLES = (
 )
 
 
+MODEL_PARALLEL: Rules = (
+    (r"feed_forward/linear1/kernel$", PartitionSpec(None, "model")),
+    (r"feed_forward/linear1/(bias|kernel_step)$", PartitionSpec("model")),
+    (r"feed_forward/linear2/kernel$", PartitionSpec("model", None)),
+    (r"_attention/[qkv]_proj/kernel$", PartitionSpec(None, "model")),
+    (r"_attention/[qkv]_proj/(bias|kernel_step)$", PartitionSpec("model")),
+    (r"_attention/out_proj/kernel$", PartitionSpec("model", None)),
+)
+"""How the transformer's parameters lie on a mesh with more than one device along "model"."""
+
+
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     """Makes the mesh of all devices with the axes ``('data', 'model')``, both of type ``Auto``.
 

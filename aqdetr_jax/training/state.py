@@ -22,7 +22,8 @@ class TrainState:
       batch_stats: running statistics of the backbone's norms.
       opt_state: optimizer state.
       ema: moving average of the parameters, or None.
-      bad_in_a_row: int32 scalar, steps skipped in a row for a non-finite loss or gradient.
+      skipped: int32 scalar, steps skipped so far for a non-finite loss or gradient.
+      bad_in_a_row: int32 scalar, the last of them in a row.
     """
 
     step: Array
@@ -30,6 +31,7 @@ class TrainState:
     batch_stats: Any
     opt_state: Any
     ema: Any
+    skipped: Array
     bad_in_a_row: Array
 
     @classmethod
@@ -41,6 +43,7 @@ class TrainState:
             batch_stats=batch_stats,
             opt_state=optimizer.init(params),
             ema=jax.tree.map(jnp.copy, params) if ema else None,
+            skipped=jnp.int32(0),
             bad_in_a_row=jnp.int32(0),
         )
 

@@ -201,9 +201,15 @@ def make_train_step(
             batch_stats=guard(batch_stats, state.batch_stats),
             opt_state=guard(opt_state, state.opt_state),
             ema=guard(ema, state.ema),
+            skipped=state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
             bad_in_a_row=jnp.where(finite, 0, state.bad_in_a_row + 1).astype(jnp.int32),
         )
-        metrics = {**terms, "gradient_norm": norm, "bad_in_a_row": new.bad_in_a_row}
+        metrics = {
+            **terms,
+            "gradient_norm": norm,
+            "bad_in_a_row": new.bad_in_a_row,
+            "skipped": new.skipped,
+        }
         return new, metrics
 
     return step

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -92,6 +93,11 @@ def prepare_workdir(
       WorkdirError: another process uses the folder; it holds another configuration or data set
         (the differences are listed); it holds a run and ``resume`` is False.
     """
+    if "://" in str(path):
+        raise WorkdirError(
+            f"the work directory {path} is not a folder of this machine: give a local folder, or "
+            "one that all hosts of a pod share"
+        )
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise WorkdirError(f"the work directory {path} is a file; choose another --workdir")
@@ -125,8 +131,12 @@ def prepare_workdir(
     return Workdir(path, existing, changes, lock)
 
 
+@functools.cache
 def git_commit() -> str:
     """Commit of the package's own sources: ``<sha>``, ``<sha>-dirty``, or ``unknown``.
+
+    Read once in a process: a run belongs to the code it started with, not to what is edited or
+    committed while it runs.
 
     ``unknown`` where the package is not run from a git checkout of its own repository, so that
     an installed copy inside someone else's checkout does not report that one's commit.

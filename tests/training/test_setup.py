@@ -87,11 +87,19 @@ def test_calibration_sets_every_step(calibrated):
     before, after = flat(default), flat(variables)
     steps = [path for path in after if path.endswith("_step")]
     assert len(steps) > 50
+    untouched = []
     for path in steps:
         assert np.isfinite(after[path]).all(), path
         assert (after[path] > 0).all(), path
         # Weight steps came from other weights, activation steps from a constant.
-        assert not np.isin(after[path], before[path]).any(), path
+        if np.isin(after[path], before[path]).any():
+            untouched.append(path)
+    # The first decoder layer's values are all zero before training (its input is), and such a site
+    # keeps the default.
+    dead = "decoder/layer_0/self_attention/"
+    assert set(untouched) <= {
+        f"{dead}{site}_step" for site in ("v_proj/input", "core/v", "out_proj/input")
+    }
 
 
 def test_calibration_depends_on_the_images(calibrated):
