@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.traceback:
             raise
         print(f"aqdetr: {type(error).__name__}: {error}", file=sys.stderr)
+        print("(--traceback shows where this came from)", file=sys.stderr)
         return 1
     return 0
 
@@ -56,12 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Low-bit detection transformers: train, evaluate, predict.",
         epilog="Overrides: --config.a.b=value or a.b=value, after any verb that takes --config.",
     )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name, run, text, *, config=False, workdir=False):
         sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         if config:
             sub.add_argument("--config", required=True, metavar="configs/NAME.py")
         if workdir:
@@ -98,24 +99,32 @@ def _experiment(arguments, overrides, **fields):
 
 def _train(arguments, overrides, **fields) -> None:
     from aqdetr_jax.reporting import report_training
+    from aqdetr_jax.training.hosts import is_main
     from aqdetr_jax.training.loop import train
     from aqdetr_jax.training.sharding import initialize_distributed
 
     initialize_distributed()
     config = _experiment(arguments, overrides, **fields)
     result = train(config, arguments.workdir)
-    report_training(config, arguments.workdir, result)
+    if is_main():
+        report_training(config, arguments.workdir, result)
 
 
 def _pretrain(arguments, overrides) -> None:
+    from aqdetr_jax.training.config import QuantConfig
+
     config = _experiment(arguments, overrides)
-    model = config.model
+    model, optimizer = config.model, config.optimizer
     backbone = dataclasses.replace(model.backbone, norm="batch")
+    # From scratch everything learns, the backbone as fast as the rest.
+    optimizer = dataclasses.replace(optimizer, frozen=(), lr_backbone=optimizer.lr)
     _train(
         arguments,
         overrides,
         task="pretrain",
-        model=dataclasses.replace(model, backbone=backbone),
+        quant=QuantConfig(),
+        model=dataclasses.replace(model, backbone=backbone, num_auxiliary=0, auxiliary_groups=1),
+        optimizer=optimizer,
     )
 
 
@@ -126,7 +135,10 @@ def _eval(arguments, overrides) -> None:
     from aqdetr_jax.training.model_io import load_model
 
     config = _experiment(arguments, overrides)
-    block, detections = evaluate_bundle(load_model(arguments.model), config, config.name)
+    bundle = load_model(arguments.model)
+    block, detections = evaluate_bundle(
+        bundle, config, bundle.info.get("name", config.name), progress=_show_batches
+    )
     print(format_results(block))
     if arguments.out:
         out = Path(arguments.out)
@@ -134,6 +146,12 @@ def _eval(arguments, overrides) -> None:
         write_json_atomic(out / "results.json", block)
         write_json_atomic(out / "detections.json", detections.results, indent=None)
         print(f"written to {out}")
+
+
+def _show_batches(done: int, total: int) -> None:
+    end = "\n" if done == total else "\r"
+    if sys.stderr.isatty() or done == total:
+        print(f"evaluated {done}/{total} batches", end=end, file=sys.stderr, flush=True)
 
 
 def _predict(arguments, overrides) -> None:
@@ -156,12 +174,14 @@ def _predict(arguments, overrides) -> None:
             number += 1
             stem = f"{Path(path).stem}_{number}"
         taken.add(stem)
-        write_json_atomic(out / f"{stem}.json", {"image": str(path), **found.to_dict()})
+        # Never the name of an image: predicting in place must not overwrite what it reads.
+        target = out / f"{stem}.detections"
+        write_json_atomic(f"{target}.json", {"image": str(path), **found.to_dict()})
         picture = draw_boxes(
             array, found.boxes, found.labels, found.scores, detector.class_names, min_score=0.0
         )
-        picture.save(out / f"{stem}.png")
-        print(f"{path}: {len(found)} objects -> {out / stem}.png, .json")
+        picture.save(f"{target}.png")
+        print(f"{path}: {len(found)} objects -> {target}.png, .json")
 
 
 def _quickstart(arguments, overrides) -> None:

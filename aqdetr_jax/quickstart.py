@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,18 @@ def load_experiment(name: str, overrides: tuple[str, ...] = (), **fields: Any) -
 
 
 def evaluate_bundle(
-    bundle: ModelBundle, config: ExperimentConfig, name: str
+    bundle: ModelBundle,
+    config: ExperimentConfig,
+    name: str,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], Detections]:
     """Results block and detections of a model on a configuration's evaluation set.
+
+    Args:
+      bundle: the model.
+      config: whose evaluation set and image rule are used.
+      name: name in the results block.
+      progress: called with (batches done, batches).
 
     Raises:
       ValueError: the model's classes are not the set's.
@@ -58,12 +67,12 @@ def evaluate_bundle(
         make_mesh(),
         config.loss.kind,
     )
-    metrics, detections = evaluator.evaluate(bundle.variables)
+    metrics, detections = evaluator.evaluate(bundle.variables, progress)
     block = results_block(
         metrics,
         images=len(dataset),
         config=name,
-        seed=config.seed,
+        seed=int(bundle.info.get("seed", config.seed)),
         commit=git_commit(),
         seconds=detections.seconds,
     )
@@ -118,7 +127,7 @@ def quickstart(
     workdir = Path(workdir)
     teacher_path = TEACHER
     if from_scratch:
-        teacher_path = train_teacher(workdir)
+        teacher_path = train_teacher(workdir, overrides)
     student_config = load_experiment("shapes_quickstart", overrides, init_from=str(teacher_path))
     teacher = load_model(teacher_path)
 
@@ -173,11 +182,18 @@ def quickstart(
     return blocks
 
 
-def train_teacher(workdir: Path) -> Path:
-    """Pretrains the backbone and trains the float teacher; returns its model folder."""
+def train_teacher(workdir: Path, overrides: tuple[str, ...] = ()) -> Path:
+    """Pretrains the backbone and trains the float teacher; returns its work directory.
+
+    Args:
+      workdir: "pretrain" and "teacher" are made in it.
+      overrides: those of the data (``data.a=value``) hold here too: teacher and student must see
+        the same set.
+    """
+    overrides = tuple(o for o in overrides if o.removeprefix("--config.").startswith("data."))
     print("0. the float teacher from scratch: dense pretraining, then DETR")
-    train(load_experiment("shapes_pretrain"), workdir / "pretrain")
-    config = load_experiment("shapes_teacher", init_from=str(workdir / "pretrain"))
+    train(load_experiment("shapes_pretrain", overrides), workdir / "pretrain")
+    config = load_experiment("shapes_teacher", overrides, init_from=str(workdir / "pretrain"))
     train(config, workdir / "teacher")
     return workdir / "teacher"
 

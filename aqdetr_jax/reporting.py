@@ -28,15 +28,16 @@ Results = Sequence[Mapping[str, Any]]
 
 def detection_picture(
     dataset: DetectionDataset, detections: Mapping[str, Results], count: int
-) -> Image.Image:
-    """The first images with objects: ground truth, then each model's detections.
+) -> Image.Image | None:
+    """The first images with objects: ground truth, then each model's detections; None without any.
 
     Args:
       dataset: evaluation set.
       detections: model name -> COCO results of the whole set, in column order.
       count: images, one a row.
     """
-    chosen = [i for i in range(min(len(dataset), 20 * count)) if len(dataset[i].labels)][:count]
+    annotated = {a["image_id"] for a in dataset.coco_ground_truth()["annotations"]}
+    chosen = [i for i in range(len(dataset)) if dataset.image_id(i) in annotated][:count]
     by_image = {
         name: _group(results, {dataset.image_id(i) for i in chosen})
         for name, results in detections.items()
@@ -53,6 +54,8 @@ def detection_picture(
             labels = np.array([label_of[d["category_id"]] for d in found], np.int32)
             panels.append((name, box, labels, np.array([d["score"] for d in found])))
         rows.append((example.image, panels))
+    if not rows:
+        return None
     return detection_grid(rows, dataset.class_names, min_score=0.4)
 
 
@@ -176,8 +179,9 @@ def write_run_report(
             save_figure(figure, folder / "curves.png")
     if pictures and detections:
         picture = detection_picture(dataset, detections, pictures)
-        picture.save(folder / "detections.png")
-        context["detections"] = [picture]
+        if picture is not None:
+            picture.save(folder / "detections.png")
+            context["detections"] = [picture]
     if pictures and teacher is not None and student is not None:
         context["attention"] = attention_pictures(dataset, teacher, student, min(3, pictures))
         for number, item in enumerate(context["attention"]):

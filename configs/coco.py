@@ -65,7 +65,7 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
                 dilations=(1, 1, 1, 2 if dilated else 1),
                 norm="frozen",
             ),
-            num_classes=91,
+            num_classes=0,
             num_queries=100,
             num_auxiliary=300 if low_bit else 0,
             remat=True,

@@ -21,7 +21,7 @@ def get_config(variant: str = "aqdetr") -> ConfigDict:
     auxiliary, distill = VARIANTS[variant]
     config = shapes_base.get_config()
     config.name = f"shapes_w4a4_{variant}"
-    config.init_from = "runs/shapes_teacher"
+    config.init_from = "packaged:shapes_teacher"
     config.quant = ConfigDict(dict(policy="w4a4", calibration_batches=4))
     config.auxiliary = ConfigDict(dict(weight=1.0, repeats=2, start="object", noise=0.1))
     config.model.num_auxiliary = 50 if auxiliary else 0

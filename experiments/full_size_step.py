@@ -63,8 +63,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--out", default="experiments/results/full_size_step.json")
     options = parser.parse_args(rest)
-    # The teacher's path is a formality here: its weights are random.
-    config = load_experiment(options.config, ("init_from=random", *overrides), init_from="random")
+    # COCO's official head: 91 ids and "no object".
+    config = load_experiment(options.config, ("model.num_classes=91", *overrides))
     bucket = (options.height, options.width)
     config = dataclasses.replace(
         config,
