@@ -42,14 +42,29 @@ def main() -> None:
             (f"init_from={options.teacher}", f"seed={seed}", *overrides),
         )
 
-    # The command as others would type it, without this machine's folders.
-    command = f"python experiments/ablation.py --config={options.config} " + " ".join(overrides)
-    result = {"command": command.strip(), "teacher": {}, "calibrated": {}, "runs": {}}
-    if Path(options.out).is_file():
-        result |= read_json(options.out)
     first = config_of(variants[0], seeds[0])
+    teacher = load_model(options.teacher)
+    settings = {
+        # As others would type it, without this machine's folders.
+        "command": " ".join(
+            [
+                f"python experiments/ablation.py --config={options.config}",
+                f"--teacher=TEACHER --work=DIR --out={options.out}",
+                *overrides,
+            ]
+        ),
+        "teacher_run": {k: teacher.info.get(k) for k in ("name", "seed", "steps", "commit")},
+    }
+    result = {**settings, "teacher": {}, "calibrated": {}, "runs": {}}
+    if Path(options.out).is_file():
+        result = read_json(options.out)
+        for key, value in settings.items():
+            if result[key] != value:
+                raise ValueError(
+                    f"{options.out} holds another ablation ({key}: {result[key]}, now {value}); "
+                    "give another --out, or delete it"
+                )
     if not result["teacher"]:
-        teacher = load_model(options.teacher)
         result["teacher"], _ = evaluate_bundle(teacher, first, "teacher")
         calibrated = calibrated_bundle(first, teacher)
         result["calibrated"], _ = evaluate_bundle(calibrated, first, "calibrated")
