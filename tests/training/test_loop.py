@@ -56,15 +56,15 @@ EIGHT = changed(
 def overfitted(tmp_path_factory, quick_compile):
     """Folder and result of a float model that has learnt its few images by heart."""
     folder = tmp_path_factory.mktemp("overfit")
-    config = changed(EIGHT, "train", steps=400, log_every=20, checkpoint_every=0)
+    config = changed(EIGHT, "train", steps=240, log_every=20, checkpoint_every=0)
     return folder, loop.train(config, folder)
 
 
 def test_float_model_learns_its_images_by_heart(overfitted):
     folder, result = overfitted
     losses = [row["loss"] for row in rows(folder) if "loss" in row]
-    assert losses[-1] < 0.35 * losses[0], losses
-    assert result.block["AP50"] > 0.5, result.block
+    assert losses[-1] < 0.2 * losses[0], losses
+    assert result.block["AP50"] > 0.8, result.block
     assert result.block["images"] == 4
 
 
@@ -72,12 +72,12 @@ def test_student_of_it_goes_on_learning(overfitted, tmp_path):
     config = dataclasses.replace(
         tiny.student(overfitted[0]), data=EIGHT.data, name="student_of_overfitted"
     )
-    config = changed(config, "train", steps=60, checkpoint_every=0)
+    config = changed(config, "train", steps=40, checkpoint_every=0)
     loop.train(config, tmp_path)
     losses = np.array([row["loss"] for row in rows(tmp_path) if "loss" in row])
-    assert len(losses) == 60
+    assert len(losses) == 40
     assert np.isfinite(losses).all()
-    assert losses[-15:].mean() < 0.9 * losses[:15].mean(), losses
+    assert losses[-10:].mean() < 0.9 * losses[:10].mean(), losses
     distilled = [row["loss_distill_encoder"] for row in rows(tmp_path) if "loss" in row]
     assert np.isfinite(distilled).all()
 
