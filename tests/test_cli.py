@@ -30,11 +30,12 @@ def trained(tmp_path_factory, tiny_teacher, quick_compile):
 
 
 def error_line(capsys, *argv: str) -> str:
-    """Runs a command that must fail with status 1 and one line on standard error."""
+    """Runs a command that must fail with status 1: one line says why, one how to see more."""
     capsys.readouterr()
     assert main(list(argv)) == 1
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
+    assert len(lines) == 2, lines
+    assert lines[1] == "(--traceback shows where this came from)"
     assert lines[0].startswith("aqdetr: ")
     return lines[0]
 
@@ -101,12 +102,12 @@ def test_predict_writes_a_picture_and_a_file_for_each_image(trained, tmp_path, c
     assert main(command) == 0
     assert capsys.readouterr().out.count("12 objects") == 2
     assert {p.name for p in out.iterdir()} == {
-        "image.png",
-        "image.json",
-        "image_2.png",
-        "image_2.json",
+        "image.detections.png",
+        "image.detections.json",
+        "image_2.detections.png",
+        "image_2.detections.json",
     }
-    content = json.loads((out / "image.json").read_text())
+    content = json.loads((out / "image.detections.json").read_text())
     assert content["image"] == str(paths[0])
     assert content["size"] == [40, 60]
     assert len(content["detections"]) == 12
@@ -191,7 +192,7 @@ def test_other_configuration_on_the_same_folder(trained, capsys):
 
 def test_traceback_on_request(tmp_path):
     with pytest.raises(FileNotFoundError):
-        main(["--traceback", "config", "--config=nothing"])
+        main(["config", "--config=nothing", "--traceback"])
 
 
 @pytest.fixture
