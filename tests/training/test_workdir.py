@@ -148,19 +148,24 @@ def test_git_commit(tmp_path, monkeypatch):
     source.parent.mkdir(parents=True)
     source.write_text("x = 1\n")
     monkeypatch.setattr(workdir_module, "__file__", str(source))
-    assert git_commit() == "unknown"
+    assert git_commit.__wrapped__() == "unknown"
     git(tmp_path, "init", "-q")
-    assert git_commit() == "unknown"  # no commit yet
+    assert git_commit.__wrapped__() == "unknown"  # no commit yet
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "one")
-    clean = git_commit()
+    clean = git_commit.__wrapped__()
     assert len(clean) == 40
     source.write_text("x = 2\n")
-    assert git_commit() == clean + "-dirty"
+    assert git_commit.__wrapped__() == clean + "-dirty"
     # Inside somebody else's repository, as when installed into a virtual environment there.
     nested = tmp_path / "venv" / "site" / "aqdetr_jax" / "training" / "workdir.py"
     monkeypatch.setattr(workdir_module, "__file__", str(nested))
     nested.parent.mkdir(parents=True)
-    assert git_commit() == "unknown"
+    assert git_commit.__wrapped__() == "unknown"
     monkeypatch.setenv("PATH", "")
-    assert git_commit() == "unknown"
+    assert git_commit.__wrapped__() == "unknown"
+
+
+def test_git_commit_is_that_of_the_start():
+    assert git_commit() == git_commit()
+    assert git_commit.cache_info().currsize == 1
