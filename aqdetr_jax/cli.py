@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aqdetr_jax.host import use_huge_pages
+from aqdetr_jax.host import use_compilation_cache, use_huge_pages
 
 EXIT_STOPPED = 75
 """Exit status of a run that was asked to stop and saved its state (EX_TEMPFAIL: try again)."""
@@ -18,6 +18,7 @@ EXIT_STOPPED = 75
 def entry_point() -> None:
     """Console script."""
     use_huge_pages()
+    use_compilation_cache()
     sys.exit(main(sys.argv[1:]))
 
 

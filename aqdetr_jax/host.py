@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 _TUNABLES = "GLIBC_TUNABLES"
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -25,3 +26,24 @@ def use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except OSError:
         return  # no restart, no gain; the run itself is unaffected
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs in the user's cache folder.
+
+    A low-bit training step takes the better part of a minute to compile on a small CPU; a run that
+    goes on after an interruption should not pay for it again. ``JAX_COMPILATION_CACHE_DIR`` chooses
+    another folder. The folder holds executable code: it must be writable by its user only.
+    """
+    import jax
+
+    if jax.config.values.get("jax_compilation_cache_dir"):
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "aqdetr_jax" / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return  # a read-only home: compile every time
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,14 +41,8 @@ def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
     """
     split = data.train_split if train else data.eval_split
     if data.kind == "shapes":
-        return load_dataset(
-            "shapes",
-            split=split,
-            size=data.image_size,
-            num_images=data.num_train if train else data.num_eval,
-            seed=data.set_seed,
-            cache_dir=data.cache_dir or None,
-        )
+        count = data.num_train if train else data.num_eval
+        return _generated_set(split, data.image_size, count, data.set_seed, data.cache_dir or None)
     if data.kind == "coco":
         if data.root:
             return load_dataset("coco", root=data.root, split=split)
@@ -63,6 +58,19 @@ def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
     if data.kind == "voc":
         return load_dataset("voc", root=data.root, split=split)
     return load_dataset("tfds", data_dir=data.root, split=split)
+
+
+@functools.lru_cache(maxsize=2)
+def _generated_set(split, size, num_images, seed, cache_dir) -> DetectionDataset:
+    """A generated set, drawn once in a process however often it is opened."""
+    return load_dataset(
+        "shapes",
+        split=split,
+        size=size,
+        num_images=num_images,
+        seed=seed,
+        cache_dir=cache_dir,
+    )
 
 
 def pipeline_config(
