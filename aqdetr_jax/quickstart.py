@@ -21,7 +21,7 @@ from aqdetr_jax.training.model_io import ModelBundle, load_model
 from aqdetr_jax.training.sharding import make_mesh
 from aqdetr_jax.training.workdir import git_commit
 
-TEACHER = Path(__file__).parent / "assets" / "shapes_teacher"
+TEACHER: str | Path = "packaged:shapes_teacher"
 """The float teacher of the embedded set that comes with the package."""
 
 
@@ -125,7 +125,7 @@ def quickstart(
     """
     start = time.perf_counter()
     workdir = Path(workdir)
-    teacher_path = TEACHER
+    teacher_path: str | Path = TEACHER
     if from_scratch:
         teacher_path = train_teacher(workdir, overrides)
     student_config = load_experiment("shapes_quickstart", overrides, init_from=str(teacher_path))
