@@ -30,6 +30,11 @@ def load(name: str) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
+def short(commit: str) -> str:
+    """A commit in twelve digits; that it was dirty stays said."""
+    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
 def quickstart_table() -> str:
     """The quickstart's blocks."""
     result = load("quickstart.json")
@@ -56,7 +61,7 @@ def quickstart_table() -> str:
     lines.append(
         f"`aqdetr quickstart{' --baseline' if 'baseline' in result else ''}`, config "
         f"`{block['config']}`, seed {block['seed']}, {block['images']} images, commit "
-        f"`{block['commit'][:12]}`, from `experiments/results/quickstart.json`."
+        f"`{short(block['commit'])}`, from `experiments/results/quickstart.json`."
     )
     return "\n".join(lines)
 
@@ -83,7 +88,7 @@ def ablation_table(name: str, title: str) -> str:
         mean = statistics.mean(done) if done else None
         tail = f"{mean:.4f} | {mean / reference:.1%}" if mean is not None else "not run | "
         lines.append(f"| {label} | {cells} | {tail} |")
-    commits = sorted({block["commit"][:12] for block in result["runs"].values()})
+    commits = sorted({short(block["commit"]) for block in result["runs"].values()})
     lines += [
         "",
         f"`{result['command']}`; commits {', '.join(commits)}; `experiments/results/{name}`.",
@@ -99,7 +104,7 @@ def step_time_table() -> str:
     lines = [
         f"**Step time**, config `{result['config']}`, batch {result['batch']}, "
         f"{result['image'][0]}x{result['image'][1]}, device {result['device']}, commit "
-        f"`{result['commit'][:12]}`, side by side in one process:",
+        f"`{short(result['commit'])}`, side by side in one process:",
         "",
         "| variant | ratio to float | median ms | compile s | temporaries MiB |",
         "|---|---|---|---|---|",
@@ -127,7 +132,7 @@ def full_size_table() -> str:
         f"{result['auxiliary_queries']} auxiliary queries, on this CPU: {seconds['step']} s, "
         f"compiled in {seconds['compile']} s, "
         f"peak {result['peak_resident_bytes'] / 2**30:.1f} GiB resident "
-        f"(`python experiments/full_size_step.py`, commit `{result['commit'][:12]}`). Trainable "
+        f"(`python experiments/full_size_step.py`, commit `{short(result['commit'])}`). Trainable "
         f"parameters in the official recipe: {result['trainable_parameters_official_recipe']:,}."
     )
 
