@@ -124,6 +124,7 @@ def quickstart(
       "student" and, if asked for, "baseline".
     """
     start = time.perf_counter()
+    git_commit()  # remembered from here on: results belong to the code that is running now
     workdir = Path(workdir)
     teacher_path: str | Path = TEACHER
     if from_scratch:

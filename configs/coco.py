@@ -13,7 +13,11 @@ Here: not run (docs/results.md has the ledger). Cost: on the order of a day on a
 estimated, not measured.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
+
+from aqdetr_jax.data.transforms import DETR_COCO
 
 TRAIN_IMAGES = 118_287
 
@@ -45,13 +49,7 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
             eval_buckets=((800, 1344), (1344, 800), (1088, 1088)),
             eval_short_side=800,
             eval_max_size=1333,
-            augment=dict(
-                scales=tuple(range(480, 801, 32)),
-                max_size=1333,
-                crop_probability=0.5,
-                crop_resize=(400, 500, 600),
-                crop_size=(384, 600),
-            ),
+            augment=dataclasses.asdict(DETR_COCO),
             num_threads=16,
             prefetch=8,
         )
