@@ -15,5 +15,5 @@ def get_config() -> ConfigDict:
     config.task = "pretrain"
     config.model.backbone.norm = "batch"
     config.optimizer.update(lr=2e-3, lr_backbone=2e-3)
-    config.train.update(steps=2500, eval_every=0)
+    config.train.update(steps=4000, eval_every=0)
     return config

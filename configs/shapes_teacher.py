@@ -15,5 +15,6 @@ def get_config() -> ConfigDict:
     config.init_from = "runs/shapes_pretrain"
     config.model.num_auxiliary = 50
     config.model.auxiliary_groups = 2
+    config.optimizer.lr_backbone = 1e-3
     config.auxiliary = ConfigDict(dict(weight=1.0, repeats=1, start="random"))
     return config

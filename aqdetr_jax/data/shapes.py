@@ -57,8 +57,8 @@ class ShapesSpec:
       min_visible: smallest visible fraction an object may be left with by later ones.
     """
 
-    hue_fidelity: float = 0.8
-    texture_fidelity: float = 0.75
+    hue_fidelity: float = 0.9
+    texture_fidelity: float = 0.85
     noise: float = 10.0
     blur: float = 0.25
     clutter: float = 7.0

@@ -18,7 +18,7 @@ from aqdetr_jax.data.shapes_objects import CLASS_NAMES, fill, object_mask, patte
 if TYPE_CHECKING:
     from aqdetr_jax.data.shapes import ShapesSpec
 
-GENERATOR_VERSION = "2"
+GENERATOR_VERSION = "3"
 # Box areas: square roots of the bounds in pixels. A margin keeps rasterisation from moving an
 # object over COCO's bounds (32 and 96).
 _SMALL, _MEDIUM, _LARGE = (13.0, 31.0), (33.0, 92.0), (98.0, 126.0)
