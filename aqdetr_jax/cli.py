@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aqdetr_jax.host import use_compilation_cache, use_huge_pages
+from aqdetr_jax import host
 
 EXIT_STOPPED = 75
 """Exit status of a run that was asked to stop and saved its state (EX_TEMPFAIL: try again)."""
@@ -17,8 +17,7 @@ EXIT_STOPPED = 75
 
 def entry_point() -> None:
     """Console script."""
-    use_huge_pages()
-    use_compilation_cache()
+    host.prepare()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -36,14 +35,14 @@ def main(argv: Sequence[str]) -> int:
 
     overrides, rest = split_overrides(argv)
     arguments = _parser().parse_args(rest)
-    from aqdetr_jax.training.loop import StoppedError, TrainingDivergedError
+    from aqdetr_jax.training.loop import StoppedError
 
     try:
         arguments.run(arguments, tuple(overrides))
     except StoppedError as stop:
         print(f"aqdetr: {stop}", file=sys.stderr)
         return EXIT_STOPPED
-    except (ValueError, OSError, RuntimeError, TrainingDivergedError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if arguments.traceback:
             raise
         print(f"aqdetr: {type(error).__name__}: {error}", file=sys.stderr)
@@ -93,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _experiment(arguments, overrides, **fields):
-    from aqdetr_jax.quickstart import load_experiment
+    from aqdetr_jax.training.config import load_experiment
 
     return load_experiment(arguments.config, overrides, **fields)
 
@@ -132,7 +131,7 @@ def _pretrain(arguments, overrides) -> None:
 def _eval(arguments, overrides) -> None:
     from aqdetr_jax.evaluation.coco import format_results
     from aqdetr_jax.io import write_json_atomic
-    from aqdetr_jax.quickstart import evaluate_bundle
+    from aqdetr_jax.training.bundles import evaluate_bundle
     from aqdetr_jax.training.model_io import load_model
 
     config = _experiment(arguments, overrides)

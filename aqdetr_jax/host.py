@@ -6,8 +6,40 @@ import os
 import sys
 from pathlib import Path
 
+_MAX_CPU_DEVICES = 8
 _TUNABLES = "GLIBC_TUNABLES"
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def prepare(*, compilation_cache: bool = True) -> None:
+    """Everything below; called by programs, first thing in ``main`` (it may restart the program).
+
+    Args:
+      compilation_cache: False in benchmarks that state compile times.
+    """
+    use_huge_pages()
+    use_every_core()
+    if compilation_cache:
+        use_compilation_cache()
+
+
+def use_every_core() -> None:
+    """Gives JAX one virtual CPU device a core (a power of two, at most 8), unless told otherwise.
+
+    XLA's CPU backend spreads single operations over the cores, and most operations of a small model
+    are too small for that; a batch split over one device a core keeps all of them busy (1.4 times
+    as fast on two cores). ``XLA_FLAGS`` or ``JAX_NUM_CPU_DEVICES`` set by the user win.
+    """
+    import jax
+
+    if (
+        "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+        or "JAX_NUM_CPU_DEVICES" in os.environ
+    ):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = min(cores or 1, _MAX_CPU_DEVICES)
+    jax.config.update("jax_num_cpu_devices", 1 << (count.bit_length() - 1))
 
 
 def use_huge_pages() -> None:

@@ -2,106 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aqdetr_jax.evaluation.coco import format_results, results_block
-from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
+from aqdetr_jax.evaluation.coco import format_results
+from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.reporting import write_run_report
 from aqdetr_jax.training import setup
-from aqdetr_jax.training.config import ExperimentConfig
-from aqdetr_jax.training.config_tools import load_config_file
-from aqdetr_jax.training.config_types import to_dataclass
+from aqdetr_jax.training.bundles import calibrated_bundle, evaluate_bundle
+from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.loop import train
-from aqdetr_jax.training.model_io import ModelBundle, load_model
-from aqdetr_jax.training.sharding import make_mesh
+from aqdetr_jax.training.model_io import load_model
 from aqdetr_jax.training.workdir import git_commit
 
 TEACHER: str | Path = "packaged:shapes_teacher"
 """The float teacher of the embedded set that comes with the package."""
-
-
-def load_experiment(name: str, overrides: tuple[str, ...] = (), **fields: Any) -> ExperimentConfig:
-    """A packaged configuration as an ``ExperimentConfig``.
-
-    Args:
-      name: configuration name or file.
-      overrides: ``a.b=value`` texts.
-      **fields: top-level fields to replace.
-    """
-    loaded = load_config_file(name, overrides, schema=ExperimentConfig)
-    return dataclasses.replace(to_dataclass(ExperimentConfig, loaded), **fields)
-
-
-def evaluate_bundle(
-    bundle: ModelBundle,
-    config: ExperimentConfig,
-    name: str,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Any], Detections]:
-    """Results block and detections of a model on a configuration's evaluation set.
-
-    Args:
-      bundle: the model.
-      config: whose evaluation set and image rule are used.
-      name: name in the results block.
-      progress: called with (batches done, batches).
-
-    Raises:
-      ValueError: the model's classes are not the set's.
-    """
-    dataset = setup.open_dataset(config.data, train=False)
-    if bundle.class_names != dataset.class_names:
-        raise ValueError(
-            f"the model detects {_some(bundle.class_names)}, but {dataset.name} has "
-            f"{_some(dataset.class_names)}: evaluate it on the classes it was trained on"
-        )
-    evaluator = Evaluator(
-        bundle.module(),
-        dataset,
-        setup.pipeline_config(config, train=False),
-        make_mesh(),
-        config.loss.kind,
-    )
-    metrics, detections = evaluator.evaluate(bundle.variables, progress)
-    block = results_block(
-        metrics,
-        images=len(dataset),
-        config=name,
-        seed=int(bundle.info.get("seed", config.seed)),
-        commit=git_commit(),
-        seconds=detections.seconds,
-    )
-    return block, detections
-
-
-def _some(names: tuple[str, ...]) -> str:
-    """A list of names for a message, not too long."""
-    return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-
-
-def calibrated_bundle(config: ExperimentConfig, teacher: ModelBundle) -> ModelBundle:
-    """The quantized model before any training: the teacher's weights, calibrated step sizes."""
-    from aqdetr_jax.data.pipeline import make_train_pipeline
-
-    dataset = setup.open_dataset(config.data, train=True)
-    config = setup.with_classes(config, dataset)
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1)
-    )
-    module = setup.build_module(config)
-    batches = make_train_pipeline(dataset, setup.pipeline_config(config, train=True))
-    try:
-        variables, _ = setup.initial_variables(config, module, teacher, batches)
-    finally:
-        batches.close()
-    return dataclasses.replace(
-        teacher, config=config.model, quant=config.quant, variables=variables, info={}
-    )
 
 
 def quickstart(

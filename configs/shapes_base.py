@@ -52,8 +52,8 @@ def get_config() -> ConfigDict:
             pre_norm=True,
         )
     )
-    # Positives and "no object" in DETR's own balance: it has 100 queries for 7 objects, this model 25
-    # for 4.5, so that 0.1 would leave duplicates unpunished. Classes are the hard part here.
+    # Positives and "no object" in DETR's own balance: it has 100 queries for 7 objects, this model
+    # 25 for 4.5, so that 0.1 would leave duplicates unpunished. Classes are the hard part here.
     config.loss = ConfigDict(dict(cls=2.0, eos=0.3))
     config.optimizer = ConfigDict(
         dict(

@@ -15,9 +15,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from aqdetr_jax.host import use_huge_pages
+from aqdetr_jax import host
 from aqdetr_jax.io import read_json, write_json_atomic
-from aqdetr_jax.quickstart import calibrated_bundle, evaluate_bundle, load_experiment
+from aqdetr_jax.training.bundles import calibrated_bundle, evaluate_bundle
+from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
 from aqdetr_jax.training.loop import train
 from aqdetr_jax.training.model_io import load_model
@@ -90,5 +91,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    host.prepare()
     main()

@@ -18,12 +18,12 @@ import time
 import jax
 import numpy as np
 
-from aqdetr_jax.host import use_huge_pages
+from aqdetr_jax import host
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.models.detr import Detr
-from aqdetr_jax.quickstart import load_experiment
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training import setup
+from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import detection_loss_fn, make_train_step
@@ -122,5 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    host.prepare(compilation_cache=False)
     main()

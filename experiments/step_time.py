@@ -4,7 +4,8 @@ python experiments/step_time.py [--config=shapes_w4a4] [--rounds=12] [--out=FILE
 
 Variants: float (no quantization), lsq (4-bit), auxiliary (+ auxiliary queries), aqdetr (+ teacher
 and distillation). They run in turn, round after round, on the same batch, so that a drift of the
-machine's speed hits all alike; ratios are medians over rounds. Shares of the whole step: the
+machine's speed hits all alike; ratios are medians over rounds. Every step is compiled over the mesh
+as the training loop does it. Shares of the whole step: the
 matcher (timed alone on the same predictions), the teacher's forward pass (timed alone), and the
 quantizers (lsq minus float).
 """
@@ -20,24 +21,28 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
+from aqdetr_jax import host
 from aqdetr_jax.data.pipeline import make_train_pipeline
-from aqdetr_jax.host import use_huge_pages
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.losses.auxiliary import split_groups
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.losses.matching import QuerySet, match_sets
 from aqdetr_jax.losses.targets import Predictions, repeat_counts
 from aqdetr_jax.models.detr import Detr
-from aqdetr_jax.quickstart import load_experiment
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training import setup
-from aqdetr_jax.training.config import QuantConfig
+from aqdetr_jax.training.config import QuantConfig, load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
 from aqdetr_jax.training.loop import TRAINED_KEYS
+from aqdetr_jax.training.sharding import make_mesh, put_batch, replicated
 from aqdetr_jax.training.state import TrainState
-from aqdetr_jax.training.step import detection_loss_fn, make_train_step, targets_of
+from aqdetr_jax.training.step import (
+    detection_loss_fn,
+    jit_train_step,
+    make_train_step,
+    targets_of,
+)
 from aqdetr_jax.training.workdir import git_commit, package_versions
 
 VARIANTS = ("float", "lsq", "auxiliary", "aqdetr")
@@ -54,20 +59,22 @@ def variant_config(base, name):
     return dataclasses.replace(base, model=model, distill=distill, quant=quant)
 
 
-def build(config, batch, batches, teacher_variables):
+def build(config, batch, batches, teacher_variables, mesh):
     """Compiled step, first state, and what compiling took."""
     module = setup.build_module(config)
     variables, _ = setup.initial_variables(config, module, None, batches)
     arguments = (variables["params"], config.optimizer)
     optimizer = optim.make_optimizer(*arguments, config.train.steps, frozen_norms=True)
     groups = optim.parameter_groups(*arguments, frozen_norms=True)
-    state = jax.jit(lambda p, s: TrainState.create(p, s, optimizer, ema=config.optimizer.ema > 0))(
-        variables["params"], variables["batch_stats"]
+    create = jax.jit(
+        lambda p, s: TrainState.create(p, s, optimizer, ema=config.optimizer.ema > 0),
+        out_shardings=replicated(mesh),
     )
+    state = create(variables["params"], variables["batch_stats"])
     teacher = Detr(config.model) if config.distill.weights.active else None
     step = make_train_step(config, detection_loss_fn(config, module, teacher), optimizer, groups)
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, teacher_variables, batch).compile()
+    compiled = jit_train_step(step, state, mesh).lower(state, teacher_variables, batch).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return compiled, state, module, seconds, memory.temp_size_in_bytes
@@ -92,18 +99,22 @@ def main() -> None:
     dataset = setup.open_dataset(base.data, train=True)
     base = setup.with_classes(base, dataset)
     batches = make_train_pipeline(dataset, setup.pipeline_config(base, train=True))
-    host = next(batches)
-    batch = jax.device_put({k: host[k] for k in TRAINED_KEYS})
+    first = next(batches)
+    mesh = make_mesh(batch_size=base.train.batch_size)
+    jax.set_mesh(mesh)
+    batch = put_batch({k: first[k] for k in TRAINED_KEYS}, mesh)
 
     teacher = Detr(dataclasses.replace(base.model, num_auxiliary=0, auxiliary_groups=1))
     images, mask = setup.example_input(base.data.buckets[0])
-    teacher_variables = jax.jit(teacher.init)(jax.random.key(1), images, mask)
+    teacher_variables = jax.jit(teacher.init, out_shardings=replicated(mesh))(
+        jax.random.key(1), images, mask
+    )
 
     rows, runs = {}, {}
     for name in VARIANTS:
         config = variant_config(base, name)
         compiled, state, module, seconds, temporary = build(
-            config, batch, batches, teacher_variables
+            config, batch, batches, teacher_variables, mesh
         )
         runs[name] = [compiled, state, []]
         rows[name] = {"compile_seconds": round(seconds, 2), "temporary_bytes": int(temporary)}
@@ -162,10 +173,10 @@ def main() -> None:
     quantizers = rows["lsq"]["median_seconds"] - rows["float"]["median_seconds"]
     result = {
         "config": base.name,
-        "batch": int(np.shape(host["images"])[0]),
+        "batch": base.train.batch_size,
         "image": list(base.data.buckets[0]),
         "commit": git_commit(),
-        "device": jax.devices()[0].device_kind,
+        "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
         "versions": package_versions(),
         "rounds": options.rounds,
         "variants": rows,
@@ -185,5 +196,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    host.prepare(compilation_cache=False)
     main()

@@ -12,8 +12,7 @@ from PIL import Image
 
 from aqdetr_jax.cli import main
 from aqdetr_jax.evaluation.coco import validate_results_block
-from aqdetr_jax.quickstart import load_experiment
-from aqdetr_jax.training.config import DataConfig
+from aqdetr_jax.training.config import DataConfig, load_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -8,7 +8,6 @@ around.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 from aqdetr_jax.data.transforms import AugmentConfig
@@ -16,6 +15,8 @@ from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.detr import DetrConfig
 from aqdetr_jax.quant.policy import Policy, Rule, check_pattern, stock_policy
+from aqdetr_jax.training.config_tools import load_config_file
+from aqdetr_jax.training.config_types import to_dataclass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,26 +265,13 @@ class ExperimentConfig:
             raise ValueError("train.steps and train.batch_size must be positive")
 
 
-def learning_rate(config: OptimizerConfig, steps: int):
-    """The schedule's factor on every learning rate, as a jit-able function of the step.
+def load_experiment(name: str, overrides: tuple[str, ...] = (), **fields: Any) -> ExperimentConfig:
+    """A packaged configuration as an ``ExperimentConfig``.
 
     Args:
-      config: warm-up, kind and drops.
-      steps: length of the run.
+      name: configuration name or file.
+      overrides: ``a.b=value`` texts.
+      **fields: top-level fields to replace.
     """
-    import jax.numpy as jnp
-
-    def factor(step: Any):
-        t = jnp.asarray(step, jnp.float32)
-        warm: Any = jnp.minimum((t + 1) / config.warmup, 1.0) if config.warmup else 1.0
-        shape: Any = 1.0
-        if config.schedule == "cosine":
-            span = max(steps - config.warmup, 1)
-            progress = jnp.clip((t - config.warmup) / span, 0.0, 1.0)
-            shape = config.final + (1 - config.final) * 0.5 * (1 + jnp.cos(math.pi * progress))
-        elif config.schedule == "step":
-            for fraction in config.drop_at:
-                shape = shape * jnp.where(t >= fraction * steps, 0.1, 1.0)
-        return warm * shape
-
-    return factor
+    loaded = load_config_file(name, overrides, schema=ExperimentConfig)
+    return dataclasses.replace(to_dataclass(ExperimentConfig, loaded), **fields)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import logging
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -24,7 +23,7 @@ from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.checkpoint import Checkpoints
-from aqdetr_jax.training.config import ExperimentConfig, learning_rate
+from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.config_types import from_dataclass
 from aqdetr_jax.training.hosts import agree, is_main, say, stop_request
 from aqdetr_jax.training.metrics import MetricsWriter, Progress
@@ -35,19 +34,22 @@ from aqdetr_jax.training.model_io import (
     load_model,
     save_model,
 )
+from aqdetr_jax.training.notices import check_step, say_limits
 from aqdetr_jax.training.sharding import (
     MODEL_PARALLEL,
-    batch_sharding,
     make_mesh,
     parameter_shardings,
     put_batch,
     replicated,
 )
 from aqdetr_jax.training.state import TrainState, variables
-from aqdetr_jax.training.step import detection_loss_fn, make_train_step, pretrain_loss_fn
+from aqdetr_jax.training.step import (
+    detection_loss_fn,
+    jit_train_step,
+    make_train_step,
+    pretrain_loss_fn,
+)
 from aqdetr_jax.training.workdir import git_commit, prepare_workdir
-
-logger = logging.getLogger(__name__)
 
 CHANGEABLE = (
     "train.eval_every",
@@ -65,10 +67,6 @@ CHANGEABLE = (
 
 TRAINED_KEYS = ("images", "mask", "boxes", "labels", "valid")
 """The entries of a batch that the training step reads; the rest stays on the host."""
-
-
-class TrainingDivergedError(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient."""
 
 
 class StoppedError(RuntimeError):
@@ -107,7 +105,11 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
       ValueError, FileNotFoundError and their kin: bad input; the message names it.
     """
     # --- devices and data -------------------------------------------------------------------
-    mesh = make_mesh(None if config.mesh.data < 0 else config.mesh.data, config.mesh.model)
+    mesh = make_mesh(
+        None if config.mesh.data < 0 else config.mesh.data,
+        config.mesh.model,
+        batch_size=config.train.batch_size,
+    )
     train_set = setup.open_dataset(config.data, train=True)
     eval_set = setup.open_dataset(config.data, train=False)
     config = setup.with_classes(config, train_set)
@@ -147,7 +149,7 @@ class _Run:
         if finished is not None:
             say(f"{config.name}: this run is finished; its results are in {self.path}")
             return finished
-        self._say_limits()
+        say_limits(config, self.train_set, self.eval_set)
 
         # --- teacher ------------------------------------------------------------------------
         teacher = setup.load_teacher(config)
@@ -167,13 +169,8 @@ class _Run:
                 loss_fn = detection_loss_fn(config, self.module, teacher_module)
             else:
                 loss_fn = pretrain_loss_fn(config, self.module)
-            whole = replicated(self.mesh)
-            shardings = jax.tree.map(lambda x: x.sharding, state)
-            step = jax.jit(
-                make_train_step(config, loss_fn, optimizer, groups),
-                in_shardings=(shardings, whole, batch_sharding(self.mesh)),
-                out_shardings=(shardings, whole),
-                donate_argnums=0,
+            step = jit_train_step(
+                make_train_step(config, loss_fn, optimizer, groups), state, self.mesh
             )
 
             # --- loop -------------------------------------------------------------------------
@@ -227,30 +224,6 @@ class _Run:
             return RunResult(load_model(self.path), block, found)
         done = agree((self.path / MODEL_FOLDER).is_dir())
         return RunResult(load_model(self.path)) if done else None
-
-    def _say_limits(self) -> None:
-        """Says what was left out of the data, and where the number of queries will bite."""
-        config = self.config
-        for dataset in (self.train_set, self.eval_set):
-            if dataset.drops:
-                counts = ", ".join(f"{n} {reason}" for reason, n in dataset.drops.items())
-                first = "; ".join(dataset.drop_examples[:3])
-                say(f"{dataset.name}: left out boxes: {counts} ({first})")
-        most = self.train_set.max_boxes_per_image()
-        if isinstance(self.module, Detr) and most > config.model.num_queries:
-            say(
-                f"{self.train_set.name} has images with up to {most} boxes, more than the "
-                f"{config.model.num_queries} object queries: the rest stays unmatched"
-            )
-        if config.model.num_auxiliary:
-            queries = config.model.num_auxiliary // config.model.auxiliary_groups
-            repeats = config.auxiliary.repeats
-            if most * repeats > queries:
-                say(
-                    f"auxiliary queries: {repeats} repeats of up to {most} boxes do not fit the "
-                    f"{queries} queries of a group; such images use fewer repeats "
-                    "(metric limited_images)"
-                )
 
     def _state(self, checkpoints: Checkpoints):
         """Optimizer, groups, state on the mesh, and the restored step (None = a fresh start)."""
@@ -322,7 +295,7 @@ class _Run:
         config = self.config
         pipeline = setup.pipeline_config(config, train=True, start_step=first)
         batches = make_train_pipeline(self.train_set, pipeline)
-        rate = jax.jit(learning_rate(config.optimizer, config.train.steps))
+        rate = jax.jit(optim.learning_rate(config.optimizer, config.train.steps))
         progress = Progress(
             config.train.steps,
             self.path,
@@ -331,7 +304,7 @@ class _Run:
             stream=None if is_main() else io.StringIO(),
         )
         clock, counted = time.perf_counter(), first
-        skipped = int(state.skipped)
+        skipped, abort_after = int(state.skipped), config.train.abort_after
         try:
             for number in range(first, config.train.steps):
                 batch = next(batches)
@@ -347,7 +320,8 @@ class _Run:
                     values["learning_rate"] = float(rate(number)) * config.optimizer.lr
                     clock, counted = now, done
                     writer.write(done, values)
-                    self._check(done, values, batch, int(values["skipped"]) - skipped)
+                    ids = [self.train_set.image_id(int(i)) for i in batch["image_index"] if i >= 0]
+                    check_step(done, values, ids, int(values["skipped"]) - skipped, abort_after)
                     skipped = int(values["skipped"])
                     progress.update(done, _shown(values))
                 yield done, state
@@ -356,34 +330,6 @@ class _Run:
         finally:
             batches.close()
             progress.close()
-
-    def _check(
-        self, step: int, values: dict[str, float], batch: dict[str, np.ndarray], skipped: int
-    ) -> None:
-        """Reports skipped steps and replaced costs; stops after too many bad steps in a row."""
-        bad = [k for k, v in values.items() if not np.isfinite(v)]
-        ids = [self.train_set.image_id(int(i)) for i in batch["image_index"] if i >= 0]
-        if bad:
-            logger.warning("step %d skipped: %s not finite; image ids %s", step, bad, ids)
-        elif skipped:
-            logger.warning(
-                "%d steps before step %d were skipped for a non-finite loss or gradient",
-                skipped,
-                step,
-            )
-        if values.get("replaced_costs"):
-            logger.warning(
-                "step %d: %d non-finite matching costs replaced; image ids %s",
-                step,
-                int(values["replaced_costs"]),
-                ids,
-            )
-        if values["bad_in_a_row"] >= self.config.train.abort_after:
-            raise TrainingDivergedError(
-                f"{int(values['bad_in_a_row'])} steps in a row up to step {step} had a non-finite "
-                f"loss or gradient (now: {', '.join(bad) or 'the gradient'}); nothing was updated "
-                "in them. Lower optimizer.lr, or look at the images named in the log."
-            )
 
     def _evaluate(self, state: TrainState) -> tuple[dict[str, Any], Detections]:
         assert isinstance(self.module, Detr)

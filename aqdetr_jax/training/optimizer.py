@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -11,10 +12,34 @@ import optax
 from flax import traverse_util
 from jax import Array
 
-from aqdetr_jax.training.config import OptimizerConfig, learning_rate
+from aqdetr_jax.training.config import OptimizerConfig
 
 STEP_FLOOR = 1e-9
 """Step sizes are kept above this after every update."""
+
+
+def learning_rate(config: OptimizerConfig, steps: int):
+    """The schedule's factor on every learning rate, as a jit-able function of the step.
+
+    Args:
+      config: warm-up, kind and drops.
+      steps: length of the run.
+    """
+
+    def factor(step: Any):
+        t = jnp.asarray(step, jnp.float32)
+        warm: Any = jnp.minimum((t + 1) / config.warmup, 1.0) if config.warmup else 1.0
+        shape: Any = 1.0
+        if config.schedule == "cosine":
+            span = max(steps - config.warmup, 1)
+            progress = jnp.clip((t - config.warmup) / span, 0.0, 1.0)
+            shape = config.final + (1 - config.final) * 0.5 * (1 + jnp.cos(math.pi * progress))
+        elif config.schedule == "step":
+            for fraction in config.drop_at:
+                shape = shape * jnp.where(t >= fraction * steps, 0.1, 1.0)
+        return warm * shape
+
+    return factor
 
 
 def group_of(path: str, config: OptimizerConfig, *, frozen_norms: bool) -> str:

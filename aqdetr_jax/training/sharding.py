@@ -43,27 +43,37 @@ MODEL_PARALLEL: Rules = (
 """How the transformer's parameters lie on a mesh with more than one device along "model"."""
 
 
-def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
+def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None = None) -> Mesh:
     """Makes the mesh of all devices with the axes ``('data', 'model')``, both of type ``Auto``.
+
+    The devices of a lone CPU are its cores under another name (``host.use_every_core``): there, and
+    only there, some may be left idle.
 
     Args:
       data: devices along the batch; all that ``model`` leaves when None.
       model: devices that share one replica's parameters.
+      batch_size: on a lone CPU, ``data=None`` takes no more devices than share it evenly.
 
     Raises:
       ValueError: ``data * model`` is not the number of devices.
     """
     count = jax.device_count()
+    cores = jax.process_count() == 1 and jax.default_backend() == "cpu"
     if model < 1 or (data is not None and data < 1):
         raise ValueError(f"mesh sizes must be at least 1, found data={data}, model={model}")
     if data is None:
         data = count // model
-    if data * model != count:
+        while cores and batch_size and data > 1 and batch_size % data:
+            data -= 1
+    used = data * model
+    if used > count or (used < count and not cores):
         raise ValueError(
-            f"mesh data={data} x model={model} needs {data * model} devices, there are {count}"
+            f"mesh data={data} x model={model} needs {used} devices, there are {count}"
         )
     # Explicit, the default since jax 0.9, breaks Linen's sharding constraints.
-    return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    types = (AxisType.Auto, AxisType.Auto)
+    some = jax.devices()[:used] if used < count else None
+    return jax.make_mesh((data, model), AXES, axis_types=types, devices=some)
 
 
 def parameter_shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:

@@ -15,7 +15,9 @@ from aqdetr_jax.cli import EXIT_STOPPED, main
 from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.training import loop
 from aqdetr_jax.training.checkpoint import Checkpoints
+from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.model_io import load_model, save_model
+from aqdetr_jax.training.notices import TrainingDivergedError
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.workdir import WorkdirError
 from aqdetr_jax.viz.records import read_metrics
@@ -46,8 +48,8 @@ def final_state(folder: Path) -> dict:
 EIGHT = changed(
     tiny.FLOAT,
     "data",
-    num_train=4,
-    num_eval=4,
+    num_train=8,
+    num_eval=8,
     eval_split="train",  # what is trained is what is judged
     augment=AugmentConfig(flip_probability=0.0),
 )
@@ -66,7 +68,7 @@ def test_float_model_learns_its_images_by_heart(overfitted):
     losses = [row["loss"] for row in rows(folder) if "loss" in row]
     assert losses[-1] < 0.2 * losses[0], losses
     assert result.block["AP50"] > 0.8, result.block
-    assert result.block["images"] == 4
+    assert result.block["images"] == 8
 
 
 def test_student_of_it_goes_on_learning(overfitted, tmp_path):
@@ -187,8 +189,6 @@ def test_finished_run_is_left_alone(straight, monkeypatch, capsys):
 
     monkeypatch.setattr(loop, "make_train_step", never)
     monkeypatch.setattr(loop, "Evaluator", never)
-    from aqdetr_jax.quickstart import load_experiment
-
     again = loop.train(load_experiment(str(config)), folder)
     assert "this run is finished" in capsys.readouterr().out
     assert again.block == json.loads((folder / "results.json").read_text())
@@ -198,8 +198,6 @@ def test_finished_run_is_left_alone(straight, monkeypatch, capsys):
 
 
 def test_another_configuration_is_refused_with_its_differences(straight):
-    from aqdetr_jax.quickstart import load_experiment
-
     folder, config, _ = straight
     other = load_experiment(str(config), ("optimizer.lr=0.5", "quant.policy=w2a2"))
     with pytest.raises(WorkdirError) as caught:
@@ -245,9 +243,7 @@ def test_divergence_is_named_and_ends_the_run(tiny_teacher, tmp_path, caplog):
     config = changed(config, "train", abort_after=3)
     with (
         caplog.at_level(logging.WARNING, logger="aqdetr_jax"),
-        pytest.raises(
-            loop.TrainingDivergedError, match=r"3 steps in a row up to step 3.*loss_bbox"
-        ),
+        pytest.raises(TrainingDivergedError, match=r"3 steps in a row up to step 3.*loss_bbox"),
     ):
         loop.train(config, tmp_path / "run")
     messages = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training.config import OptimizerConfig, learning_rate
+from aqdetr_jax.training.config import OptimizerConfig
 
 PARAMS = {
     "backbone": {
@@ -160,6 +160,6 @@ def test_step_sizes_are_projected_and_nothing_else():
     ],
 )
 def test_schedules_at_hand_computed_points(config, points):
-    factor = learning_rate(config, 100)
+    factor = optim.learning_rate(config, 100)
     for step, expected in points.items():
         assert float(factor(step)) == pytest.approx(expected, rel=1e-5), step

@@ -10,9 +10,9 @@ from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.loop import TRAINED_KEYS
 from aqdetr_jax.training.model_io import load_model
-from aqdetr_jax.training.sharding import batch_sharding, make_mesh, put_batch, replicated
+from aqdetr_jax.training.sharding import make_mesh, put_batch, replicated
 from aqdetr_jax.training.state import TrainState
-from aqdetr_jax.training.step import detection_loss_fn, make_train_step
+from aqdetr_jax.training.step import detection_loss_fn, jit_train_step, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -39,14 +39,10 @@ class Setting:
         whole = replicated(self.mesh)
         self.teacher_variables = jax.device_put(self.teacher.variables, whole)
         loss_fn = detection_loss_fn(config, self.module, self.teacher.module())
-        # As the loop compiles it, so that both share one entry of the compilation cache.
-        shardings = jax.tree.map(lambda _: whole, state)
-        self.compiled = jax.jit(
-            make_train_step(config, loss_fn, optimizer, self.groups),
-            in_shardings=(shardings, whole, batch_sharding(self.mesh)),
-            out_shardings=(shardings, whole),
-            donate_argnums=0,
-        )
+        placed = jax.eval_shape(lambda s: s, state)
+        placed = jax.tree.map(lambda x: x.update(sharding=whole), placed)
+        step = make_train_step(config, loss_fn, optimizer, self.groups)
+        self.compiled = jit_train_step(step, placed, self.mesh)
 
     def run(self, state, *batches):
         """Host state and metrics after some steps."""

@@ -1,0 +1,80 @@
+"""Whole models: judged on a configuration's evaluation set, or calibrated without training."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from aqdetr_jax.data.pipeline import make_train_pipeline
+from aqdetr_jax.evaluation.coco import results_block
+from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
+from aqdetr_jax.training import setup
+from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.model_io import ModelBundle
+from aqdetr_jax.training.sharding import make_mesh
+from aqdetr_jax.training.workdir import git_commit
+
+
+def evaluate_bundle(
+    bundle: ModelBundle,
+    config: ExperimentConfig,
+    name: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Any], Detections]:
+    """Results block and detections of a model on a configuration's evaluation set.
+
+    Args:
+      bundle: the model.
+      config: whose evaluation set and image rule are used.
+      name: name in the results block.
+      progress: called with (batches done, batches).
+
+    Raises:
+      ValueError: the model's classes are not the set's.
+    """
+    dataset = setup.open_dataset(config.data, train=False)
+    if bundle.class_names != dataset.class_names:
+        raise ValueError(
+            f"the model detects {_some(bundle.class_names)}, but {dataset.name} has "
+            f"{_some(dataset.class_names)}: evaluate it on the classes it was trained on"
+        )
+    evaluator = Evaluator(
+        bundle.module(),
+        dataset,
+        setup.pipeline_config(config, train=False),
+        make_mesh(),
+        config.loss.kind,
+    )
+    metrics, detections = evaluator.evaluate(bundle.variables, progress)
+    block = results_block(
+        metrics,
+        images=len(dataset),
+        config=name,
+        seed=int(bundle.info.get("seed", config.seed)),
+        commit=git_commit(),
+        seconds=detections.seconds,
+    )
+    return block, detections
+
+
+def _some(names: tuple[str, ...]) -> str:
+    """A list of names for a message, not too long."""
+    return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
+def calibrated_bundle(config: ExperimentConfig, teacher: ModelBundle) -> ModelBundle:
+    """The quantized model before any training: the teacher's weights, calibrated step sizes."""
+    dataset = setup.open_dataset(config.data, train=True)
+    config = setup.with_classes(config, dataset)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1)
+    )
+    module = setup.build_module(config)
+    pipeline = setup.pipeline_config(config, train=True)
+    with contextlib.closing(make_train_pipeline(dataset, pipeline)) as batches:
+        variables, _ = setup.initial_variables(config, module, teacher, batches)
+    return dataclasses.replace(
+        teacher, config=config.model, quant=config.quant, variables=variables, info={}
+    )

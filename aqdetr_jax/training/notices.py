@@ -1,0 +1,87 @@
+"""What a training run says of its data and of its steps: limits, skipped steps, divergence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from aqdetr_jax.data.dataset import DetectionDataset
+from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.hosts import say
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingDivergedError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+def say_limits(
+    config: ExperimentConfig, train_set: DetectionDataset, eval_set: DetectionDataset
+) -> None:
+    """Says what was left out of the data, and where the number of queries will bite."""
+    for dataset in (train_set, eval_set):
+        if dataset.drops:
+            counts = ", ".join(f"{n} {reason}" for reason, n in dataset.drops.items())
+            first = "; ".join(dataset.drop_examples[:3])
+            say(f"{dataset.name}: left out boxes: {counts} ({first})")
+    most = train_set.max_boxes_per_image()
+    if config.task == "detect" and most > config.model.num_queries:
+        say(
+            f"{train_set.name} has images with up to {most} boxes, more than the "
+            f"{config.model.num_queries} object queries: the rest stays unmatched"
+        )
+    if config.model.num_auxiliary:
+        queries = config.model.num_auxiliary // config.model.auxiliary_groups
+        repeats = config.auxiliary.repeats
+        if most * repeats > queries:
+            say(
+                f"auxiliary queries: {repeats} repeats of up to {most} boxes do not fit the "
+                f"{queries} queries of a group; such images use fewer repeats "
+                "(metric limited_images)"
+            )
+
+
+def check_step(
+    step: int,
+    values: Mapping[str, float],
+    ids: Sequence[int | str],
+    skipped: int,
+    abort_after: int,
+) -> None:
+    """Reports skipped steps and replaced costs; stops after too many bad steps in a row.
+
+    Args:
+      step: steps done.
+      values: metrics of the last one.
+      ids: image ids of its batch.
+      skipped: steps skipped since the last call.
+      abort_after: see ``TrainConfig``.
+
+    Raises:
+      TrainingDivergedError: ``abort_after`` steps in a row were bad.
+    """
+    bad = [k for k, v in values.items() if not np.isfinite(v)]
+    if bad:
+        logger.warning("step %d skipped: %s not finite; image ids %s", step, bad, ids)
+    elif skipped:
+        logger.warning(
+            "%d steps before step %d were skipped for a non-finite loss or gradient",
+            skipped,
+            step,
+        )
+    if values.get("replaced_costs"):
+        logger.warning(
+            "step %d: %d non-finite matching costs replaced; image ids %s",
+            step,
+            int(values["replaced_costs"]),
+            ids,
+        )
+    if values["bad_in_a_row"] >= abort_after:
+        raise TrainingDivergedError(
+            f"{int(values['bad_in_a_row'])} steps in a row up to step {step} had a non-finite "
+            f"loss or gradient (now: {', '.join(bad) or 'the gradient'}); nothing was updated "
+            "in them. Lower optimizer.lr, or look at the images named in the log."
+        )
