@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageEnhance, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from aqdetr_jax.data.dataset import Example, ImageReadError
 
@@ -258,6 +258,7 @@ def read_image(
     expected_size: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
+    upright: bool = False,
 ) -> np.ndarray:
     """Reads an image file to RGB.
 
@@ -265,15 +266,17 @@ def read_image(
     first, so an image over the pixel budget costs no memory.
 
     EXIF policy: COCO's own tools ignore the orientation tag and annotate the stored pixels, other
-    tools annotate the turned image. The tag is therefore applied only if ``expected_size`` agrees
-    with the turned image and not with the stored one; a half turn or a mirror leaves the size as
-    it is and is never applied.
+    tools annotate the turned image. For annotated images the tag is therefore applied only if
+    ``expected_size`` agrees with the turned image and not with the stored one; a half turn or a
+    mirror leaves the size as it is and is never applied. With ``upright`` the tag is always
+    obeyed, as a viewer does.
 
     Args:
       source: path or encoded bytes.
       expected_size: ``(height, width)`` as annotated, or None.
       max_pixels: refuse larger images.
       name: name for messages; the path by default.
+      upright: turn the image as its tag says.
 
     Returns:
       uint8 [H, W, 3].
@@ -292,7 +295,7 @@ def read_image(
                     "scale the image down or raise max_pixels"
                 )
             orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
-            image = _to_rgb(picture)
+            image = to_rgb(ImageOps.exif_transpose(picture) if upright else picture)
     except ImageReadError:
         raise
     except FileNotFoundError as error:
@@ -303,12 +306,13 @@ def read_image(
         reason = str(error) or type(error).__name__
         raise ImageReadError(f"{name}: cannot be decoded ({reason})") from error
     turned = orientation in (5, 6, 7, 8) and expected_size == (width, height)
-    if turned and height != width:
+    if turned and height != width and not upright:
         image = _apply_orientation(image, orientation)
     return image
 
 
-def _to_rgb(picture: Image.Image) -> np.ndarray:
+def to_rgb(picture: Image.Image) -> np.ndarray:
+    """Any mode of Pillow's as uint8 [H, W, 3]; transparency is dropped."""
     if picture.mode.startswith("I;16"):  # Pillow would cut 16-bit grey off at 255.
         grey = (np.asarray(picture) >> 8).astype(np.uint8)
         return np.stack([grey] * 3, axis=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from aqdetr_jax.data.dataset import DetectionDataset, Example
 from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
-from aqdetr_jax.data.transforms import read_image
+from aqdetr_jax.data.transforms import read_image, to_rgb
 from aqdetr_jax.evaluation.evaluator import make_predict_fn
 from aqdetr_jax.training.model_io import ModelBundle, load_model
 
@@ -27,7 +26,8 @@ class Prediction:
     """Detections of one image, best first.
 
     Attributes:
-      boxes: float32 [N, 4], (x1, y1, x2, y2) in pixels of the image as given, clipped to it.
+      boxes: float32 [N, 4], (x1, y1, x2, y2) in pixels of the upright image (turned as its EXIF
+        orientation says, as viewers show it), clipped to it.
       scores: float32 [N].
       labels: int32 [N], contiguous classes.
       names: N class names.
@@ -147,16 +147,14 @@ def load(path: str | Path) -> Detector:
 
 
 def as_array(image: ImageLike) -> np.ndarray:
-    """Any accepted image as uint8 [H, W, 3].
+    """Any accepted image as uint8 [H, W, 3], turned as its EXIF orientation says.
 
     Raises:
       FileNotFoundError, ImageReadError: the file cannot be read.
       ValueError: an array of another shape or dtype.
     """
     if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "PNG")
-        return read_image(buffer.getvalue(), name="image")
+        return to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, np.ndarray):
         if image.ndim == 2:
             image = np.repeat(image[..., None], 3, axis=-1)
@@ -166,7 +164,7 @@ def as_array(image: ImageLike) -> np.ndarray:
                 f"{list(image.shape)}; for floats in [0, 1] use (x * 255).astype('uint8')"
             )
         return image
-    return read_image(image)
+    return read_image(image, upright=True)
 
 
 class _Images(DetectionDataset):

@@ -145,3 +145,14 @@ def test_wrong_arrays_are_explained(array):
 def test_load_takes_a_run_or_a_model_folder(tiny_teacher, picture):
     for folder in (tiny_teacher, tiny_teacher.parent):
         assert load(folder).class_names == load_model(tiny_teacher).class_names
+
+
+def test_photographs_are_turned_as_viewers_show_them(picture, tmp_path):
+    """EXIF orientation 6: the stored image is to be turned a quarter to the right."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "photo.png"
+    Image.fromarray(picture).save(path, exif=exif)
+    upright = np.rot90(picture, -1)
+    for source in (path, path.read_bytes(), Image.open(path)):
+        np.testing.assert_array_equal(as_array(source), upright)
