@@ -12,17 +12,21 @@ from ml_collections import ConfigDict
 
 from configs import shapes_base, shapes_w4a4
 
+AUXILIARY = 120
+
 
 def get_config(variant: str = "teacher") -> ConfigDict:
     """``variant``: "pretrain", "teacher", or a student variant of ``shapes_w4a4``."""
     if variant in shapes_w4a4.VARIANTS:
         config = shapes_w4a4.get_config(variant)
         config.init_from = "runs/bccd_teacher"
-        config.optimizer.update(lr=2e-4, lr_backbone=5e-5)
+        config.auxiliary.repeats = 3
+        config.model.num_auxiliary = AUXILIARY if config.model.num_auxiliary else 0
+        config.optimizer.update(lr=3e-4, lr_backbone=1e-4)
         config.train.update(steps=1200, eval_every=400)
     else:
         config = shapes_base.get_config()
-        config.auxiliary = ConfigDict(dict(weight=1.0, repeats=2, start="random"))
+        config.auxiliary = ConfigDict(dict(weight=1.0, repeats=3, start="random"))
         config.train.update(steps=3000, eval_every=500)
         if variant == "pretrain":
             config.task = "pretrain"
@@ -31,7 +35,7 @@ def get_config(variant: str = "teacher") -> ConfigDict:
             config.train.update(steps=1500, eval_every=0)
         elif variant == "teacher":
             config.init_from = "runs/bccd_pretrain"
-            config.model.num_auxiliary = 80
+            config.model.num_auxiliary = AUXILIARY
         else:
             raise ValueError(
                 f"unknown variant {variant!r}: pretrain, teacher, or a student variant"
@@ -58,6 +62,8 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     )
     # Cells are large: output stride 16 (192 tokens) is enough, and four times as fast as 8.
     config.model.backbone.update(widths=(32, 64, 128), strides=(1, 2, 2), dilations=(1, 1, 1))
-    config.model.num_queries = 40
+    # Three encoder layers, so that "layer by layer" says something; 13 cells an image, 60 queries.
+    config.model.update(num_queries=60, encoder_layers=3)
+    config.loss = ConfigDict(dict(eos=0.35))
     config.train.update(batch_size=16, eval_batch_size=24)
     return config

@@ -18,6 +18,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from aqdetr_jax.data.transforms import DETR_COCO
+from aqdetr_jax.models.resnet import resnet_config
 
 TRAIN_IMAGES = 118_287
 
@@ -25,9 +26,8 @@ TRAIN_IMAGES = 118_287
 def get_config(variant: str = "r50,w4a4") -> ConfigDict:
     """``variant``: "BACKBONE,BITS"."""
     backbone, _, bits = variant.partition(",")
-    depths = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
     name, _, dilated = backbone.partition("-")
-    if name not in depths or dilated not in ("", "dc5") or not bits:
+    if name not in ("r50", "r101") or dilated not in ("", "dc5") or not bits:
         raise ValueError(f"unknown variant {variant!r}: BACKBONE,BITS with r50, r50-dc5, r101, ...")
     low_bit = bits != "float"
     batch = 64
@@ -56,12 +56,8 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
     )
     config.model = ConfigDict(
         dict(
-            backbone=dict(
-                block="bottleneck",
-                depths=depths[name],
-                strides=(1, 2, 2, 1 if dilated else 2),
-                dilations=(1, 1, 1, 2 if dilated else 1),
-                norm="frozen",
+            backbone=dataclasses.asdict(
+                resnet_config(f"resnet{name[1:]}", dc5=bool(dilated), norm="frozen")
             ),
             num_classes=0,
             num_queries=100,

@@ -174,7 +174,8 @@ def package_versions() -> dict[str, str]:
 
 def _describe_start(changes: list[str]) -> dict[str, Any]:
     # The program's own folder is this machine's business; what the user typed is kept.
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    program = Path(sys.argv[0]).name
+    command = ["aqdetr" if program == "__main__.py" else program, *sys.argv[1:]]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,

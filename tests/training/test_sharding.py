@@ -57,6 +57,14 @@ def test_eight_devices(run_python):
         from aqdetr_jax.training import sharding
 
         assert dict(make_mesh().shape) == {"data": 8, "model": 1}
+        # The cores of a lone CPU: as many as share the batch, or as many as are wanted.
+        assert dict(make_mesh(batch_size=12).shape) == {"data": 6, "model": 1}
+        assert dict(make_mesh(batch_size=12, model=2).shape) == {"data": 4, "model": 2}
+        assert dict(make_mesh(batch_size=7).shape) == {"data": 7, "model": 1}
+        few = make_mesh(2)
+        assert dict(few.shape) == {"data": 2, "model": 1}
+        assert put_batch({"x": np.ones((6, 2))}, few)["x"].sharding.device_set == set(
+            jax.devices()[:2])
         mesh = make_mesh(model=2)
         assert dict(mesh.shape) == {"data": 4, "model": 2}
         params = {"ffn": {"kernel": np.ones((6, 4)), "bias": np.ones(4)}, "head": np.ones((3, 4))}
