@@ -111,7 +111,7 @@ def _train(arguments, overrides, **fields) -> None:
 
 
 def _pretrain(arguments, overrides) -> None:
-    from aqdetr_jax.training.config import QuantConfig
+    from aqdetr_jax.training.config import DistillConfig, QuantConfig
 
     config = _experiment(arguments, overrides)
     model, optimizer = config.model, config.optimizer
@@ -123,6 +123,7 @@ def _pretrain(arguments, overrides) -> None:
         overrides,
         task="pretrain",
         quant=QuantConfig(),
+        distill=DistillConfig(),
         model=dataclasses.replace(model, backbone=backbone, num_auxiliary=0, auxiliary_groups=1),
         optimizer=optimizer,
     )
@@ -135,6 +136,8 @@ def _eval(arguments, overrides) -> None:
     from aqdetr_jax.training.model_io import load_model
 
     config = _experiment(arguments, overrides)
+    if arguments.out:
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)
     bundle = load_model(arguments.model)
     block, detections = evaluate_bundle(
         bundle, config, bundle.info.get("name", config.name), progress=_show_batches
@@ -142,7 +145,6 @@ def _eval(arguments, overrides) -> None:
     print(format_results(block))
     if arguments.out:
         out = Path(arguments.out)
-        out.mkdir(parents=True, exist_ok=True)
         write_json_atomic(out / "results.json", block)
         write_json_atomic(out / "detections.json", detections.results, indent=None)
         print(f"written to {out}")
@@ -155,6 +157,7 @@ def _show_batches(done: int, total: int) -> None:
 
 
 def _predict(arguments, overrides) -> None:
+    from aqdetr_jax.data.dataset import ImageReadError
     from aqdetr_jax.evaluation.predict import as_array, load
     from aqdetr_jax.io import write_json_atomic
     from aqdetr_jax.quickstart import TEACHER
@@ -163,11 +166,20 @@ def _predict(arguments, overrides) -> None:
     if overrides:
         raise ValueError(f"predict takes no configuration overrides, found {overrides[0]!r}")
     detector = load(arguments.model or TEACHER)
+    if not arguments.model:
+        names = ", ".join(detector.class_names)
+        print(f"no --model given: {TEACHER}, which knows {names}")
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()
+    failed = []
     for path in arguments.images:
-        array = as_array(path)
+        try:
+            array = as_array(path)
+        except ImageReadError as error:
+            failed.append(str(error))
+            print(error, file=sys.stderr)
+            continue
         found = detector.predict(array, threshold=arguments.threshold)
         stem, number = Path(path).stem, 1
         while stem in taken:  # a/1.png and b/1.png
@@ -182,6 +194,8 @@ def _predict(arguments, overrides) -> None:
         )
         picture.save(f"{target}.png")
         print(f"{path}: {len(found)} objects -> {target}.png, .json")
+    if failed:
+        raise ImageReadError(f"{len(failed)} of {len(arguments.images)} images: {failed[0]}")
 
 
 def _quickstart(arguments, overrides) -> None:
@@ -212,7 +226,13 @@ def _prepare(arguments, overrides) -> None:
 
 def _inspect(arguments, overrides) -> None:
     from aqdetr_jax.data.inspect import format_report, inspect_dataset
-    from aqdetr_jax.training.setup import open_dataset
+    from aqdetr_jax.data.pipeline import make_train_pipeline
+    from aqdetr_jax.training.setup import (
+        check_same_classes,
+        open_dataset,
+        pipeline_config,
+        with_data,
+    )
 
     config = _experiment(arguments, overrides)
     evaluation = open_dataset(config.data, train=False)
@@ -220,6 +240,10 @@ def _inspect(arguments, overrides) -> None:
     queries = config.model.num_queries
     print(format_report(inspect_dataset(train, queries, other=evaluation)))
     print(format_report(inspect_dataset(evaluation, queries)))
+    # What training would refuse.
+    check_same_classes(train, evaluation)
+    config = with_data(config, train)
+    make_train_pipeline(train, pipeline_config(config, train=True)).close()
 
 
 def _config(arguments, overrides) -> None:

@@ -44,9 +44,13 @@ def quickstart(
     start = time.perf_counter()
     git_commit()  # remembered from here on: results belong to the code that is running now
     workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     teacher_path: str | Path = TEACHER
+    runs = {"student": "student", "baseline": "baseline"}
     if from_scratch:
         teacher_path = train_teacher(workdir, overrides)
+        # Another teacher, another run: the packaged one's student may be in the same folder.
+        runs = {name: f"{name}_from_scratch" for name in runs}
     student_config = load_experiment("shapes_quickstart", overrides, init_from=str(teacher_path))
     teacher = load_model(teacher_path)
 
@@ -62,7 +66,7 @@ def quickstart(
     print(f"   calibrated  AP {blocks['calibrated']['AP']:.4f}")
 
     print("2. the 4-bit student: auxiliary queries and layer-by-layer attention distillation")
-    student = train(student_config, workdir / "student")
+    student = train(student_config, workdir / runs["student"])
     assert student.block is not None
     assert student.detections is not None
     blocks["student"], found["student"] = student.block, student.detections
@@ -71,7 +75,7 @@ def quickstart(
         config = load_experiment(
             "shapes_quickstart:baseline", overrides, init_from=str(teacher_path)
         )
-        lsq = train(config, workdir / "baseline")
+        lsq = train(config, workdir / runs["baseline"])
         assert lsq.block is not None
         blocks["baseline"] = lsq.block
 
@@ -82,17 +86,15 @@ def quickstart(
         summary=_summary(blocks, time.perf_counter() - start),
         blocks=blocks,
         curves={
-            name: workdir / name / "metrics.jsonl"
-            for name in ("student", "baseline")
-            if name in blocks
+            name: workdir / run / "metrics.jsonl" for name, run in runs.items() if name in blocks
         },
         detections={name: d.results for name, d in found.items() if name != "calibrated"},
         dataset=setup.open_dataset(student_config.data, train=False),
         pictures=student_config.train.pictures,
         teacher=teacher,
         student=student.bundle,
-        bits=workdir / "student" / "bit_report.json",
-        manifest=workdir / "student" / "manifest.json",
+        bits=workdir / runs["student"] / "bit_report.json",
+        manifest=workdir / runs["student"] / "manifest.json",
     )
     for name, block in blocks.items():
         print(f"\n{name}\n{format_results(block)}")
@@ -127,4 +129,7 @@ def _summary(blocks: Mapping[str, Mapping[str, Any]], seconds: float) -> list[st
     )
     if "baseline" in blocks:
         text += f" Plain LSQ, trained as long, reaches {blocks['baseline']['AP']:.3f}."
-    return [text, f"The whole run took {seconds / 60:.1f} minutes."]
+    return [
+        text,
+        f"This command took {seconds / 60:.1f} minutes; what was finished is not done again.",
+    ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from aqdetr_jax.data.dataset import DetectionDataset
+from aqdetr_jax.data.dataset import DetectionDataset, Example, ImageReadError
 from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
 from aqdetr_jax.io import read_json
 from aqdetr_jax.training import setup
@@ -37,7 +39,9 @@ def detection_picture(
       count: images, one a row.
     """
     annotated = {a["image_id"] for a in dataset.coco_ground_truth()["annotations"]}
-    chosen = [i for i in range(len(dataset)) if dataset.image_id(i) in annotated][:count]
+    with_objects = (i for i in range(len(dataset)) if dataset.image_id(i) in annotated)
+    examples = dict(itertools.islice(_readable(dataset, with_objects), count))
+    chosen = list(examples)
     by_image = {
         name: _group(results, {dataset.image_id(i) for i in chosen})
         for name, results in detections.items()
@@ -45,7 +49,7 @@ def detection_picture(
     label_of = {category: label for label, category in enumerate(dataset.category_ids)}
     rows = []
     for index in chosen:
-        example = dataset[index]
+        example = examples[index]
         panels: list[Panel] = [("ground truth", example.boxes, example.labels, None)]
         for name in detections:
             found = by_image[name].get(dataset.image_id(index), [])
@@ -57,6 +61,13 @@ def detection_picture(
     if not rows:
         return None
     return detection_grid(rows, dataset.class_names, min_score=0.4)
+
+
+def _readable(dataset: DetectionDataset, indices: Iterable[int]) -> Iterator[tuple[int, Example]]:
+    """The images that can be read; a report is no place to stop at one that cannot."""
+    for index in indices:
+        with contextlib.suppress(ImageReadError):
+            yield index, dataset[index]
 
 
 def _group(results: Results, wanted: set) -> dict[Any, list]:
@@ -89,6 +100,7 @@ def attention_pictures(
         buckets=rule.buckets,
         eval_short_side=rule.short_side,
         eval_max_size=rule.max_size,
+        on_error="skip",
         num_threads=0,
         prefetch=0,
     )

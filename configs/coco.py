@@ -1,16 +1,18 @@
 """DETR on COCO: float, and 4 / 3 / 2 bits by the paper's recipe, all official sizes.
 
-aqdetr train --config=configs/coco.py:BACKBONE,BITS --workdir=DIR --config.data.root=COCO
+aqdetr train --config=configs/coco.py:BACKBONE,BITS --workdir=DIR --config.data.root=COCO \\
+    --config.init_from=RUN
 
 BACKBONE: r50, r50-dc5, r101, r101-dc5. BITS: float, w4a4, w3a3, w2a2 (attention at the same
-bits), w4a4-attn8 (Q-DETR's 4-4-8). COCO: folder with train2017/, val2017/ and annotations/.
+bits), w4a4-attn8 (Q-DETR's 4-4-8). RUN: for float the pretrained backbone (aqdetr pretrain), for
+low bits the float model. COCO: folder with train2017/, val2017/ and annotations/.
 
-float: DETR's own 300 epochs at batch 64 from an ImageNet backbone (config.init_from). Published by
-DETR: R50 42.0 AP (500 epochs), DC5 43.3, R101 43.5, DC5-R101 44.9. Here: not run.
-low-bit: 50 epochs from the float checkpoint (config.init_from), learning rate dropped at 40, step
-sizes without decay, auxiliary queries M=300, K=3, encoder attention distilled from the float model.
-Here: not run (docs/results.md has the ledger). Cost: on the order of a day on a v5e-32 slice,
-estimated, not measured.
+float: DETR's own 300 epochs at batch 64. Published by DETR, from an ImageNet backbone: R50 42.0 AP
+(500 epochs), DC5 43.3, R101 43.5, DC5-R101 44.9. Here: not run.
+low-bit: 50 epochs from the float checkpoint, learning rate dropped at 40, step sizes without decay,
+auxiliary queries M=300, K=3, encoder attention distilled from the float model. Here: not run
+(docs/results.md has the ledger). Cost: on the order of a day on a v5e-32 slice, estimated, not
+measured.
 """
 
 import dataclasses
@@ -19,8 +21,6 @@ from ml_collections import ConfigDict
 
 from aqdetr_jax.data.transforms import DETR_COCO
 from aqdetr_jax.models.resnet import resnet_config
-
-TRAIN_IMAGES = 118_287
 
 
 def get_config(variant: str = "r50,w4a4") -> ConfigDict:
@@ -31,7 +31,6 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
         raise ValueError(f"unknown variant {variant!r}: BACKBONE,BITS with r50, r50-dc5, r101, ...")
     low_bit = bits != "float"
     batch = 64
-    epoch = -(-TRAIN_IMAGES // batch)
 
     config = ConfigDict()
     config.name = f"coco_{backbone}_{bits}"
@@ -77,14 +76,13 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
             frozen=("backbone/stem", "backbone/layer1_"),
         )
     )
-    epochs = 50 if low_bit else 300
     config.train = ConfigDict(
         dict(
-            steps=epochs * epoch,
+            epochs=50.0 if low_bit else 300.0,  # steps follow from the size of the data
             batch_size=batch,
             eval_batch_size=batch,
-            eval_every=5 * epoch,
-            checkpoint_every=epoch // 2,
+            eval_every=10_000,
+            checkpoint_every=1000,
             log_every=50,
         )
     )

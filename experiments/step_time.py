@@ -97,7 +97,7 @@ def main() -> None:
     options = parser.parse_args(rest)
     base = load_experiment(options.config, tuple(overrides))
     dataset = setup.open_dataset(base.data, train=True)
-    base = setup.with_classes(base, dataset)
+    base = setup.with_data(base, dataset)
     batches = make_train_pipeline(dataset, setup.pipeline_config(base, train=True))
     first = next(batches)
     mesh = make_mesh(batch_size=base.train.batch_size)

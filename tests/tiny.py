@@ -111,7 +111,7 @@ def student(teacher: str | Path) -> ExperimentConfig:
 
 def resolved(config: ExperimentConfig) -> ExperimentConfig:
     """The configuration with its number of classes filled in."""
-    return setup.with_classes(config, setup.open_dataset(config.data, train=True))
+    return setup.with_data(config, setup.open_dataset(config.data, train=True))
 
 
 def bundle(config: ExperimentConfig = FLOAT, seed: int = 0) -> ModelBundle:

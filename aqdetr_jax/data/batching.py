@@ -27,6 +27,16 @@ class PipelineStats:
         self.skipped_images = 0
         self.skipped_names: list[str] = []
 
+    def summary(self) -> str:
+        """What was left out, for people; "" if nothing was."""
+        parts = []
+        if self.truncated_boxes:
+            parts.append(f"{self.truncated_boxes} boxes beyond max_boxes")
+        if self.skipped_images:
+            first = "; ".join(self.skipped_names[:3])
+            parts.append(f"{self.skipped_images} unreadable images ({first})")
+        return ", ".join(parts)
+
     def add_truncated(self, count: int) -> None:
         """Counts ``count`` truncated boxes."""
         with self._lock:

@@ -65,7 +65,12 @@ class CocoFolder(RecordDataset):
         self.annotation_file = pathlib.Path(annotation_file)
         self.max_pixels = max_pixels
         if not self.images_dir.is_dir():
-            raise FileNotFoundError(f"COCO image folder {self.images_dir} does not exist")
+            hint = ""
+            if root is not None:
+                found = sorted(p.stem for p in pathlib.Path(root).glob("annotations/*.json"))
+                splits = [name.removeprefix("instances_") for name in found]
+                hint = f" (annotated splits there: {', '.join(splits) or 'none'})"
+            raise FileNotFoundError(f"COCO image folder {self.images_dir} does not exist{hint}")
         parsed = CocoParser(read_json(self.annotation_file), str(self.annotation_file))
         super().__init__(
             name=f"coco/{split or self.annotation_file.stem}",
@@ -254,8 +259,12 @@ class CocoParser:
         )
 
 
+_LARGEST = 1e300
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # An integer literal may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _integer(entry: Mapping[str, Any], key: str, where: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Sequence
 
@@ -19,6 +20,8 @@ from aqdetr_jax.data.dataset import Example, ImageReadError
 
 MAX_PIXELS = 50_000_000
 _EXIF_ORIENTATION = 0x0112
+# Formats of photographs; Pillow knows more, some of which start other programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "MPO", "JPEG2000")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +250,10 @@ def _random_resize(
     size = example.image.shape[0], example.image.shape[1]
     if scales:
         size = resized_size(*size, int(scales[int(rng.integers(len(scales)))]), max_size)
+        excess = size[0] * size[1] / MAX_PIXELS
+        if excess > 1:  # a sliver of an image, blown up by its short side
+            height, width = (max(1, int(side / math.sqrt(excess))) for side in size)
+            size = height, width
     if bucket is not None:
         size = fitted_size(*size, bucket)
     return resize(example, size)
@@ -287,7 +294,8 @@ def read_image(
     if name is None:
         name = "image" if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=_FORMATS) as picture:
             width, height = picture.size
             if width * height > max_pixels:
                 raise ImageReadError(

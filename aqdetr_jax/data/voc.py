@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import re
@@ -214,6 +215,9 @@ def _text(entry: ElementTree.Element, key: str, path: pathlib.Path) -> str:
 def _number(entry: ElementTree.Element, key: str, path: pathlib.Path) -> float:
     text = _text(entry, key, path)
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise DatasetError(f"{path}: <{key}> is no number: {text!r}") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise DatasetError(f"{path}: <{key}> is no number: {text!r}")
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,11 +14,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from aqdetr_jax.data.batching import PipelineStats
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
 from aqdetr_jax.evaluation.coco import evaluate_detections, postprocess, to_coco_results
 from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.training.sharding import batch_sharding, put_batch, replicated
+
+logger = logging.getLogger(__name__)
 
 
 class Detections(NamedTuple):
@@ -99,6 +103,7 @@ class Evaluator:
         """
         start = time.perf_counter()
         results: list[dict[str, Any]] = []
+        self._batches.stats = PipelineStats()
         variables = jax.device_put(variables, replicated(self._mesh))
         for number, batch in enumerate(self._batches, 1):
             arrays = {k: batch[k] for k in ("images", "mask", "original_size", "image_index")}
@@ -111,6 +116,9 @@ class Evaluator:
             results += to_coco_results(ids, scores, labels, boxes, self._dataset.category_ids)
             if progress is not None:
                 progress(number, len(self._batches))
+        if self._batches.stats.skipped_images:
+            # They stay in the ground truth: what cannot be read is not detected.
+            logger.warning("%s: %s", self._dataset.name, self._batches.stats.summary())
         return Detections(results, time.perf_counter() - start)
 
     def evaluate(

@@ -207,4 +207,5 @@ def _row_sum(mix: Mix, weights: Array, quantizer: Quantizer) -> Array:
     both arithmetics agree here too.
     """
     ones = jnp.ones((*weights.shape[:2], weights.shape[3], 1), jnp.float32)
-    return jnp.maximum(quantized_product(mix, weights, ones, quantizer, None), quantizer.step)
+    total = quantized_product(mix, weights, ones, quantizer, None)
+    return jnp.where(total > 0, total, jax.lax.stop_gradient(quantizer.step))

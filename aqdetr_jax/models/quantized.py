@@ -67,7 +67,7 @@ def activation_quantizer(
     step = module.param(f"{name}_step", start, shape, jnp.float32)
     lower, upper = jnp.float32(spec.lower), jnp.float32(spec.upper)
     if spec.zero_point:
-        zero = module.param(f"{name}_zero", nn.initializers.zeros, (), jnp.float32)
+        zero = module.param(f"{name}_zero", nn.initializers.zeros, shape, jnp.float32)
         lower, upper = lower - zero, upper - zero
     count = math.prod(x.shape[1:]) // max(math.prod(shape), 1)
     return Quantizer(step, lower, upper, jnp.float32(lsq.gradient_scale(count, spec.upper)))

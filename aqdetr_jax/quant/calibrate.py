@@ -155,5 +155,5 @@ def calibrated_parameters(
         shape = np.shape(out[f"{path}_step"])
         out[f"{path}_step"] = step.reshape(shape).astype(np.float32)
         if spec.zero_point:
-            out[f"{path}_zero"] = zero.reshape(()).astype(np.float32)
+            out[f"{path}_zero"] = zero.reshape(shape).astype(np.float32)
     return out

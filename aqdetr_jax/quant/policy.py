@@ -111,7 +111,7 @@ class Policy:
         if unsigned:
             return QuantSpec(bits, signed=False, granularity=granularity)
         if self.zero_point:
-            return QuantSpec(bits, signed=False, granularity="tensor", zero_point=True)
+            return QuantSpec(bits, signed=False, granularity=granularity, zero_point=True)
         return QuantSpec(bits, signed=True, granularity=granularity)
 
 

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
 from aqdetr_jax.training import setup
@@ -67,14 +66,24 @@ def _some(names: tuple[str, ...]) -> str:
 def calibrated_bundle(config: ExperimentConfig, teacher: ModelBundle) -> ModelBundle:
     """The quantized model before any training: the teacher's weights, calibrated step sizes."""
     dataset = setup.open_dataset(config.data, train=True)
-    config = setup.with_classes(config, dataset)
+    config = setup.with_data(config, dataset)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1)
     )
     module = setup.build_module(config)
-    pipeline = setup.pipeline_config(config, train=True)
-    with contextlib.closing(make_train_pipeline(dataset, pipeline)) as batches:
-        variables, _ = setup.initial_variables(config, module, teacher, batches)
+    with contextlib.closing(setup.calibration_pipeline(config, dataset)) as batches:
+        variables, report = setup.initial_variables(config, module, teacher, batches)
+    unknown = (
+        []
+        if report is None
+        else report.mismatched
+        + [path for path in report.new if not path.endswith(("_step", "_zero"))]
+    )
+    if unknown:
+        raise ValueError(
+            f"{config.name} is not the model of the checkpoint it would calibrate: {unknown[:3]} "
+            "would keep random values"
+        )
     return dataclasses.replace(
         teacher, config=config.model, quant=config.quant, variables=variables, info={}
     )

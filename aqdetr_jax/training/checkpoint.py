@@ -343,6 +343,8 @@ def _load(folder: Path, abstract: Any) -> Any:
 
 
 def _what_it_is(path: Path) -> str:
+    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+        return "It holds a run that is not finished: run its training command again."
     if any(_STEP.match(child.name) for child in path.iterdir()):
         return "It holds training checkpoints; name the folder of the run's final parameters."
     inside = sorted(m.parent.relative_to(path).as_posix() for m in path.glob("*/manifest.json"))

@@ -190,6 +190,7 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer steps of the whole run.
+      epochs: passes over the training set; if positive, ``steps`` follows from it and the data.
       batch_size: images a step, over all devices.
       eval_batch_size: images a batch in evaluation.
       eval_every: steps between evaluations; 0 = only at the end.
@@ -201,6 +202,7 @@ class TrainConfig:
     """
 
     steps: int = 1000
+    epochs: float = 0.0
     batch_size: int = 32
     eval_batch_size: int = 50
     eval_every: int = 0
@@ -261,8 +263,11 @@ class ExperimentConfig:
             )
         if self.task == "pretrain" and self.quant.quantized:
             raise ValueError("task='pretrain' trains a float backbone: set quant.policy='float'")
-        if self.train.steps < 1 or self.train.batch_size < 1:
-            raise ValueError("train.steps and train.batch_size must be positive")
+        for name in ("steps", "batch_size", "eval_batch_size", "log_every", "abort_after"):
+            if getattr(self.train, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1")
+        if self.train.epochs < 0:
+            raise ValueError("train.epochs must not be negative")
 
 
 def load_experiment(name: str, overrides: tuple[str, ...] = (), **fields: Any) -> ExperimentConfig:

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +29,17 @@ def agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def one_for_all(tree: Any) -> Any:
+    """Process 0's arrays on every process.
+
+    All processes compute the same start, but on other machines the last bit may differ; what is
+    replicated must not.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.broadcast_one_to_all(tree)
 
 
 class StopRequest:

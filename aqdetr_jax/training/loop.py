@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aqdetr_jax.data.dataset import DetectionDataset
+from aqdetr_jax.data.dataset import DatasetError, DetectionDataset
 from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
@@ -25,7 +25,7 @@ from aqdetr_jax.training import setup
 from aqdetr_jax.training.checkpoint import Checkpoints
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.config_types import from_dataclass
-from aqdetr_jax.training.hosts import agree, is_main, say, stop_request
+from aqdetr_jax.training.hosts import agree, is_main, one_for_all, say, stop_request
 from aqdetr_jax.training.metrics import MetricsWriter, Progress
 from aqdetr_jax.training.model_io import (
     MODEL_FOLDER,
@@ -62,8 +62,9 @@ CHANGEABLE = (
     "data.num_threads",
     "data.prefetch",
     "data.cache_dir",
+    "data.on_error",
 )
-"""Keys that may differ when a run is resumed: none of them changes what is trained."""
+"""Keys that may differ when a run is resumed: none of them changes what was trained so far."""
 
 TRAINED_KEYS = ("images", "mask", "boxes", "labels", "valid")
 """The entries of a batch that the training step reads; the rest stays on the host."""
@@ -112,8 +113,11 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     )
     train_set = setup.open_dataset(config.data, train=True)
     eval_set = setup.open_dataset(config.data, train=False)
-    config = setup.with_classes(config, train_set)
+    config = setup.with_data(config, train_set)
     setup.check_same_classes(train_set, eval_set)
+    for dataset in (train_set, eval_set):
+        if not len(dataset):
+            raise DatasetError(f"{dataset.name}: the dataset has no images")
     fingerprint = {"train": train_set.fingerprint, "eval": eval_set.fingerprint}
     with (
         prepare_workdir(
@@ -232,7 +236,7 @@ class _Run:
         images, mask = setup.example_input(config.data.buckets[0])
         key = jax.random.key(0)
         if fresh:
-            first = self._first_variables()
+            first = one_for_all(self._first_variables())
         else:
             first = jax.eval_shape(self.module.init, key, images, mask)
         params, stats = first["params"], first["batch_stats"]
@@ -265,8 +269,9 @@ class _Run:
     def _first_variables(self) -> dict[str, Any]:
         config = self.config
         source = setup.load_source(config.init_from, "init_from") if config.init_from else None
-        pipeline = setup.pipeline_config(config, train=True)
-        with contextlib.closing(make_train_pipeline(self.train_set, pipeline)) as batches:
+        if source is not None:
+            source = setup.match_classes(source, self.train_set.class_names)
+        with contextlib.closing(setup.calibration_pipeline(config, self.train_set)) as batches:
             values, report = setup.initial_variables(config, self.module, source, batches)
         if report is not None:
             say(f"{config.init_from}: {report.summary()}")
@@ -319,6 +324,8 @@ class _Run:
                     values["images_per_second"] = images / (now - clock)
                     values["learning_rate"] = float(rate(number)) * config.optimizer.lr
                     clock, counted = now, done
+                    values["truncated_boxes"] = float(batches.stats.truncated_boxes)
+                    values["skipped_images"] = float(batches.stats.skipped_images)
                     writer.write(done, values)
                     ids = [self.train_set.image_id(int(i)) for i in batch["image_index"] if i >= 0]
                     check_step(done, values, ids, int(values["skipped"]) - skipped, abort_after)
@@ -330,6 +337,8 @@ class _Run:
         finally:
             batches.close()
             progress.close()
+            if batches.stats.summary():
+                say(f"{self.train_set.name}: left out since the start: {batches.stats.summary()}")
 
     def _evaluate(self, state: TrainState) -> tuple[dict[str, Any], Detections]:
         assert isinstance(self.module, Detr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from PIL import Image
 
 from aqdetr_jax.data.dataset import DetectionDataset, load_dataset
-from aqdetr_jax.data.pipeline import PipelineConfig
+from aqdetr_jax.data.pipeline import PipelineConfig, TrainBatches, make_train_pipeline
 from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.models.quantized import OBSERVED
@@ -30,7 +32,7 @@ INIT, AUXILIARY_START, CALIBRATION = 0, 2, 3
 """Purpose numbers of random keys outside the step (see ``step.step_key``)."""
 
 CALIBRATION_ROWS = 8
-"""Images that a calibration batch uses."""
+"""Images of a calibration batch."""
 
 
 def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
@@ -96,12 +98,27 @@ def pipeline_config(
     )
 
 
-def with_classes(config: ExperimentConfig, dataset: DetectionDataset) -> ExperimentConfig:
-    """Fills in ``model.num_classes=0`` from the data, and checks a pinned number.
+def calibration_pipeline(config: ExperimentConfig, dataset: DetectionDataset) -> TrainBatches:
+    """Training batches for the step sizes: small ones, and the same on every process."""
+    whole = dataclasses.replace(
+        pipeline_config(config, train=True),
+        batch_size=CALIBRATION_ROWS,
+        process_index=0,
+        process_count=1,
+    )
+    return make_train_pipeline(dataset, whole)
+
+
+def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> ExperimentConfig:
+    """Fills in what depends on the training set: ``model.num_classes=0``, steps from epochs.
 
     Raises:
-      ValueError: the data have more classes than the model.
+      ValueError: the data have more classes than a pinned number.
     """
+    if config.train.epochs:
+        images = config.train.epochs * len(dataset)
+        steps = max(1, math.ceil(images / config.train.batch_size))
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
     classes = config.model.num_classes
     if classes == 0:
         model = dataclasses.replace(config.model, num_classes=dataset.num_classes)
@@ -205,6 +222,32 @@ def merge(own: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, 
     return merged, report
 
 
+def match_classes(source: ModelBundle, class_names: tuple[str, ...]) -> ModelBundle:
+    """The source with its class head arranged for other classes, by name.
+
+    A head that knows every wanted class keeps their columns (and "no object"); another one is
+    taken out, and starts afresh.
+
+    Args:
+      source: imported model.
+      class_names: the data's classes, in order.
+    """
+    params = source.variables["params"]
+    if source.class_names == class_names or "class_head" not in params:
+        return source
+    params = dict(params)
+    head = params.pop("class_head")
+    if set(class_names) <= set(source.class_names):
+        # A head may have columns beyond its names (COCO's 91 ids); the last is "no object".
+        columns = [source.class_names.index(name) for name in class_names] + [-1]
+        params["class_head"] = {k: np.asarray(v)[..., columns] for k, v in head.items()}
+        logger.info("class head: columns of %d classes taken over by name", len(class_names))
+    else:
+        new = [name for name in class_names if name not in source.class_names]
+        logger.warning("class head starts afresh: the source does not know %s", new[:5])
+    return dataclasses.replace(source, variables={**source.variables, "params": params})
+
+
 def initial_variables(
     config: ExperimentConfig,
     module: Detr | DensePretrainer,
@@ -290,7 +333,7 @@ def calibrate(
       config: number of batches and method.
       module: quantized model.
       variables: its variables; float parameters trained or imported, step sizes of any value.
-      batches: training batches (images, mask).
+      batches: training batches (images, size).
 
     Returns:
       New variables.
@@ -303,11 +346,9 @@ def calibrate(
         return seen[OBSERVED]
 
     samples = []
-    # Few images a batch: this pass is not split over devices, and every process does all of it, so
-    # that step sizes are the same whatever the number of processes.
     for _, batch in zip(range(config.quant.calibration_batches), batches, strict=False):
-        images, mask = (batch[k][:CALIBRATION_ROWS] for k in ("images", "mask"))
-        seen = observe(variables, images, mask)
+        images = _without_padding(batch["images"][:CALIBRATION_ROWS], batch["size"])
+        seen = observe(variables, images, np.ones(images.shape[:3], bool))
         samples.append(traverse_util.flatten_dict(jax.device_get(seen), sep="/"))
     if not samples:
         raise ValueError("calibration needs at least one batch (quant.calibration_batches)")
@@ -319,6 +360,16 @@ def calibrate(
         config.quant.calibration_method,
     )
     return {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
+
+
+def _without_padding(images: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Every image's real area stretched over its bucket: padding must not set step sizes."""
+    height, width = images.shape[1:3]
+    stretched = []
+    for image, (h, w) in zip(images, sizes, strict=False):
+        real = Image.fromarray(image[:h, :w])
+        stretched.append(np.asarray(real.resize((width, height), Image.Resampling.BILINEAR)))
+    return np.stack(stretched)
 
 
 def build_module(config: ExperimentConfig) -> Detr | DensePretrainer:
@@ -357,10 +408,12 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
             "config.distill.weights is not zero, but there is no teacher: set "
             "config.distill.teacher (or config.init_from) to the folder of a float model"
         )
-    teacher = load_source(path, "distill.teacher" if config.distill.teacher else "init_from")
+    key = "distill.teacher" if config.distill.teacher else "init_from"
+    teacher = load_source(path, key)
     if teacher.quant.quantized:
         raise ValueError(
-            f"distill.teacher={path!r} is quantized ({teacher.quant.policy}); give a float model"
+            f"config.{key}={path!r} is quantized ({teacher.quant.policy}) and no teacher: set "
+            "config.distill.teacher to a float model"
         )
     mine, theirs = config.model, teacher.config
     for name in ("encoder_layers", "decoder_layers", "heads", "dim", "num_queries"):
@@ -372,12 +425,12 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
         )
         if needed and getattr(mine, name) != getattr(theirs, name):
             raise ValueError(
-                f"distill.teacher={path!r} has {name}={getattr(theirs, name)}, the student has "
+                f"config.{key}={path!r} has {name}={getattr(theirs, name)}, the student has "
                 f"{getattr(mine, name)}: their attention maps cannot be compared"
             )
     if mine.backbone.output_stride != theirs.backbone.output_stride:
         raise ValueError(
-            f"distill.teacher={path!r} has output stride {theirs.backbone.output_stride}, the "
+            f"config.{key}={path!r} has output stride {theirs.backbone.output_stride}, the "
             f"student {mine.backbone.output_stride}: their attention maps cannot be compared"
         )
     return teacher

@@ -62,7 +62,7 @@ def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None
     if model < 1 or (data is not None and data < 1):
         raise ValueError(f"mesh sizes must be at least 1, found data={data}, model={model}")
     if data is None:
-        data = count // model
+        data = max(count // model, 1)
         while cores and batch_size and data > 1 and batch_size % data:
             data -= 1
     used = data * model

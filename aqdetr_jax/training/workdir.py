@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import importlib.metadata
 import os
@@ -84,7 +85,8 @@ def prepare_workdir(
       seed: recorded; the configuration's ``seed`` when None.
       dataset: fingerprint of the data (JSON-serialisable), recorded. On resume another
         fingerprint than the first start's is refused.
-      changeable: patterns (``fnmatch``) of dotted keys that may differ on resume.
+      changeable: patterns (``fnmatch``) of dotted keys that may differ on resume; with "*" the
+        data may, too.
 
     Returns:
       The locked folder.
@@ -112,7 +114,9 @@ def prepare_workdir(
         manifest = _read_manifest(path) if existing else {}
         fingerprint = to_plain(dataset)
         known = manifest.get("dataset")
-        if known is not None and fingerprint is not None and known != fingerprint:
+        if "*" in changeable:  # nothing depends on it yet
+            manifest = manifest and {**manifest, "dataset": fingerprint}
+        elif known is not None and fingerprint is not None and known != fingerprint:
             raise WorkdirError(
                 f"{path} was trained on other data (recorded {known}, now {fingerprint}). Restore "
                 "the data, or choose another --workdir."
@@ -236,6 +240,12 @@ def _lock(path: Path) -> int:
     try:
         _lock_descriptor(descriptor)
     except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            os.close(descriptor)
+            raise WorkdirError(
+                f"cannot lock the work directory {path.parent} ({error.strerror}): its file system "
+                "must support file locks; choose another --workdir"
+            ) from error
         holder = ""
         with contextlib.suppress(OSError):
             holder = f" ({os.read(descriptor, 200).decode(errors='replace').strip()})"

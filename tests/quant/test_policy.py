@@ -73,7 +73,10 @@ def test_options():
     policy = stock_policy("w4a4", zero_point=True)
     offset = QuantSpec(4, signed=False, zero_point=True)
     assert policy.activation_spec("x", unsigned=False) == offset
-    assert policy.attention_spec("x", unsigned=False) == offset
+    # Each head is its own product: its own step and zero point.
+    assert policy.attention_spec("x", unsigned=False) == QuantSpec(
+        4, signed=False, granularity="head", zero_point=True
+    )
     # Where values cannot be negative an offset has nothing to add; weights stay symmetric.
     assert not policy.activation_spec("x", unsigned=True).zero_point
     assert not policy.weight_spec("x").zero_point

@@ -1,4 +1,4 @@
-"""The same step on one device and on eight: equal losses and gradients, no talk in the matcher."""
+"""The same step on 1, 8 and 4 x 2 devices: equal losses and gradients, no talk in the matcher."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROGRAM = """
     from aqdetr_jax.training import setup
     from aqdetr_jax.training.loop import TRAINED_KEYS
     from aqdetr_jax.training.sharding import (
-        AXES, batch_sharding, make_mesh, put_batch, replicated,
+        AXES, MODEL_PARALLEL, batch_sharding, make_mesh, parameter_shardings, put_batch, replicated,
     )
     from aqdetr_jax.training.step import detection_loss_fn
 
@@ -49,18 +49,18 @@ PROGRAM = """
     loss_fn = detection_loss_fn(config, module, teacher.module())
 
 
-    def run(mesh):
+    def run(mesh, rules=()):
         whole = replicated(mesh)
+        split = parameter_shardings(variables["params"], mesh, rules)
         with jax.set_mesh(mesh):
             f = jax.jit(
                 jax.value_and_grad(loss_fn, has_aux=True),
-                in_shardings=(whole, whole, whole, batch_sharding(mesh), whole),
+                in_shardings=(split, whole, whole, batch_sharding(mesh), whole),
                 out_shardings=whole,
             )
             arguments = (
-                *jax.device_put(
-                    (variables["params"], variables["batch_stats"], teacher.variables), whole
-                ),
+                jax.device_put(variables["params"], split),
+                *jax.device_put((variables["batch_stats"], teacher.variables), whole),
                 put_batch(batch, mesh),
                 jax.device_put(np.int32(3), whole),
             )
@@ -75,24 +75,30 @@ PROGRAM = """
     ((loss_8, (terms_8, stats_8)), gradients_8), text = run(make_mesh())
     assert jax.device_count() == 8
 
-    assert terms_1.keys() == terms_8.keys()
-    for name in terms_1:
-        np.testing.assert_allclose(terms_8[name], terms_1[name], rtol=1e-5, err_msg=name)
-    gradients_1, gradients_8 = (
-        flatten_dict(g, sep="/") for g in (gradients_1, gradients_8)
-    )
+    gradients_1, stats_1 = (flatten_dict(g, sep="/") for g in (gradients_1, stats_1))
     # The gradient of a key bias is zero but for rounding (softmax does not see it), so that a
     # parameter's own size alone is no scale.
     largest = max(float(np.abs(g).max()) for g in gradients_1.values())
-    for path, wanted in gradients_1.items():
-        scale = max(float(np.abs(wanted).max()), 1e-3 * largest)
-        np.testing.assert_allclose(
-            gradients_8[path] / scale, wanted / scale, rtol=1e-5, atol=1e-5, err_msg=path
-        )
-    for path, wanted in flatten_dict(stats_1, sep="/").items():
-        np.testing.assert_allclose(
-            flatten_dict(stats_8, sep="/")[path], wanted, rtol=1e-5, atol=1e-6, err_msg=path
-        )
+
+
+    def compare(terms, stats, gradients):
+        assert terms_1.keys() == terms.keys()
+        for name in terms_1:
+            np.testing.assert_allclose(terms[name], terms_1[name], rtol=1e-5, err_msg=name)
+        gradients, stats = (flatten_dict(g, sep="/") for g in (gradients, stats))
+        for path, wanted in gradients_1.items():
+            scale = max(float(np.abs(wanted).max()), 1e-3 * largest)
+            np.testing.assert_allclose(
+                gradients[path] / scale, wanted / scale, rtol=1e-5, atol=1e-5, err_msg=path
+            )
+        for path, wanted in stats_1.items():
+            np.testing.assert_allclose(stats[path], wanted, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+    compare(terms_8, stats_8, gradients_8)
+    # Kernels of the transformer split over two devices each.
+    ((loss, (terms, stats)), gradients), _ = run(make_mesh(model=2), MODEL_PARALLEL)
+    compare(terms, stats, gradients)
 
     # --- collectives --------------------------------------------------------------------------
     computations = {}

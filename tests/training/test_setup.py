@@ -113,6 +113,32 @@ def test_calibration_depends_on_the_images(calibrated):
     assert a != b
 
 
+def test_calibration_does_not_see_padding(calibrated):
+    """The same images with other pixels in the padding, and with more padding: the same steps."""
+    config, module, _, variables, _ = calibrated
+    (batch,) = tiny.batches(config, 1)
+    steps = tiny.digest(setup.calibrate(config, module, variables, [batch])["params"])
+    dirty = batch["images"].copy()
+    assert not batch["mask"].all()
+    dirty[~batch["mask"]] = 255
+    again = setup.calibrate(config, module, variables, [{**batch, "images": dirty}])
+    assert tiny.digest(again["params"]) == steps
+
+
+def test_calibration_batches_are_the_same_on_every_process(calibrated, monkeypatch):
+    config = calibrated[0]
+    dataset = setup.open_dataset(config.data, train=True)
+    seen = []
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        batches = setup.calibration_pipeline(config, dataset)
+        seen.append(next(batches))
+        batches.close()
+    for name in seen[0]:
+        np.testing.assert_array_equal(seen[0][name], seen[1][name], err_msg=name)
+
+
 def test_calibration_without_batches_is_refused(calibrated):
     config, module, _, variables, _ = calibrated
     with pytest.raises(ValueError, match=r"at least one batch \(quant\.calibration_batches\)"):
@@ -159,12 +185,12 @@ def test_source_that_does_not_fit_is_refused(calibrated):
 def test_number_of_classes_comes_from_the_data():
     config = tiny.FLOAT
     dataset = setup.open_dataset(config.data, train=True)
-    assert setup.with_classes(config, dataset).model.num_classes == dataset.num_classes == 10
+    assert setup.with_data(config, dataset).model.num_classes == dataset.num_classes == 10
     roomy = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=91))
-    assert setup.with_classes(roomy, dataset) == roomy
+    assert setup.with_data(roomy, dataset) == roomy
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=3))
     with pytest.raises(ValueError, match=r"has 10 classes.*num_classes is 3; set it to 0"):
-        setup.with_classes(small, dataset)
+        setup.with_data(small, dataset)
 
 
 @pytest.mark.parametrize(
@@ -269,3 +295,40 @@ def test_pretrained_backbone_is_no_detector(tiny_teacher, tmp_path):
     save_model(tmp_path / "model", dataclasses.replace(bundle, variables=variables))
     with pytest.raises(ValueError, match="can only start a detector"):
         load_model(tmp_path).module()
+
+
+# --- what the data decide ------------------------------------------------------------------------
+
+
+def test_class_head_follows_the_names(tiny_teacher, caplog):
+    teacher = load_model(tiny_teacher)
+    names = teacher.class_names
+    assert setup.match_classes(teacher, names) is teacher
+    kernel = teacher.variables["params"]["class_head"]["kernel"]
+    wanted = (names[4], names[0], names[7])
+    matched = setup.match_classes(teacher, wanted).variables["params"]["class_head"]
+    np.testing.assert_array_equal(matched["kernel"], kernel[:, [4, 0, 7, len(names)]])
+    assert matched["bias"].shape == (4,)
+    unknown = setup.match_classes(teacher, (names[0], "zebra"))
+    assert "class_head" not in unknown.variables["params"]
+    assert "does not know ['zebra']" in caplog.text
+    assert "class_head" in teacher.variables["params"]
+
+
+def test_epochs_become_steps():
+    config = dataclasses.replace(
+        tiny.FLOAT, train=dataclasses.replace(tiny.FLOAT.train, epochs=2.5, batch_size=6)
+    )
+    dataset = setup.open_dataset(config.data, train=True)  # 16 images
+    resolved = setup.with_data(config, dataset)
+    assert resolved.train.steps == 7  # ceil(40 / 6)
+    assert setup.with_data(resolved, dataset) == resolved
+
+
+def test_calibrating_another_model_than_the_teachers_is_refused(tiny_teacher):
+    from aqdetr_jax.training.bundles import calibrated_bundle
+
+    config = tiny.student(tiny_teacher)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_queries=9))
+    with pytest.raises(ValueError, match=r"query_embed.*would keep random values"):
+        calibrated_bundle(config, load_model(tiny_teacher))

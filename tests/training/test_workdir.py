@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -66,6 +67,24 @@ def test_same_command_again_resumes(tmp_path):
         prepare_workdir(tmp_path, CONFIG, resume=False)
     with pytest.raises(WorkdirError, match="trained on other data"):
         prepare_workdir(tmp_path, CONFIG, dataset="e")
+
+
+def test_before_anything_is_trained_everything_may_change(tmp_path):
+    prepare_workdir(tmp_path, CONFIG, dataset="d").release()
+    other = changed(train__steps=20)
+    prepare_workdir(tmp_path, other, dataset="e", changeable=("*",)).release()
+    assert manifest(tmp_path)["dataset"] == "e"
+    with pytest.raises(WorkdirError, match="trained on other data"):
+        prepare_workdir(tmp_path, other, dataset="d")
+
+
+def test_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdir_module, "_lock_descriptor", refuse)
+    with pytest.raises(WorkdirError, match=r"No locks available.*must support file locks"):
+        prepare_workdir(tmp_path, CONFIG)
 
 
 def test_allowed_changes_are_recorded(tmp_path):
