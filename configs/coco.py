@@ -1,6 +1,6 @@
-"""DETR on COCO: float, and 4 / 3 / 2 bits by the paper's recipe, all official sizes.
+r"""DETR on COCO: float, and 4 / 3 / 2 bits by the paper's recipe, all official sizes.
 
-aqdetr train --config=configs/coco.py:BACKBONE,BITS --workdir=DIR --config.data.root=COCO \\
+aqdetr train --config=configs/coco.py:BACKBONE,BITS --workdir=DIR --config.data.root=COCO \
     --config.init_from=RUN
 
 BACKBONE: r50, r50-dc5, r101, r101-dc5. BITS: float, w4a4, w3a3, w2a2 (attention at the same

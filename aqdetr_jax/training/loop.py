@@ -42,7 +42,7 @@ from aqdetr_jax.training.sharding import (
     put_batch,
     replicated,
 )
-from aqdetr_jax.training.state import TrainState, variables
+from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
     detection_loss_fn,
     jit_train_step,
@@ -364,8 +364,7 @@ class _Run:
 
     def _bundle(self, state: TrainState, block) -> ModelBundle:
         config = self.config
-        values = state.params if state.ema is None else state.ema
-        host = jax.device_get(variables(values, state.batch_stats))
+        host = jax.device_get(state.evaluated)
         info = {
             "name": config.name,
             "task": config.task,

@@ -21,7 +21,8 @@ class TrainState:
       params: trained parameters, nested dict.
       batch_stats: running statistics of the backbone's norms.
       opt_state: optimizer state.
-      ema: moving average of the parameters, or None.
+      ema: moving average of ``{"params", "batch_stats"}``, or None. Averaged weights need the
+        statistics of averaged weights.
       skipped: int32 scalar, steps skipped so far for a non-finite loss or gradient.
       bad_in_a_row: int32 scalar, the last of them in a row.
     """
@@ -42,7 +43,7 @@ class TrainState:
             params=params,
             batch_stats=batch_stats,
             opt_state=optimizer.init(params),
-            ema=jax.tree.map(jnp.copy, params) if ema else None,
+            ema=jax.tree.map(jnp.copy, variables(params, batch_stats)) if ema else None,
             skipped=jnp.int32(0),
             bad_in_a_row=jnp.int32(0),
         )
@@ -50,7 +51,7 @@ class TrainState:
     @property
     def evaluated(self) -> dict[str, Any]:
         """Variables for inference: the moving average if there is one."""
-        return variables(self.params if self.ema is None else self.ema, self.batch_stats)
+        return variables(self.params, self.batch_stats) if self.ema is None else self.ema
 
 
 def variables(params: Any, batch_stats: Any) -> dict[str, Any]:

@@ -192,7 +192,9 @@ def make_train_step(
         if decay:
             # A young average follows closely, so that it does not remember the random start.
             d = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(lambda e, p: e + (p - e) * (1 - d), state.ema, params)
+            ema = jax.tree.map(
+                lambda e, p: e + (p - e) * (1 - d), state.ema, variables(params, batch_stats)
+            )
 
         def guard(new, old):
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)

@@ -217,7 +217,7 @@ def test_what_a_run_leaves_behind(straight):
     # What is kept is the moving average, not the last parameters.
     state = final_state(folder)
     kept = result.bundle.variables["params"]["query_embed"]
-    np.testing.assert_array_equal(kept, state["ema"]["query_embed"])
+    np.testing.assert_array_equal(kept, state["ema"]["params"]["query_embed"])
     assert (kept != state["params"]["query_embed"]).any()
 
 

@@ -130,7 +130,9 @@ def test_moving_average_starts_close_to_the_parameters(setting, after_one):
     def check(average, old, new):
         np.testing.assert_allclose(average, 0.1 * old + 0.9 * new, rtol=1e-5, atol=1e-7)
 
-    jax.tree.map(check, state.ema, setting.state.ema, state.params)
+    jax.tree.map(check, state.ema["params"], setting.state.ema["params"], state.params)
+    # Frozen statistics are what they were, bit for bit.
+    assert tiny.digest(state.ema["batch_stats"]) == tiny.digest(setting.state.batch_stats)
 
 
 # --- the teacher ---------------------------------------------------------------------------------
