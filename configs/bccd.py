@@ -22,7 +22,6 @@ def get_config(variant: str = "teacher") -> ConfigDict:
         config.init_from = "runs/bccd_teacher"
         config.auxiliary.repeats = 3
         config.model.num_auxiliary = AUXILIARY if config.model.num_auxiliary else 0
-        config.optimizer.update(lr=3e-4, lr_backbone=1e-4)
         config.train.update(steps=1200, eval_every=400)
     else:
         config = shapes_base.get_config()

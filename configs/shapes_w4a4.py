@@ -22,10 +22,16 @@ def get_config(variant: str = "aqdetr") -> ConfigDict:
     config = shapes_base.get_config()
     config.name = f"shapes_w4a4_{variant}"
     config.init_from = "packaged:shapes_teacher"
-    config.quant = ConfigDict(dict(policy="w4a4", calibration_batches=4))
+    config.quant = ConfigDict(dict(policy="w4a4", renormalize=True, calibration_batches=8))
     config.auxiliary = ConfigDict(dict(weight=1.0, repeats=2, start="object", noise=0.1))
     config.model.num_auxiliary = 50 if auxiliary else 0
-    config.distill = ConfigDict(dict(weights=dict(encoder=1.0 if distill else 0.0, kind="kl")))
-    config.optimizer.update(lr=3e-4, lr_backbone=1e-4, lr_steps=1e-3, warmup=50, ema=0.99)
-    config.train.update(steps=2000, eval_every=500)
+    # Found on seed 0 with 400 steps of 32 or 800 of 16 images: the encoder's KL is about 0.1, so
+    # that a weight of 1 says nothing beside a detection loss of 14; the decoder's cross-attention
+    # [ours] added 0.007 AP to the encoder's [the paper's].
+    on = float(distill)
+    config.distill = ConfigDict(
+        dict(weights=dict(encoder=20.0 * on, decoder_cross=10.0 * on, kind="kl"))
+    )
+    config.optimizer.update(lr=7e-4, lr_backbone=4e-4, lr_steps=2e-3, warmup=100, ema=0.995)
+    config.train.update(steps=4000, batch_size=16, eval_every=1000)
     return config
