@@ -1,6 +1,8 @@
 """Dense pretraining of backbone and encoder on the embedded set: stands in for ImageNet.
 
 aqdetr train --config=configs/shapes_pretrain.py --workdir=runs/shapes_pretrain
+
+Result: features, no detector. Cost: 17 minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
