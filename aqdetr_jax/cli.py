@@ -177,8 +177,7 @@ def _predict(arguments, overrides) -> None:
         try:
             array = as_array(path)
         except ImageReadError as error:
-            failed.append(str(error))
-            print(error, file=sys.stderr)
+            failed.append(str(error))  # the others are done first
             continue
         found = detector.predict(array, threshold=arguments.threshold)
         stem, number = Path(path).stem, 1
@@ -195,7 +194,8 @@ def _predict(arguments, overrides) -> None:
         picture.save(f"{target}.png")
         print(f"{path}: {len(found)} objects -> {target}.png, .json")
     if failed:
-        raise ImageReadError(f"{len(failed)} of {len(arguments.images)} images: {failed[0]}")
+        reasons = "; ".join(failed[:3])
+        raise ImageReadError(f"{len(failed)} of {len(arguments.images)} images: {reasons}")
 
 
 def _quickstart(arguments, overrides) -> None:

@@ -235,13 +235,13 @@ class CocoParser:
             iscrowd = entry.get("iscrowd", 0)
             if iscrowd not in (0, 1):
                 raise DatasetError(f"{where}: iscrowd must be 0 or 1, got {iscrowd!r}")
-            x, y, w, h = (float(v) for v in bbox)
+            x, y, w, h = (_float(v) for v in bbox)
             offender = f"{image['file_name']}, annotation {entry['id']}"
             box = self.collector.clean((x, y, x + w, y + h), height, width, offender)
             if box is None:
                 continue
             area = entry.get("area", -1.0)
-            if not _is_number(area) or not math.isfinite(area) or area < 0:
+            if not _is_number(area) or not math.isfinite(_float(area)) or area < 0:
                 area = w * h
             boxes.append(box)
             labels.append(label_of[category])
@@ -259,12 +259,15 @@ class CocoParser:
         )
 
 
-_LARGEST = 1e300
-
-
 def _is_number(value: Any) -> bool:
-    # An integer literal may be too large for a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer literal too large for a float: dropped as infinite is
+        return math.copysign(math.inf, value)
 
 
 def _integer(entry: Mapping[str, Any], key: str, where: str) -> int:

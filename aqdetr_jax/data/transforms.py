@@ -21,7 +21,7 @@ from aqdetr_jax.data.dataset import Example, ImageReadError
 MAX_PIXELS = 50_000_000
 _EXIF_ORIENTATION = 0x0112
 # Formats of photographs; Pillow knows more, some of which start other programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "MPO", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,9 +166,10 @@ def _record(
     size = tree.find("size")
     if size is None:
         raise DatasetError(f"{path}: no <size>")
-    height, width = int(_number(size, "height", path)), int(_number(size, "width", path))
-    if height < 1 or width < 1:
-        raise DatasetError(f"{path}: <size> must be positive, got {width}x{height}")
+    rows, columns = (_number(size, key, path) for key in ("height", "width"))
+    if not (1 <= rows < math.inf and 1 <= columns < math.inf):
+        raise DatasetError(f"{path}: <size> must be positive, got {columns:g}x{rows:g}")
+    height, width = int(rows), int(columns)
     boxes, labels, difficult, truths = [], [], [], []
     for position, entry in enumerate(tree.iter("object"), start=1):
         name = _text(entry, "name", path)
@@ -215,9 +216,6 @@ def _text(entry: ElementTree.Element, key: str, path: pathlib.Path) -> str:
 def _number(entry: ElementTree.Element, key: str, path: pathlib.Path) -> float:
     text = _text(entry, key, path)
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise DatasetError(f"{path}: <{key}> is no number: {text!r}")
-    return value
+        raise DatasetError(f"{path}: <{key}> is no number: {text!r}") from None

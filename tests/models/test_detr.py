@@ -59,7 +59,7 @@ def variables_of(policy="float", **options):
             size = {"kernel_step": 0.1, "probs_step": 0.03}.get(name, 0.3)
             return rng.uniform(0.7 * size, size, leaf.shape).astype(np.float32)
         if name.endswith("_zero"):
-            return np.float32(rng.integers(0, 16))
+            return rng.integers(0, 16, leaf.shape).astype(np.float32)
         if name == "var":
             return rng.uniform(0.5, 2.0, leaf.shape).astype(np.float32)
         x = rng.normal(0, 0.3, leaf.shape).astype(np.float32)

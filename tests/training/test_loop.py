@@ -59,7 +59,7 @@ EIGHT = changed(
 def overfitted(tmp_path_factory, quick_compile):
     """Folder and result of a float model that has learnt its few images by heart."""
     folder = tmp_path_factory.mktemp("overfit")
-    config = changed(EIGHT, "train", steps=240, log_every=20, checkpoint_every=0)
+    config = changed(EIGHT, "train", steps=500, log_every=20, checkpoint_every=0)
     return folder, loop.train(config, folder)
 
 
