@@ -25,6 +25,7 @@ from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
+from aqdetr_jax.training.loop import TRAINED_KEYS
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import detection_loss_fn, make_train_step
 from aqdetr_jax.training.workdir import git_commit, package_versions
@@ -45,6 +46,7 @@ def random_batch(height: int, width: int, batch: int, boxes: int, classes: int) 
         "boxes": np.concatenate([centre, size], -1).astype(np.float32) * valid[..., None],
         "labels": (rng.integers(0, classes, (batch, boxes)) * valid).astype(np.int32),
         "valid": valid,
+        "size": np.tile(np.int32([height, width]), (batch, 1)),
     }
 
 
@@ -77,6 +79,7 @@ def main() -> None:
     module = setup.build_module(config)
     variables, _ = setup.initial_variables(config, module, None, iter([batch]))
     calibrated = time.perf_counter()
+    batch = {key: batch[key] for key in TRAINED_KEYS}
     teacher = Detr(dataclasses.replace(config.model, num_auxiliary=0))
     float_params = jax.eval_shape(teacher.init, jax.random.key(0), *setup.example_input(bucket))[
         "params"
