@@ -73,12 +73,9 @@ def calibrated_bundle(config: ExperimentConfig, teacher: ModelBundle) -> ModelBu
     module = setup.build_module(config)
     with contextlib.closing(setup.calibration_pipeline(config, dataset)) as batches:
         variables, report = setup.initial_variables(config, module, teacher, batches)
-    unknown = (
-        []
-        if report is None
-        else report.mismatched
-        + [path for path in report.new if not path.endswith(("_step", "_zero"))]
-    )
+    assert report is not None  # there is a source
+    new = [path for path in report.new if not path.endswith(("_step", "_zero"))]
+    unknown = report.mismatched + new
     if unknown:
         raise ValueError(
             f"{config.name} is not the model of the checkpoint it would calibrate: {unknown[:3]} "
