@@ -21,8 +21,8 @@ import numpy as np
 from aqdetr_jax import host
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training import setup
 from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
 from aqdetr_jax.training.loop import TRAINED_KEYS
@@ -77,7 +77,7 @@ def main() -> None:
 
     start = time.perf_counter()
     module = setup.build_module(config)
-    variables, _ = setup.initial_variables(config, module, None, iter([batch]))
+    variables, _ = initial.initial_variables(config, module, None, iter([batch]))
     calibrated = time.perf_counter()
     batch = {key: batch[key] for key in TRAINED_KEYS}
     teacher = Detr(dataclasses.replace(config.model, num_auxiliary=0))

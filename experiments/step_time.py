@@ -30,8 +30,8 @@ from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.losses.matching import QuerySet, match_sets
 from aqdetr_jax.losses.targets import Predictions, repeat_counts
 from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training import setup
 from aqdetr_jax.training.config import QuantConfig, load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
 from aqdetr_jax.training.loop import TRAINED_KEYS
@@ -62,7 +62,7 @@ def variant_config(base, name):
 def build(config, batch, batches, teacher_variables, mesh):
     """Compiled step, first state, and what compiling took."""
     module = setup.build_module(config)
-    variables, _ = setup.initial_variables(config, module, None, batches)
+    variables, _ = initial.initial_variables(config, module, None, batches)
     arguments = (variables["params"], config.optimizer)
     optimizer = optim.make_optimizer(*arguments, config.train.steps, frozen_norms=True)
     groups = optim.parameter_groups(*arguments, frozen_norms=True)

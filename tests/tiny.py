@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.detr import DetrConfig
 from aqdetr_jax.models.resnet import BackboneConfig
-from aqdetr_jax.training import setup
+from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.config import (
     AuxiliaryConfig,
     DataConfig,
@@ -117,7 +118,7 @@ def resolved(config: ExperimentConfig) -> ExperimentConfig:
 def bundle(config: ExperimentConfig = FLOAT, seed: int = 0) -> ModelBundle:
     """A random float model that fits the tiny experiment."""
     config = dataclasses.replace(resolved(config), seed=seed)
-    variables, _ = setup.initial_variables(config, setup.build_module(config), None, ())
+    variables, _ = initial.initial_variables(config, setup.build_module(config), None, ())
     dataset = setup.open_dataset(config.data, train=True)
     return ModelBundle(
         config.model,
@@ -150,6 +151,11 @@ def write_config(config: ExperimentConfig, path: str | Path) -> Path:
     """Writes a configuration as JSON that ``load_config_file`` reads."""
     Path(path).write_text(json.dumps(from_dataclass(config)))
     return Path(path)
+
+
+def flat(variables: Any) -> dict[str, np.ndarray]:
+    """The parameters as one dict, path -> array."""
+    return traverse_util.flatten_dict(variables["params"], sep="/")
 
 
 def digest(tree: Any) -> str:

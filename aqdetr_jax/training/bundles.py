@@ -9,7 +9,7 @@ from typing import Any
 
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
-from aqdetr_jax.training import setup
+from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.model_io import ModelBundle
 from aqdetr_jax.training.sharding import make_mesh
@@ -72,7 +72,7 @@ def calibrated_bundle(config: ExperimentConfig, teacher: ModelBundle) -> ModelBu
     )
     module = setup.build_module(config)
     with contextlib.closing(setup.calibration_pipeline(config, dataset)) as batches:
-        variables, report = setup.initial_variables(config, module, teacher, batches)
+        variables, report = initial.initial_variables(config, module, teacher, batches)
     assert report is not None  # there is a source
     new = [path for path in report.new if not path.endswith(("_step", "_zero"))]
     unknown = report.mismatched + new

@@ -20,8 +20,8 @@ from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
 from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
 from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.quant.report import bit_report, format_bit_report
+from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training import setup
 from aqdetr_jax.training.checkpoint import Checkpoints
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.config_types import from_dataclass
@@ -270,9 +270,9 @@ class _Run:
         config = self.config
         source = setup.load_source(config.init_from, "init_from") if config.init_from else None
         if source is not None:
-            source = setup.match_classes(source, self.train_set.class_names)
+            source = initial.match_classes(source, self.train_set.class_names)
         with contextlib.closing(setup.calibration_pipeline(config, self.train_set)) as batches:
-            values, report = setup.initial_variables(config, self.module, source, batches)
+            values, report = initial.initial_variables(config, self.module, source, batches)
         if report is not None:
             say(f"{config.init_from}: {report.summary()}")
         elif config.task == "detect":

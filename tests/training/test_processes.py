@@ -42,13 +42,13 @@ def counted(batch, mesh):
 loop.put_batch = counted
 
 # What another machine's arithmetic may do: process 1 starts from other numbers. Process 0's count.
-initial_variables = loop.setup.initial_variables
+initial_variables = loop.initial.initial_variables
 
 def elsewhere(*arguments):
     values, report = initial_variables(*arguments)
     return jax.tree.map(lambda x: x + np.float32(0.01 * index), values), report
 
-loop.setup.initial_variables = elsewhere
+loop.initial.initial_variables = elsewhere
 # Six evaluation images in batches of four: the last one is filled up.
 train = dataclasses.replace(tiny.FLOAT.train, steps=4, eval_every=4)
 result = loop.train(dataclasses.replace(tiny.FLOAT, train=train), folder)

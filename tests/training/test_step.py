@@ -6,8 +6,8 @@ import pytest
 import tiny
 from flax import traverse_util
 
+from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training import setup
 from aqdetr_jax.training.loop import TRAINED_KEYS
 from aqdetr_jax.training.model_io import load_model
 from aqdetr_jax.training.sharding import make_mesh, put_batch, replicated
@@ -25,7 +25,7 @@ class Setting:
         self.module = setup.build_module(config)
         self.teacher = setup.load_teacher(config)
         self.batches = tiny.batches(config, 4)
-        first, _ = setup.initial_variables(
+        first, _ = initial.initial_variables(
             config, self.module, load_model(folder), self.batches[:1]
         )
         params = first["params"]

@@ -1,0 +1,223 @@
+"""The first variables of a run: random, imported from another model, step sizes calibrated."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+from PIL import Image
+
+from aqdetr_jax.models.dense import DensePretrainer
+from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.models.quantized import OBSERVED
+from aqdetr_jax.quant.calibrate import calibrated_parameters, merge_samples
+from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.model_io import ModelBundle
+from aqdetr_jax.training.setup import CALIBRATION_ROWS, example_input, record_ops
+
+logger = logging.getLogger(__name__)
+
+INIT, AUXILIARY_START = 0, 2
+"""Purpose numbers of random keys outside the step (see ``step.step_key``)."""
+
+
+class LoadReport(NamedTuple):
+    """What became of an imported tree, as lists of parameter paths.
+
+    Attributes:
+      loaded: taken over.
+      new: not in the source; started afresh.
+      dropped: in the source only.
+      mismatched: different shape in the source; started afresh.
+    """
+
+    loaded: list[str]
+    new: list[str]
+    dropped: list[str]
+    mismatched: list[str]
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = [f"{len(self.loaded)} loaded"]
+        for name in ("new", "dropped", "mismatched"):
+            paths = getattr(self, name)
+            if paths:
+                parts.append(f"{len(paths)} {name} ({', '.join(_roots(paths))})")
+        return "parameters: " + ", ".join(parts)
+
+
+def _roots(paths: Iterable[str]) -> list[str]:
+    """Top-level names, and the leaf name for step sizes."""
+    return sorted(
+        {"step sizes" if p.endswith(("_step", "_zero")) else p.split("/")[0] for p in paths}
+    )
+
+
+def merge(own: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], LoadReport]:
+    """Takes over every array of ``source`` that ``own`` has with the same shape (flat dicts)."""
+    merged, report = dict(own), LoadReport([], [], [], [])
+    for path, value in own.items():
+        if path not in source:
+            report.new.append(path)
+        elif np.shape(source[path]) != np.shape(value):
+            report.mismatched.append(path)
+        else:
+            merged[path] = source[path]
+            report.loaded.append(path)
+    report.dropped.extend(path for path in source if path not in own)
+    return merged, report
+
+
+def match_classes(source: ModelBundle, class_names: tuple[str, ...]) -> ModelBundle:
+    """The source with its class head arranged for other classes, by name.
+
+    A head that knows every wanted class keeps their columns (and "no object"); another one is
+    taken out, and starts afresh.
+
+    Args:
+      source: imported model.
+      class_names: the data's classes, in order.
+    """
+    params = source.variables["params"]
+    if source.class_names == class_names or "class_head" not in params:
+        return source
+    params = dict(params)
+    head = params.pop("class_head")
+    if set(class_names) <= set(source.class_names):
+        # A head may have columns beyond its names (COCO's 91 ids); the last is "no object".
+        columns = [source.class_names.index(name) for name in class_names] + [-1]
+        params["class_head"] = {k: np.asarray(v)[..., columns] for k, v in head.items()}
+        logger.info("class head: columns of %d classes taken over by name", len(class_names))
+    else:
+        new = [name for name in class_names if name not in source.class_names]
+        logger.warning("class head starts afresh: the source does not know %s", new[:5])
+    return dataclasses.replace(source, variables={**source.variables, "params": params})
+
+
+def initial_variables(
+    config: ExperimentConfig,
+    module: Detr | DensePretrainer,
+    source: ModelBundle | None,
+    calibration: Iterable[Mapping[str, np.ndarray]],
+) -> tuple[dict[str, Any], LoadReport | None]:
+    """The first variables of a run: random, imported, calibrated.
+
+    Args:
+      config: seed, auxiliary start, calibration.
+      module: the model that is trained.
+      source: parameters to start from, or None.
+      calibration: training batches for the step sizes; read only if any step size is new or
+        ``source`` has another quantization policy.
+
+    Returns:
+      (variables as numpy arrays, load report or None).
+
+    Raises:
+      ValueError: almost nothing of ``source`` fits the model.
+    """
+    if source is None and config.optimizer.frozen and config.task == "detect":
+        raise ValueError(
+            f"config.optimizer.frozen={config.optimizer.frozen} would keep random parameters for "
+            "ever: set config.init_from, or config.optimizer.frozen=() to train from scratch"
+        )
+    images, mask = example_input(config.data.buckets[0])
+    key = jax.random.fold_in(jax.random.key(config.seed), INIT)
+    variables = jax.tree.map(np.asarray, jax.jit(module.init)(key, images, mask))
+    params = traverse_util.flatten_dict(variables["params"], sep="/")
+    stats = traverse_util.flatten_dict(variables["batch_stats"], sep="/")
+    report = None
+    if source is not None:
+        given = traverse_util.flatten_dict(source.variables["params"], sep="/")
+        params, report = merge(params, given)
+        given_stats = traverse_util.flatten_dict(source.variables["batch_stats"], sep="/")
+        stats, stats_report = merge(stats, given_stats)
+        wanted = sum(not path.endswith(("_step", "_zero")) for path in params)
+        if len(report.loaded) < 0.1 * wanted or stats_report.mismatched:
+            raise ValueError(
+                f"config.init_from={config.init_from!r} does not fit this model: "
+                f"{report.summary()}; first that differ: "
+                f"{(report.mismatched + stats_report.mismatched + report.new)[:5]}"
+            )
+        auxiliary = "auxiliary_queries"
+        if auxiliary in report.new and config.auxiliary.start == "object":
+            params[auxiliary] = _copied_queries(config, params["query_embed"], params[auxiliary])
+    variables = _unflatten(params, stats)
+    steps = [path for path in params if path.endswith("_step")]
+    # Step sizes of another policy (more bits, say) are as good as none.
+    kept = source is not None and source.quant.build() == config.quant.build()
+    loaded = set(report.loaded) if report is not None and kept else set()
+    if isinstance(module, Detr) and not loaded.issuperset(steps):
+        variables = calibrate(config, module, variables, calibration)
+    return variables, report
+
+
+def _unflatten(params: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "params": traverse_util.unflatten_dict(params, sep="/"),
+        "batch_stats": traverse_util.unflatten_dict(stats, sep="/"),
+    }
+
+
+def _copied_queries(config: ExperimentConfig, queries, auxiliary) -> np.ndarray:
+    """Auxiliary queries as copies of the object queries, in turn, plus noise [ours]."""
+    count = auxiliary.shape[0]
+    key = jax.random.fold_in(jax.random.key(config.seed), AUXILIARY_START)
+    noise = np.asarray(jax.random.normal(key, auxiliary.shape)) * np.std(queries)
+    copies = np.asarray(queries)[np.arange(count) % queries.shape[0]]
+    return (copies + config.auxiliary.noise * noise).astype(np.float32)
+
+
+def calibrate(
+    config: ExperimentConfig,
+    module: Detr,
+    variables: Mapping[str, Any],
+    batches: Iterable[Mapping[str, np.ndarray]],
+) -> dict[str, Any]:
+    """Sets every step size from what the float model sees on a few training batches.
+
+    Args:
+      config: number of batches and method.
+      module: quantized model.
+      variables: its variables; float parameters trained or imported, step sizes of any value.
+      batches: training batches (images, size).
+
+    Returns:
+      New variables.
+    """
+    observer = module.clone(policy=dataclasses.replace(module.policy, arithmetic="observe"))
+
+    @jax.jit
+    def observe(variables, images, mask):
+        _, seen = observer.apply(variables, images, mask, mutable=[OBSERVED])
+        return seen[OBSERVED]
+
+    samples = []
+    for _, batch in zip(range(config.quant.calibration_batches), batches, strict=False):
+        images = _without_padding(batch["images"][:CALIBRATION_ROWS], batch["size"])
+        seen = observe(variables, images, np.ones(images.shape[:3], bool))
+        samples.append(traverse_util.flatten_dict(jax.device_get(seen), sep="/"))
+    if not samples:
+        raise ValueError("calibration needs at least one batch (quant.calibration_batches)")
+    rows = record_ops(module, variables, config.data.buckets[0])
+    params = calibrated_parameters(
+        traverse_util.flatten_dict(variables["params"], sep="/"),
+        rows,
+        merge_samples(samples),
+        config.quant.calibration_method,
+    )
+    return {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
+
+
+def _without_padding(images: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Every image's real area stretched over its bucket: padding must not set step sizes."""
+    height, width = images.shape[1:3]
+    stretched = []
+    for image, (h, w) in zip(images, sizes, strict=False):
+        real = Image.fromarray(image[:h, :w])
+        stretched.append(np.asarray(real.resize((width, height), Image.Resampling.BILINEAR)))
+    return np.stack(stretched)
