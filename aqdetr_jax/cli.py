@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aqdetr_jax import host
@@ -140,7 +140,10 @@ def _eval(arguments, overrides) -> None:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
     bundle = load_model(arguments.model)
     block, detections = evaluate_bundle(
-        bundle, config, bundle.info.get("name", config.name), progress=_show_batches
+        bundle,
+        config,
+        bundle.info.get("name", config.name),
+        progress=_counter("evaluated", "batches"),
     )
     print(format_results(block))
     if arguments.out:
@@ -150,10 +153,15 @@ def _eval(arguments, overrides) -> None:
         print(f"written to {out}")
 
 
-def _show_batches(done: int, total: int) -> None:
-    end = "\n" if done == total else "\r"
-    if sys.stderr.isatty() or done == total:
-        print(f"evaluated {done}/{total} batches", end=end, file=sys.stderr, flush=True)
+def _counter(verb: str, things: str) -> Callable[[int, int], None]:
+    """Shows "VERB 3/20 THINGS", rewritten on a terminal, else once at the end."""
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done == total else "\r"
+        if sys.stderr.isatty() or done == total:
+            print(f"{verb} {done}/{total} {things}", end=end, file=sys.stderr, flush=True)
+
+    return show
 
 
 def _predict(arguments, overrides) -> None:
@@ -238,8 +246,9 @@ def _inspect(arguments, overrides) -> None:
     evaluation = open_dataset(config.data, train=False)
     train = open_dataset(config.data, train=True)
     queries = config.model.num_queries
-    print(format_report(inspect_dataset(train, queries, other=evaluation)))
-    print(format_report(inspect_dataset(evaluation, queries)))
+    show = _counter("read", "images")
+    print(format_report(inspect_dataset(train, queries, other=evaluation, progress=show)))
+    print(format_report(inspect_dataset(evaluation, queries, progress=show)))
     # What training would refuse.
     check_same_classes(train, evaluation)
     config = with_data(config, train)

@@ -24,6 +24,7 @@ def inspect_dataset(
     *,
     other: DetectionDataset | None = None,
     check_images: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Counts what matters to a detection transformer and finds what would go wrong later.
 
@@ -32,6 +33,7 @@ def inspect_dataset(
       num_queries: object queries of the model; images with more boxes are listed.
       other: another split; images that are in both (by hash) are listed as leakage.
       check_images: decode every image. Without it nothing is read but annotations.
+      progress: called with (images read, images) after each one.
 
     Returns:
       A JSON-able dict. Counts: ``images``, ``boxes``, ``crowd_boxes``, ``empty_images``,
@@ -44,7 +46,7 @@ def inspect_dataset(
     truth = dataset.coco_ground_truth()
     report = _annotation_report(dataset, truth, num_queries)
     report["checked_images"] = check_images
-    offenders = _image_offenders(dataset, other) if check_images else {}
+    offenders = _image_offenders(dataset, other, progress) if check_images else {}
     for key in ("unreadable", "size_mismatch", "exif_rotated", "duplicates", "leakage"):
         report[key] = _offenders(offenders.get(key, []))
     return report
@@ -118,13 +120,18 @@ def _twins(file_name: str, annotations: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _image_offenders(
-    dataset: DetectionDataset, other: DetectionDataset | None
+    dataset: DetectionDataset,
+    other: DetectionDataset | None,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {
         key: [] for key in ("unreadable", "size_mismatch", "exif_rotated", "duplicates", "leakage")
     }
     first_with: dict[str, str] = {}
+    total = len(dataset) + (len(other) if other is not None else 0)
     for index in range(len(dataset)):
+        if progress is not None:
+            progress(index + 1, total)
         name = dataset.file_name(index)
         mismatch = _check_header(dataset, index, found)
         try:
@@ -140,6 +147,8 @@ def _image_offenders(
             first_with[digest] = name
     for index in range(len(other) if other is not None else 0):
         assert other is not None
+        if progress is not None:
+            progress(len(dataset) + index + 1, total)
         try:
             digest = _digest(other, index)
         except ImageReadError:

@@ -50,7 +50,11 @@ def faulty(tmp_path):
 
 
 def test_every_fault_is_found(faulty):
-    report = inspect_dataset(faulty, num_queries=2, other=faulty)
+    seen = []
+    report = inspect_dataset(
+        faulty, num_queries=2, other=faulty, progress=lambda *counts: seen.append(counts)
+    )
+    assert seen == [(i, 12) for i in range(1, 13)]  # unreadable images are counted too
     json.dumps(report)
     assert (report["images"], report["boxes"], report["crowd_boxes"]) == (6, 3, 1)
     assert report["empty_images"] == 5
