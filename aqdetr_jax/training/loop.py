@@ -322,7 +322,9 @@ class _Run:
                     now = time.perf_counter()
                     images = (done - counted) * config.train.batch_size
                     values["images_per_second"] = images / (now - clock)
-                    values["learning_rate"] = float(rate(number)) * config.optimizer.lr
+                    # Skipped updates do not advance the schedule.
+                    updates = max(number - int(values["skipped"]), 0)
+                    values["learning_rate"] = float(rate(updates)) * config.optimizer.lr
                     clock, counted = now, done
                     values["truncated_boxes"] = float(batches.stats.truncated_boxes)
                     values["skipped_images"] = float(batches.stats.skipped_images)
