@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -12,7 +15,9 @@ from PIL import Image
 
 from aqdetr_jax.cli import main
 from aqdetr_jax.evaluation.coco import validate_results_block
-from aqdetr_jax.training.config import DataConfig, load_experiment
+from aqdetr_jax.training import setup
+from aqdetr_jax.training.config import DataConfig, ExperimentConfig, load_experiment
+from aqdetr_jax.training.model_io import load_model
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -37,6 +42,12 @@ def error_line(capsys, *argv: str) -> str:
     assert lines[1] == "(--traceback shows where this came from)"
     assert lines[0].startswith("aqdetr: ")
     return lines[0]
+
+
+def printed(text: str, folder) -> ExperimentConfig:
+    """The experiment that ``aqdetr config`` printed."""
+    (folder / "printed.json").write_text(text)
+    return load_experiment(str(folder / "printed.json"))
 
 
 # --- verbs ---------------------------------------------------------------------------------------
@@ -133,10 +144,68 @@ def test_config_prints_json_that_loads_back(trained, tmp_path, capsys):
         "configs/coco.py:r101-dc5,w4a4-attn8 init_from=teacher",
     ],
 )
-def test_shipped_configurations_resolve(text, capsys):
+def test_shipped_configurations_resolve(text, tmp_path, capsys):
+    """What is printed is a whole experiment whose model can be built."""
     name, *overrides = text.split()
     assert main(["config", f"--config={name}", *overrides]) == 0
-    assert json.loads(capsys.readouterr().out)["name"]
+    config = printed(capsys.readouterr().out, tmp_path)
+    model = dataclasses.replace(config.model, num_classes=config.model.num_classes or 3)
+    module = setup.build_module(dataclasses.replace(config, model=model))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *setup.example_input((64, 64)))
+    assert any(path.startswith("backbone/") for path in tiny.flat(shapes))
+
+
+@pytest.mark.parametrize("format_", ["coco", "tfds"])
+def test_prepared_data_are_the_same_data(trained, tmp_path, format_, capsys):
+    _, file = trained
+    out = tmp_path / "data"
+    assert main(["prepare-data", f"--config={file}", f"--format={format_}", f"--out={out}"]) == 0
+    assert str(out) in capsys.readouterr().out
+    config = load_experiment(str(file))
+    for train in (True, False):
+        source = setup.open_dataset(config.data, train=train)
+        data = DataConfig(kind=format_, root=str(out))
+        data = dataclasses.replace(
+            data, train_split=config.data.train_split, eval_split=config.data.eval_split
+        )
+        copy = setup.open_dataset(data, train=train)
+        assert copy.class_names == source.class_names
+        assert len(copy) == len(source)
+        for i in range(len(source)):
+            np.testing.assert_array_equal(copy[i].image, source[i].image)
+            np.testing.assert_allclose(copy[i].boxes, source[i].boxes, atol=1e-4)
+            np.testing.assert_array_equal(copy[i].labels, source[i].labels)
+
+
+def test_pretrain_feeds_a_detector(tmp_path, capsys):
+    """The backbone's norms learn, at the rate of the rest, and the detector takes it over."""
+    train = dataclasses.replace(tiny.FLOAT.train, steps=2)
+    optimizer = dataclasses.replace(tiny.FLOAT.optimizer, lr_backbone=0.0, frozen=("backbone",))
+    config = dataclasses.replace(tiny.FLOAT, train=train, optimizer=optimizer)
+    file = tiny.write_config(config, tmp_path / "float.json")
+    folder = tmp_path / "pretrained"
+    assert main(["pretrain", f"--config={file}", f"--workdir={folder}"]) == 0
+    written = load_experiment(str(folder / "config.json"))
+    assert (written.task, written.model.backbone.norm) == ("pretrain", "batch")
+    assert (written.optimizer.frozen, written.optimizer.lr_backbone) == ((), config.optimizer.lr)
+    learned = load_model(folder).variables["batch_stats"]["backbone"]["stem_norm"]["mean"]
+    assert np.abs(learned).max() > 0
+    run = tmp_path / "run"
+    command = ["train", f"--config={file}", f"--workdir={run}", f"init_from={folder}"]
+    assert main([*command, "train.steps=1"]) == 0
+    taken = load_model(run).variables["batch_stats"]["backbone"]["stem_norm"]["mean"]
+    np.testing.assert_array_equal(taken, learned)
+
+
+def test_module_is_the_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "aqdetr_jax", "config", "--config=shapes_teacher"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert printed(done.stdout, tmp_path) == load_experiment("shapes_teacher")
 
 
 def test_inspect_data(trained, capsys):
@@ -203,7 +272,7 @@ def coco(trained, tmp_path):
         images.mkdir(exist_ok=True)
         Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(images / "one.png")
         names = load_experiment(str(trained[1]))
-        dataset_names = tiny.setup.open_dataset(names.data, train=False).class_names
+        dataset_names = setup.open_dataset(names.data, train=False).class_names
         content = {
             "images": [{"id": 1, "file_name": "one.png", "width": 64, "height": 64}],
             "annotations": [
@@ -259,3 +328,26 @@ def test_other_classes(coco, capsys):
         capsys, *coco(lambda content: content["categories"][0].update(name="aardvark"))
     )
     assert "aardvark" in line
+
+
+@pytest.mark.parametrize("verb", ["eval", "train"])
+def test_empty_set(coco, tmp_path, capsys, verb):
+    def emptied(content):
+        content["images"].clear()
+        content["annotations"].clear()
+
+    command = coco(emptied)
+    if verb == "train":
+        command = ["train", command[1], f"--workdir={tmp_path / 'run'}"]
+    line = error_line(capsys, *command)
+    assert "instances.json" in line or "coco" in line
+    assert "no images" in line or "empty" in line
+
+
+def test_set_without_a_single_box(coco, tmp_path, capsys):
+    """All boxes are left out, which is said; there is nothing to find: COCO's numbers are -1."""
+    command = coco(lambda content: content["annotations"][0].update(bbox=[8, 8, 0, 20]))
+    assert main([*command, f"--out={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr()
+    assert "1 zero_area" in said.out + said.err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["AP"] == -1

@@ -12,6 +12,7 @@ from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.model_io import ModelBundle
+from aqdetr_jax.training.notices import say_drops
 from aqdetr_jax.training.sharding import make_mesh
 from aqdetr_jax.training.workdir import git_commit
 
@@ -39,6 +40,7 @@ def evaluate_bundle(
             f"the model detects {_some(bundle.class_names)}, but {dataset.name} has "
             f"{_some(dataset.class_names)}: evaluate it on the classes it was trained on"
         )
+    say_drops(dataset)
     evaluator = Evaluator(
         bundle.module(),
         dataset,

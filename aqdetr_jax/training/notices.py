@@ -18,15 +18,20 @@ class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
+def say_drops(dataset: DetectionDataset) -> None:
+    """Says which boxes of a set were left out, if any."""
+    if dataset.drops:
+        counts = ", ".join(f"{n} {reason}" for reason, n in dataset.drops.items())
+        first = "; ".join(dataset.drop_examples[:3])
+        say(f"{dataset.name}: left out boxes: {counts} ({first})")
+
+
 def say_limits(
     config: ExperimentConfig, train_set: DetectionDataset, eval_set: DetectionDataset
 ) -> None:
     """Says what was left out of the data, and where the number of queries will bite."""
     for dataset in (train_set, eval_set):
-        if dataset.drops:
-            counts = ", ".join(f"{n} {reason}" for reason, n in dataset.drops.items())
-            first = "; ".join(dataset.drop_examples[:3])
-            say(f"{dataset.name}: left out boxes: {counts} ({first})")
+        say_drops(dataset)
     most = train_set.max_boxes_per_image()
     if config.task == "detect" and most > config.model.num_queries:
         say(

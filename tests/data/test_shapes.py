@@ -158,6 +158,22 @@ def test_masks_are_trimmed_and_have_the_wanted_size(label):
     assert np.sqrt(solid.shape[0] * solid.shape[1]) == pytest.approx(60, abs=1.5)
 
 
+def test_objects_are_turned_every_way():
+    """The long axis of an arrow, from the second moments of its mask, over many draws."""
+    rng, axes = np.random.default_rng(0), []
+    for _ in range(200):
+        mask = shapes_objects.object_mask(rng, shapes_objects.CLASS_NAMES.index("arrow"), 40.0, 10)
+        y, x = np.indices(mask.shape)
+        weight = mask / mask.sum()
+        x, y = x - (weight * x).sum(), y - (weight * y).sum()
+        covariance = (weight * x * y).sum()
+        axes.append(0.5 * np.arctan2(2 * covariance, (weight * (x**2 - y**2)).sum()))
+    # Doubled angles of a uniform turn point everywhere: their mean is near the centre.
+    assert np.abs(np.mean(np.exp(2j * np.array(axes)))) < 0.25
+    quarters = np.histogram(axes, bins=4, range=(-np.pi / 2, np.pi / 2))[0]
+    assert quarters.min() > 25
+
+
 def test_boxes_are_tight_around_the_drawn_pixels(monkeypatch):
     """Oracle: single objects drawn in a colour that nothing else has, found again by it."""
     monkeypatch.setattr(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from aqdetr_jax.ops import position
-from aqdetr_jax.ops.position import downsample_mask
+from aqdetr_jax.ops.position import downsample_mask, encode_points, spread_points
 
 sine_position_encoding = functools.partial(jax.jit, static_argnames=("channels", "offset"))(
     position.sine_position_encoding
@@ -82,3 +82,27 @@ def test_a_cell_is_valid_when_its_first_pixel_is():
     mask = jnp.asarray(padded_mask(64, 96, [(33, 65), (32, 64)]))
     cells = np.asarray(downsample_mask(mask, 2, 3))
     np.testing.assert_array_equal(cells, padded_mask(2, 3, [(2, 3), (1, 2)]))
+
+
+def test_spread_points_are_even_at_every_count():
+    """Any run of the sequence fills the square: no large hole, no two points on one spot."""
+    for count, first in ((25, 0), (50, 25), (300, 100)):
+        points = spread_points(count, first)
+        np.testing.assert_array_equal(points, spread_points(first + count)[first:])
+        assert ((points >= 0) & (points < 1)).all()
+        apart = np.linalg.norm(points[:, None] - points[None], axis=-1)
+        apart[np.diag_indices(count)] = np.inf
+        # A square lattice of as many points has this distance.
+        lattice = 1 / np.sqrt(count)
+        assert apart.min() > 0.4 * lattice
+        grid = np.stack(np.meshgrid(*[np.linspace(0.05, 0.95, 30)] * 2), -1).reshape(-1, 1, 2)
+        assert np.linalg.norm(grid - points[None], axis=-1).min(1).max() < 1.6 * lattice
+
+
+def test_a_point_has_the_code_of_its_cell():
+    """What queries start from is what the keys of the cell under them carry."""
+    side, dim = 16, 32
+    cells = sine_position_encoding(jnp.ones((1, side, side), bool), dim)[0]
+    centres = (np.arange(side) + 1) / side * 2 * np.pi  # DETR counts cells from 1, up to 2 pi
+    points = jnp.asarray([[centres[3], centres[9]]], jnp.float32)  # x, y
+    np.testing.assert_allclose(encode_points(points, dim)[0], cells[9, 3], atol=1e-4)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
 import tiny
 
-from aqdetr_jax.training import setup
+from aqdetr_jax.quant.policy import Rule
+from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.checkpoint import Checkpoints
 from aqdetr_jax.training.config import DataConfig
 from aqdetr_jax.training.model_io import load_model, save_model
@@ -51,6 +53,23 @@ def test_teacher_is_float_while_the_student_is_quantized(calibrated):
     assert not teacher.module().policy.rules
     assert not [path for path in tiny.flat(teacher.variables) if path.endswith(("_step", "_zero"))]
     assert [path for path in tiny.flat(variables) if path.endswith("_step")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"init_from": "nowhere/run"}, FileNotFoundError, r"config.init_from='nowhere/run'"),
+        ({"init_from": "packaged:shape"}, FileNotFoundError, "packaged:shapes_teacher"),
+        ({"init_from": ""}, ValueError, "there is no teacher: set config.distill.teacher"),
+        ({"teacher": "gone"}, FileNotFoundError, r"config.distill.teacher='gone'"),
+    ],
+)
+def test_a_teacher_that_is_not_there_is_named(calibrated, changes, error, message):
+    config = calibrated[0]
+    if "teacher" in changes:
+        changes = {"distill": dataclasses.replace(config.distill, teacher=changes["teacher"])}
+    with pytest.raises(error, match=message):
+        setup.load_teacher(dataclasses.replace(config, **changes))
 
 
 def test_no_distillation_needs_no_teacher(calibrated):
@@ -152,3 +171,47 @@ def test_calibrating_another_model_than_the_teachers_is_refused(tiny_teacher):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_queries=9))
     with pytest.raises(ValueError, match=r"query_embed.*would keep random values"):
         calibrated_bundle(config, load_model(tiny_teacher))
+
+
+def test_patterns_that_match_nothing_are_named(calibrated):
+    config, module, _, variables, _ = calibrated
+    paths = [row.path for row in setup.record_ops(module, variables, (64, 64))]
+
+    def check(rules=(), frozen=()):
+        changed = dataclasses.replace(
+            config,
+            quant=dataclasses.replace(config.quant, rules=rules),
+            optimizer=dataclasses.replace(config.optimizer, frozen=frozen),
+        )
+        setup.check_patterns(changed, paths, variables["params"])
+
+    check((Rule("encoder/.*core", 4, 4, 8),), ("backbone/stem",))
+    with pytest.raises(ValueError, match=r"config.quant.rules: 'encodr' matches no operation"):
+        check((Rule("encoder", 4, 4, 8), Rule("encodr", 4, 4, 8)))
+    with pytest.raises(ValueError, match=r"config.optimizer.frozen: 'bakcbone' matches no param"):
+        check(frozen=("encoder", "bakcbone"))
+
+
+def test_sets_with_other_classes_are_refused():
+    train = setup.open_dataset(tiny.FLOAT.data, train=True)
+    evaluation = setup.open_dataset(tiny.FLOAT.data, train=False)
+    setup.check_same_classes(train, evaluation)
+    for names, ids in (
+        (("aardvark", *train.class_names[1:]), train.category_ids),
+        (train.class_names, (99, *train.category_ids[1:])),
+        (train.class_names[::-1], train.category_ids),  # the same names, shifted labels
+        (train.class_names[:-1], train.category_ids[:-1]),
+    ):
+        other = copy.copy(evaluation)
+        other.class_names, other.category_ids = names, ids
+        with pytest.raises(ValueError, match="the same categories"):
+            setup.check_same_classes(train, other)
+
+
+def test_frozen_without_a_source_is_refused():
+    config = tiny.resolved(tiny.FLOAT)
+    config = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, frozen=("backbone",))
+    )
+    with pytest.raises(ValueError, match=r"frozen=.*random parameters.*config.init_from"):
+        initial.initial_variables(config, setup.build_module(config), None, ())

@@ -185,6 +185,19 @@ def test_git_commit(tmp_path, monkeypatch):
     assert git_commit.__wrapped__() == "unknown"
 
 
-def test_git_commit_is_that_of_the_start():
-    assert git_commit() == git_commit()
-    assert git_commit.cache_info().currsize == 1
+def test_git_commit_is_that_of_the_start(tmp_path, monkeypatch):
+    """Results are of the code that was loaded, whatever is edited while it runs."""
+    source = tmp_path / "aqdetr_jax" / "training" / "workdir.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("x = 1\n")
+    for arguments in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "one")):
+        git(tmp_path, *arguments)
+    monkeypatch.setattr(workdir_module, "__file__", str(source))
+    git_commit.cache_clear()
+    try:
+        first = git_commit()
+        source.write_text("x = 2\n")
+        assert git_commit() == first
+        assert git_commit.__wrapped__() == first + "-dirty"
+    finally:
+        git_commit.cache_clear()

@@ -1,0 +1,82 @@
+"""The import rules of the package, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import aqdetr_jax
+
+ROOT = Path(aqdetr_jax.__file__).parent
+
+LAYERS = (
+    ("host", "io"),
+    ("ops",),
+    ("quant",),
+    ("losses", "models", "data"),
+    ("evaluation", "training", "viz"),
+    ("quickstart", "reporting"),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+"""From the bottom to the top; a module imports from its own layer and those below it."""
+
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports(file: Path) -> list[str]:
+    """Every imported module of a file by its full name, wherever in the file it stands."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+SOURCES = {
+    file.relative_to(ROOT): imports(file)
+    for file in sorted(ROOT.rglob("*.py"))
+    if "assets" not in file.parts
+}
+
+
+def part(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def users(package: str) -> set[str]:
+    """The files that import an outside package."""
+    return {
+        str(path)
+        for path, names in SOURCES.items()
+        if any(name.split(".")[0] == package for name in names)
+    }
+
+
+def test_arrows_point_downwards():
+    wrong = [
+        f"{path} imports {name}"
+        for path, names in SOURCES.items()
+        for name in names
+        if name.startswith("aqdetr_jax.") and LEVEL[name.split(".")[1]] > LEVEL[part(path)]
+    ]
+    assert not wrong
+
+
+def test_pure_parts_know_no_module_system():
+    assert not {p for p in users("flax") if p.startswith(("ops/", "losses/", "quant/"))}
+
+
+def test_outside_systems_have_one_door():
+    assert users("orbax") == {"training/checkpoint.py"}
+    assert users("pycocotools") == {"evaluation/coco.py"}
+    assert {part(Path(p)) for p in users("grain")} == {"data"}
+    assert users("tensorflow_datasets") == {"data/tfds_builder.py"}
+
+
+def test_no_heavy_framework():
+    assert not users("torch")
+    assert not users("tensorflow")

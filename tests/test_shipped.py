@@ -1,0 +1,72 @@
+"""What the package ships: the float teacher, and the configurations that are built on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import aqdetr_jax
+from aqdetr_jax.data.shapes import ShapesDataset
+from aqdetr_jax.quickstart import TEACHER
+from aqdetr_jax.training import setup
+from aqdetr_jax.training.bundles import evaluate_bundle
+from aqdetr_jax.training.config import load_experiment
+from aqdetr_jax.training.model_io import PACKAGED, load_model
+
+SMALL = ("data.num_train=16", "data.num_eval=48", "train.eval_batch_size=24")
+"""A few images of the same set: an image does not depend on how many are drawn."""
+
+
+def test_teacher_detects():
+    folder = Path(aqdetr_jax.__file__).parent / "assets" / str(TEACHER).removeprefix(PACKAGED)
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 5e6
+    teacher = load_model(TEACHER)
+    assert not teacher.quant.quantized
+    assert teacher.class_names == ShapesDataset("validation", num_images=1).class_names
+    block, _ = evaluate_bundle(teacher, load_experiment("shapes_quickstart", SMALL), "teacher")
+    assert block["images"] == 48
+    # 0.79 on all 1200 images; a damaged or mismatched file gives next to nothing.
+    assert block["AP50"] > 0.65
+
+
+def test_teacher_predicts_through_the_package():
+    example = ShapesDataset("validation", num_images=8)[3]
+    found = aqdetr_jax.load(str(TEACHER)).predict(example.image, threshold=0.5)
+    assert len(found) > 0
+    assert set(found.names) <= set(load_model(TEACHER).class_names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shapes_quickstart",
+        "shapes_quickstart:baseline",
+        "shapes_w4a4:lsq",
+        "shapes_w4a4:auxiliary",
+        "shapes_w4a4:distill",
+        "shapes_w4a4:aqdetr",
+    ],
+)
+def test_student_is_the_teachers_model(name):
+    """Every parameter of the student but step sizes and auxiliary queries is in the teacher."""
+    config = load_experiment(name, SMALL)
+    teacher = load_model(config.init_from)
+    distilled = setup.load_teacher(config)
+    assert (distilled is not None) == config.distill.weights.active
+    config = setup.with_data(config, setup.open_dataset(config.data, train=True))
+    module = setup.build_module(config)
+    shapes = jax.eval_shape(
+        module.init, jax.random.key(0), *setup.example_input(config.data.buckets[0])
+    )
+    mine = {
+        path: leaf.shape
+        for path, leaf in tiny.flat(shapes).items()
+        if not path.endswith("_step") and path != "auxiliary_queries"
+    }
+    assert mine == {path: np.shape(leaf) for path, leaf in tiny.flat(teacher.variables).items()}
+    assert ("auxiliary_queries" in tiny.flat(shapes)) == ("aqdetr" in config.name or "aux" in name)
+    assert config.quant.quantized

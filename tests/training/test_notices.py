@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from aqdetr_jax.data.coco import CocoFolder
+from aqdetr_jax.training import setup
+from aqdetr_jax.training.notices import TrainingDivergedError, check_step, say_limits
+
+FINE = {"loss": 1.0, "gradient_norm": 2.0, "replaced_costs": 0.0, "bad_in_a_row": 0.0}
+
+
+def with_queries(objects: int, auxiliary: int, groups: int = 1, repeats: int = 3):
+    model = dataclasses.replace(
+        tiny.MODEL, num_queries=objects, num_auxiliary=auxiliary, auxiliary_groups=groups
+    )
+    config = dataclasses.replace(tiny.FLOAT, model=model)
+    return dataclasses.replace(
+        config, auxiliary=dataclasses.replace(config.auxiliary, repeats=repeats)
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One image: three boxes, one of them without area."""
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "a.png")
+    boxes = [[1, 1, 5, 5], [2, 2, 9, 9], [4, 4, 0, 3], [3, 3, 4, 4]]
+    content = {
+        "images": [{"id": 7, "file_name": "a.png", "width": 20, "height": 20}],
+        "annotations": [
+            {"id": i, "image_id": 7, "category_id": 1, "bbox": b, "area": b[2] * b[3]}
+            for i, b in enumerate(boxes)
+        ],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    return CocoFolder(tmp_path, tmp_path / "a.json", split="some")
+
+
+def test_left_out_boxes_and_too_few_queries_are_said(folder, capsys):
+    say_limits(with_queries(2, 24, groups=3), folder, folder)
+    text = capsys.readouterr()
+    text = text.out + text.err
+    assert "1 zero_area" in text
+    assert "a.png" in text
+    assert "annotation 2" in text
+    assert "up to 3 boxes, more than the 2 object queries" in text
+    assert "3 repeats of up to 3 boxes do not fit the 8 queries of a group" in text
+
+
+def test_nothing_is_said_where_all_fits(capsys):
+    data = setup.open_dataset(tiny.FLOAT.data, train=True)
+    most = data.max_boxes_per_image()
+    say_limits(with_queries(most, 2 * most, repeats=2), data, data)
+    text = capsys.readouterr()
+    assert text.out + text.err == ""
+
+
+def test_replaced_costs_and_skipped_steps_are_logged(caplog):
+    check_step(4, FINE, ["a", "b"], 0, 3)
+    assert not caplog.records
+    check_step(5, {**FINE, "replaced_costs": 3.0}, ["a", "b"], 0, 3)
+    assert "step 5: 3 non-finite matching costs replaced; image ids ['a', 'b']" in caplog.text
+    caplog.clear()
+    # Skipped between two logged steps: the metrics of the last one are fine.
+    check_step(20, FINE, ["a"], 2, 3)
+    assert "2 steps before step 20 were skipped" in caplog.text
+    caplog.clear()
+    check_step(21, {**FINE, "loss": float("nan"), "bad_in_a_row": 1.0}, [3, 4], 1, 3)
+    assert "step 21 skipped: ['loss'] not finite; image ids [3, 4]" in caplog.text
+    assert all(record.levelno == logging.WARNING for record in caplog.records)
+
+
+def test_too_many_bad_steps_end_the_run():
+    bad = {**FINE, "loss": float("inf"), "bad_in_a_row": 3.0}
+    with pytest.raises(TrainingDivergedError, match=r"3 steps in a row up to step 9.*loss.*lr"):
+        check_step(9, bad, [1], 3, 3)
+    check_step(9, bad, [1], 3, 4)
