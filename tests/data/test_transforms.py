@@ -1,5 +1,6 @@
 """Augmentation: boxes against pixels, sizes against hand values, reading of odd image files."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -148,6 +149,71 @@ def test_default_augmentation_only_flips():
         assert np.array_equal(image, example().image) or np.array_equal(
             image, example().image[:, ::-1]
         )
+
+
+SEEDS = range(200)
+
+
+def augmented(config):
+    """The example of coordinates (40 x 60), augmented with each seed."""
+    return [T.augment(example(), np.random.default_rng(seed), config).image for seed in SEEDS]
+
+
+def mirrored(image):
+    """Whether columns fall from left to right."""
+    return image[0, 0, 1] > image[0, -1, 1]
+
+
+@pytest.mark.parametrize(("chance", "least", "most"), [(0, 0, 0), (0.5, 70, 130), (1, 200, 200)])
+def test_flips_as_often_as_told(chance, least, most):
+    images = augmented(T.AugmentConfig(flip_probability=chance))
+    assert least <= sum(map(mirrored, images)) <= most
+    assert {image.shape for image in images} == {(40, 60, 3)}
+
+
+@pytest.mark.parametrize(("chance", "least", "most"), [(0, 0, 0), (0.5, 70, 130), (1, 200, 200)])
+def test_crops_as_often_as_told(chance, least, most):
+    config = T.AugmentConfig(flip_probability=0, crop_probability=chance, crop_size=(10, 14))
+    images = augmented(config)
+    cut = [image for image in images if image.shape != (40, 60, 3)]
+    assert least <= len(cut) <= most
+    for axis in (0, 1) if cut else ():
+        # Every side from the least to the most is drawn, both ends included.
+        assert {image.shape[axis] for image in cut} == {10, 11, 12, 13, 14}
+        # The window can lie anywhere: first row and column are written in the pixels.
+        assert len({int(image[0, 0, axis]) for image in cut}) > 15
+    # Of the 25 sizes, most: height and width are drawn apart.
+    assert not cut or len({image.shape for image in cut}) > 15
+    for image in cut:
+        row, column, _ = image[0, 0]
+        height, width, _ = image.shape
+        assert np.array_equal(image, example().image[row : row + height, column : column + width])
+
+
+def test_crop_keeps_a_side_that_is_short_already():
+    config = T.AugmentConfig(flip_probability=0, crop_probability=1, crop_size=(50, 53))
+    assert {image.shape[:2] for image in augmented(config)} == {(40, w) for w in range(50, 54)}
+
+
+def test_all_scales_are_drawn():
+    scales = T.AugmentConfig(scales=(20, 30, 50))
+    assert {image.shape[:2] for image in augmented(scales)} == {(20, 30), (30, 45), (50, 75)}
+    # Before the crop, which here keeps everything.
+    crop = T.AugmentConfig(crop_probability=1, crop_resize=(20, 30, 50), crop_size=(99, 99))
+    assert {image.shape[:2] for image in augmented(crop)} == {(20, 30), (30, 45), (50, 75)}
+
+
+def test_coco_recipe_is_that_of_detr():
+    # make_coco_transforms("train") in datasets/coco.py of facebookresearch/detr.
+    assert dataclasses.asdict(T.DETR_COCO) == {
+        "flip_probability": 0.5,
+        "scales": (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
+        "max_size": 1333,
+        "crop_probability": 0.5,
+        "crop_resize": (400, 500, 600),
+        "crop_size": (384, 600),
+        "colour_jitter": 0.0,
+    }
 
 
 def test_colour_jitter_stays_in_range_and_is_off_at_zero():

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import io
 import json
 
@@ -265,6 +266,32 @@ def test_focal_rule_against_numpy():
         np.testing.assert_allclose(wide, boxes[b][best // 3][:, 2:] * 10, rtol=1e-4)
     all_of_them = coco.postprocess(logits, boxes, size, kind="focal")
     assert all_of_them[0].shape == (2, 18)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "focal"])
+def test_classes_that_the_data_lack_are_never_detected(kind):
+    # COCO's head has columns for more classes than the data; here one, and it is always highest.
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 2, (2, 5, 4 if kind == "softmax" else 3)).astype(np.float32)
+    logits[..., 2] = 9
+    boxes = rng.uniform(0.2, 0.6, (2, 5, 4)).astype(np.float32)
+    size = np.full((2, 2), 10, np.int32)
+    run = jax.jit(functools.partial(coco.postprocess, kind=kind), static_argnames="num_classes")
+    scores, labels, corners = run(logits, boxes, size, num_classes=2)
+    assert np.all(np.asarray(run(logits, boxes, size)[1])[:, :5] == 2)
+    for b in range(2):
+        if kind == "softmax":
+            # The probabilities are still shared with the class that is left out.
+            known = softmax(logits[b].astype(np.float64), -1)[:, :2]
+            query, wanted, label = np.arange(5), known.max(-1), known.argmax(-1)
+        else:
+            flat = expit(logits[b, :, :2].astype(np.float64)).ravel()
+            best = np.argsort(-flat)  # all ten pairs of a query and a class
+            query, wanted, label = best // 2, flat[best], best % 2
+        np.testing.assert_allclose(scores[b], wanted, rtol=1e-5)
+        np.testing.assert_array_equal(labels[b], label)
+        wide = np.asarray(corners[b])[:, 2:] - np.asarray(corners[b])[:, :2]
+        np.testing.assert_allclose(wide, boxes[b][query][:, 2:] * 10, rtol=1e-4)
 
 
 def test_postprocess_refuses_nonsense():

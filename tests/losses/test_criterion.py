@@ -1,5 +1,6 @@
 """The set loss against a restatement in NumPy that loops over images and queries."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,7 @@ from aqdetr_jax.losses.criterion import (
 )
 from aqdetr_jax.losses.matching import QuerySet, match_sets
 from aqdetr_jax.losses.targets import Predictions, Targets
+from aqdetr_jax.training.config import load_experiment
 
 SOFTMAX = LossWeights()
 FOCAL = LossWeights(cls=2.0, kind="focal")
@@ -281,3 +283,18 @@ def test_cardinality_and_class_error_by_hand():
 def test_unknown_kind():
     with pytest.raises(ValueError, match=r"'softmax' or 'focal', got 'hinge'"):
         LossWeights(kind="hinge")
+
+
+@pytest.mark.parametrize("variant", [None, "r50,float", "r101-dc5,float", "r50,w4a4"])
+def test_weights_are_those_of_detr(variant):
+    # main.py of facebookresearch/detr: class 1, bbox_loss_coef 5, giou_loss_coef 2, eos_coef 0.1.
+    weights = LossWeights() if variant is None else load_experiment(f"coco:{variant}").loss
+    assert dataclasses.asdict(weights) == {
+        "cls": 1.0,
+        "l1": 5.0,
+        "giou": 2.0,
+        "eos": 0.1,
+        "kind": "softmax",
+        "focal_alpha": 0.25,
+        "focal_gamma": 2.0,
+    }

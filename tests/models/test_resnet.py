@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aqdetr_jax.models.layers import BatchNorm
-from aqdetr_jax.models.resnet import BackboneConfig, BasicBlock, ResNet, resnet_config
+from aqdetr_jax.models.resnet import BackboneConfig, BasicBlock, Bottleneck, ResNet, resnet_config
 
 
 def convolutions(jaxpr):
@@ -155,3 +155,124 @@ def test_residual_branches_start_at_zero_when_learning():
     np.testing.assert_array_equal(params["norm2"]["scale"], 0)
     np.testing.assert_array_equal(params["norm1"]["scale"], 1)
     np.testing.assert_array_equal(params["shortcut_norm"]["scale"], 1)
+
+
+# --- the same numbers from NumPy: loops over output cells, float64 ---
+
+
+def randomized(module, x):
+    """All variables random, norm statistics too: a zero bias or unit scale would hide a swap."""
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    rng = np.random.default_rng(1)
+
+    def one(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            spread = np.sqrt(2 / np.prod(leaf.shape[:-1]))
+            return rng.normal(0, spread, leaf.shape).astype(np.float32)
+        if name in ("scale", "var"):
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        return rng.normal(0, 0.5, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, variables)
+
+
+def np_windows(x, size, stride, dilation, padding, fill=0.0):
+    """[B, H', W', size, size, C]: what each output cell sees."""
+    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    x = np.pad(x, pads, constant_values=fill)
+    reach = dilation * (size - 1) + 1
+    height, width = ((n - reach) // stride + 1 for n in x.shape[1:3])
+    out = np.empty((x.shape[0], height, width, size, size, x.shape[3]))
+    for i, j in np.ndindex(height, width):
+        top, left = i * stride, j * stride
+        out[:, i, j] = x[:, top : top + reach : dilation, left : left + reach : dilation]
+    return out
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def np_conv(variables, name, x, stride=1, dilation=1):
+    """torchvision's convolution without bias and the norm after it."""
+    kernel = np.float64(variables["params"][name]["kernel"])
+    size = kernel.shape[0]
+    windows = np_windows(x, size, stride, dilation, dilation if size == 3 else size // 2)
+    x = np.einsum("bhwijc,ijcn->bhwn", windows, kernel)
+    name = {"shortcut": "shortcut_norm", "stem": "stem_norm"}.get(name, f"norm{name[4:]}")
+    affine, stats = variables["params"][name], variables["batch_stats"][name]
+    x = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
+    return x * affine["scale"] + affine["bias"]
+
+
+def np_basic(variables, x, stride=1, dilation=1):
+    """torchvision's BasicBlock; the dilation is ours."""
+    y = relu(np_conv(variables, "conv1", x, stride, dilation))
+    y = np_conv(variables, "conv2", y, 1, dilation)
+    return relu(y + np_shortcut(variables, x, stride))
+
+
+def np_bottleneck(variables, x, stride=1, dilation=1):
+    """torchvision's Bottleneck, "V1.5": the 3x3 convolution has the stride."""
+    y = relu(np_conv(variables, "conv1", x))
+    y = relu(np_conv(variables, "conv2", y, stride, dilation))
+    y = np_conv(variables, "conv3", y)
+    return relu(y + np_shortcut(variables, x, stride))
+
+
+def np_shortcut(variables, x, stride):
+    return np_conv(variables, "shortcut", x, stride) if "shortcut" in variables["params"] else x
+
+
+BLOCKS = {"basic": (BasicBlock, np_basic, 1), "bottleneck": (Bottleneck, np_bottleneck, 4)}
+
+
+def close_to(got, expected):
+    assert got.shape == expected.shape
+    assert (np.asarray(got) > 0).mean() > 0.2  # not a dead picture
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (2, 2), (1, 2)])
+def test_block_agrees_with_numpy(kind, stride, dilation):
+    module, restated, growth = BLOCKS[kind]
+    # Stride 1 keeps the input as the shortcut, stride 2 has a convolution there.
+    channels = 3 * growth if stride == 1 else 5
+    x = np.random.default_rng(2).normal(size=(2, 7, 8, channels)).astype(np.float32)
+    block = module(3, stride, dilation)
+    variables = randomized(block, x)
+    assert ("shortcut" in variables["params"]) == (stride == 2)
+    close_to(jax.jit(block.apply)(variables, x), restated(variables, x, stride, dilation))
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_backbone_agrees_with_numpy(kind, pool):
+    config = BackboneConfig(
+        kind,
+        depths=(1, 2),
+        widths=(3, 6),
+        strides=(1, 2),
+        dilations=(1, 2),
+        stem_width=3,
+        stem_kernel=7 if pool else 3,
+        stem_pool=pool,
+    )
+    module = ResNet(config)
+    x = np.random.default_rng(3).normal(size=(1, 27, 22, 3)).astype(np.float32)
+    variables = randomized(module, x)
+
+    def part(name):
+        return {collection: tree[name] for collection, tree in variables.items()}
+
+    y = relu(np_conv(variables, "stem", x, 2))
+    if pool:
+        y = np_windows(y, 3, 2, 1, 1, -np.inf).max((3, 4))
+    block = BLOCKS[kind][1]
+    first = block(part("layer1_0"), y)
+    second = block(part("layer2_0"), first, 2, 1)
+    second = block(part("layer2_1"), second, 1, 2)
+    for got, expected in zip(jax.jit(module.apply)(variables, x), (first, second), strict=True):
+        close_to(got, expected)

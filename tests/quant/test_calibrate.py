@@ -1,8 +1,12 @@
 """First step sizes: least squared error, percentiles, zero points, and what is refused."""
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aqdetr_jax.models.quantized import QDense
 from aqdetr_jax.quant.calibrate import (
     calibrated_parameters,
     first_step,
@@ -10,8 +14,11 @@ from aqdetr_jax.quant.calibrate import (
     site_specs,
     weight_specs,
 )
+from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.record import OpRecord
 from aqdetr_jax.quant.spec import QuantSpec
+from aqdetr_jax.training.config import ExperimentConfig, QuantConfig
+from aqdetr_jax.training.initial import calibrate
 
 RNG = np.random.default_rng(0)
 SAMPLES = {
@@ -126,12 +133,12 @@ PARAMETERS = {
 }
 
 
-def observed():
+def observed(rng=RNG):
     samples = {
-        path: RNG.normal(size=50).astype(np.float32)
+        path: rng.normal(size=50).astype(np.float32)
         for path in ("a/input", "core/k", "core/probs", "core/v")
     }
-    return {**samples, "core/q": RNG.normal(size=(2, 50)).astype(np.float32) * [[1], [50]]}
+    return {**samples, "core/q": rng.normal(size=(2, 50)).astype(np.float32) * [[1], [50]]}
 
 
 def test_sites_of_a_recorded_pass():
@@ -179,3 +186,124 @@ def test_a_row_of_zeros_gets_a_step_that_can_still_learn(method):
     steps, _ = first_step(values, spec, method)
     assert steps[0] == np.float32(2 / np.sqrt(7))
     assert 0 < steps[1] < 1
+
+
+def test_zero_points_are_written_beside_their_steps():
+    zero_point = {"signed": False, "zero_point": True}
+    head = QuantSpec(4, granularity="head", **zero_point)
+    rows = [
+        OpRecord("a", "dense", None, QuantSpec(4, **zero_point)),
+        OpRecord("core", "scores", None, head, QuantSpec(4)),
+        OpRecord("core", "mix", None, QuantSpec(4, signed=False), head),
+    ]
+    one, heads = np.ones((), np.float32), np.ones((2, 1, 1), np.float32)
+    parameters = {"a/input_step": one, "a/input_zero": 0 * one}
+    for site, start in (("q", heads), ("k", one), ("probs", one), ("v", heads)):
+        parameters[f"core/{site}_step"] = start
+    parameters |= {"core/q_zero": 0 * heads, "core/v_zero": 0 * heads}
+    # Fifteen steps: of 0.2 from -1 to 2, where real zero is code 5, and of 0.1 from -1 to 0.5.
+    codes = np.arange(16, dtype=np.float32)
+    wide, narrow = codes * 0.2 - 1, codes * 0.1 - 1
+    samples = {
+        "a/input": wide,
+        "core/q": np.stack([wide, narrow]),
+        "core/k": wide,
+        "core/probs": codes / 15,
+        "core/v": np.stack([narrow, wide]),
+    }
+    out = calibrated_parameters(parameters, rows, samples)
+    assert set(out) == set(parameters)  # no zero point for the others
+    for path, steps, zeros in (
+        ("a/input", 0.2, 5),
+        ("core/q", [0.2, 0.1], [5, 10]),
+        ("core/v", [0.1, 0.2], [10, 5]),
+    ):
+        step, zero = out[f"{path}_step"], out[f"{path}_zero"]
+        shape = parameters[f"{path}_step"].shape
+        assert step.shape == zero.shape == shape
+        assert step.dtype == zero.dtype == np.float32
+        np.testing.assert_allclose(step, np.reshape(steps, shape), rtol=1e-6)
+        np.testing.assert_array_equal(zero, np.reshape(zeros, shape))
+
+
+# --- several batches ---
+
+
+@pytest.mark.parametrize("method", ["mse", "lsq", "percentile"])
+def test_steps_come_from_all_batches(method):
+    # Many small values and a few large ones: neither batch alone, nor the mean of both starts, is
+    # the start of all values.
+    rng = np.random.default_rng(3)
+    batch = {path: np.tile(x, 40) for path, x in observed(rng).items()}
+    another = {path: 6 * x for path, x in observed(rng).items()}
+
+    def steps(*batches):
+        return calibrated_parameters(PARAMETERS, ROWS, merge_samples(batches), method)
+
+    first, second, both = steps(batch), steps(another), steps(batch, another)
+    for path in batch:
+        step = both[f"{path}_step"]
+        assert np.all(step > 1.05 * first[f"{path}_step"]), path
+        assert np.all(step < 0.95 * second[f"{path}_step"]), path
+        if method == "lsq":
+            values = np.concatenate([batch[path], another[path]], -1)
+            upper = 15 if path == "core/probs" else 7
+            mean = np.abs(values).mean(-1).reshape(step.shape)
+            np.testing.assert_allclose(step, 2 * mean / np.sqrt(upper), rtol=1e-5)
+    # Weights are no matter of batches.
+    np.testing.assert_array_equal(first["a/kernel_step"], both["a/kernel_step"])
+
+
+class Pixels(nn.Module):
+    """The least model that ``calibrate`` accepts: one dense layer on pixels from -1 to 4.1."""
+
+    policy: Policy
+
+    @nn.compact
+    def __call__(self, images, mask):
+        return QDense(2, self.policy, name="fc")(images.astype(jnp.float32) / 50 - 1)
+
+
+def pixels(*values):
+    """A training batch of one image that holds these values."""
+    images = np.resize(np.uint8(values), (1, 4, 4, 3))
+    return {"images": images, "size": np.array([[4, 4]], np.int32)}
+
+
+def calibrated_pixels(batches, count, **options):
+    """(module, its calibrated parameters)."""
+    quant = QuantConfig("w4a4", calibration_batches=count, **options)
+    module = Pixels(quant.build())
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3), jnp.uint8), None)
+    config = ExperimentConfig(quant=quant)
+    return module, calibrate(config, module, variables, batches)["params"]["fc"]
+
+
+def test_calibration_reads_as_many_batches_as_it_is_told():
+    dark, bright, unread = pixels(0, 30, 50), pixels(100, 150, 200, 250), pixels(255)
+
+    def step(*batches, count=2):
+        params = calibrated_pixels(batches, count, calibration_method="lsq")[1]
+        return params["input_step"]
+
+    mean_dark = np.abs([-1, -0.4, 0]).mean()
+    mean_bright = np.mean([1, 2, 3, 4])
+    for got, mean in (
+        (step(dark, bright, unread), (mean_dark + mean_bright) / 2),
+        (step(bright, dark, unread), (mean_dark + mean_bright) / 2),
+        (step(dark, bright, unread, count=1), mean_dark),
+        (step(bright, dark, unread, count=1), mean_bright),
+    ):
+        np.testing.assert_allclose(got, 2 * mean / np.sqrt(7), rtol=1e-6)
+
+
+def test_a_calibrated_zero_point_covers_its_range():
+    batch = pixels(*range(0, 151, 10))
+    module, params = calibrated_pixels([batch], 1, zero_point=True)
+    np.testing.assert_allclose(params["input_step"], 0.2, rtol=1e-6)
+    assert params["input_zero"] == 5
+    # All values lie on the grid: only the weights are rounded.
+    w_hat = np.rint(np.clip(params["kernel"] / params["kernel_step"], -8, 7))
+    expected = (batch["images"] / 50 - 1) @ (w_hat * params["kernel_step"])
+    out = module.apply({"params": {"fc": params}}, batch["images"], None)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
