@@ -13,11 +13,13 @@ import tiny
 
 from aqdetr_jax.cli import EXIT_STOPPED, main
 from aqdetr_jax.data.transforms import AugmentConfig
-from aqdetr_jax.training import loop
+from aqdetr_jax.losses import matching
+from aqdetr_jax.training import loop, setup
 from aqdetr_jax.training.checkpoint import Checkpoints
 from aqdetr_jax.training.config import load_experiment
-from aqdetr_jax.training.model_io import load_model, save_model
+from aqdetr_jax.training.model_io import ModelBundle, load_model, save_model
 from aqdetr_jax.training.notices import TrainingDivergedError
+from aqdetr_jax.training.sharding import AXES
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.workdir import WorkdirError
 from aqdetr_jax.viz.records import read_metrics
@@ -71,16 +73,19 @@ def test_float_model_learns_its_images_by_heart(overfitted):
     assert result.block["images"] == 8
 
 
-def test_student_of_it_goes_on_learning(overfitted, tmp_path):
-    config = dataclasses.replace(
-        tiny.student(overfitted[0]), data=EIGHT.data, name="student_of_overfitted"
-    )
-    config = changed(config, "train", steps=40, checkpoint_every=0)
-    loop.train(config, tmp_path)
+def test_student_of_it_learns_them_with_four_bits(overfitted, tmp_path):
+    config = dataclasses.replace(tiny.student(overfitted[0]), data=EIGHT.data, name="student_of_it")
+    config = changed(config, "optimizer", lr=2e-3, lr_backbone=2e-3)
+    config = changed(config, "train", steps=160, checkpoint_every=0)
+    block = loop.train(config, tmp_path).block
     losses = np.array([row["loss"] for row in rows(tmp_path) if "loss" in row])
-    assert len(losses) == 40
+    assert len(losses) == 160
     assert np.isfinite(losses).all()
-    assert losses[-10:].mean() < 0.9 * losses[:10].mean(), losses
+    assert losses[-20:].mean() < 0.7 * losses[:20].mean(), losses
+    assert block["AP50"] > 0.7, block
+    # Calibrated and not trained it has an AP of 0.37 to 0.40 (and an AP50 of 0.74 already), with
+    # these steps 0.58 to 0.59, over three seeds.
+    assert block["AP"] > 0.48, block
     distilled = [row["loss_distill_encoder"] for row in rows(tmp_path) if "loss" in row]
     assert np.isfinite(distilled).all()
 
@@ -88,13 +93,87 @@ def test_student_of_it_goes_on_learning(overfitted, tmp_path):
 # --- stopping and going on -----------------------------------------------------------------------
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@dataclasses.dataclass
+class Watch:
+    """What the run of ``straight`` did, seen from outside.
+
+    Attributes:
+      axes: names of the mesh axes that each trace of the matcher saw.
+      teacher: the teacher that the loop loaded.
+      before: its checksum, when it was loaded.
+      used: checksum of the teacher's variables at each step.
+      source: files of ``init_from`` before the run.
+    """
+
+    axes: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+    teacher: ModelBundle | None = None
+    before: str = ""
+    used: list[str] = dataclasses.field(default_factory=list)
+    source: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        solve, load, jit = matching.assign_sharded, setup.load_teacher, loop.jit_train_step
+
+        def assign_sharded(*arguments, **options):
+            self.axes.append(jax.sharding.get_abstract_mesh().axis_names)
+            return solve(*arguments, **options)
+
+        def load_teacher(config):
+            self.teacher = load(config)
+            self.before = tiny.digest(self.teacher.variables)
+            return self.teacher
+
+        def jit_train_step(*arguments):
+            compiled = jit(*arguments)
+
+            def step(state, teacher_variables, batch):
+                self.used.append(tiny.digest(teacher_variables))
+                return compiled(state, teacher_variables, batch)
+
+            return step
+
+        patch.setattr(matching, "assign_sharded", assign_sharded)
+        patch.setattr(loop.setup, "load_teacher", load_teacher)
+        patch.setattr(loop, "jit_train_step", jit_train_step)
+
+
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, tiny_teacher, quick_compile):
+def watch() -> Watch:
+    return Watch()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, tiny_teacher, quick_compile, watch):
     """(folder, configuration file, result) of a student run that was never interrupted."""
     folder = tmp_path_factory.mktemp("straight")
     config = changed(tiny.student(tiny_teacher), "train", eval_every=4)
     file = tiny.write_config(config, folder / "student.json")
-    return folder / "run", file, loop.train(config, folder / "run")
+    watch.source = files(tiny_teacher)
+    with pytest.MonkeyPatch.context() as patch:
+        watch.install(patch)
+        return folder / "run", file, loop.train(config, folder / "run")
+
+
+def test_matcher_is_traced_under_the_mesh(straight, watch):
+    """Without ``jax.set_mesh`` it would solve the whole batch on every device, and say nothing."""
+    assert watch.axes
+    assert set(watch.axes) == {AXES}
+
+
+def test_teacher_is_read_and_never_written(straight, watch, tiny_teacher):
+    assert watch.source
+    assert files(tiny_teacher) == watch.source
+    assert watch.before == tiny.digest(load_model(tiny_teacher).variables)
+    assert tiny.digest(watch.teacher.variables) == watch.before
+    assert watch.used == [watch.before] * tiny.FLOAT.train.steps
+    # And a run does train: what it keeps is another model.
+    assert tiny.digest(straight[2].bundle.variables) != watch.before
 
 
 KILLED = """
@@ -139,7 +218,7 @@ def test_killed_and_stopped_and_resumed_equals_straight(
     def no_second_start(*_, **__):
         raise AssertionError("a resumed run was initialised or calibrated again")
 
-    monkeypatch.setattr(loop.setup, "initial_variables", no_second_start)
+    monkeypatch.setattr(loop.initial, "initial_variables", no_second_start)
     put_batch, placed = loop.put_batch, []
 
     def stopped(batch, mesh):

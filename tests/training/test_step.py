@@ -1,18 +1,28 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 import tiny
 from flax import traverse_util
 
+from aqdetr_jax.losses.distillation import DistillationWeights
+from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
+from aqdetr_jax.training.config import DistillConfig
 from aqdetr_jax.training.loop import TRAINED_KEYS
-from aqdetr_jax.training.model_io import load_model
+from aqdetr_jax.training.model_io import load_model, without_auxiliary
 from aqdetr_jax.training.sharding import make_mesh, put_batch, replicated
 from aqdetr_jax.training.state import TrainState
-from aqdetr_jax.training.step import detection_loss_fn, jit_train_step, make_train_step
+from aqdetr_jax.training.step import (
+    detection_loss_fn,
+    distillation_loss,
+    jit_train_step,
+    make_train_step,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -73,8 +83,8 @@ def parts(state) -> dict[str, str]:
 # --- what a step does ----------------------------------------------------------------------------
 
 
-def test_loss_is_the_weighted_sum_of_its_terms(setting, after_one):
-    _, metrics = after_one
+def detection_part(metrics) -> float:
+    """``L_det + λ_aux L_aux`` from its terms."""
     total = 0.0
     for prefix in ("", "auxiliary_queries/"):  # lambda_aux = 1
         for layer in ("", "aux_layers/"):
@@ -84,7 +94,12 @@ def test_loss_is_the_weighted_sum_of_its_terms(setting, after_one):
                 + 5 * metrics[f"{name}loss_bbox"]
                 + 2 * metrics[f"{name}loss_giou"]
             )
-    total += metrics["loss_distill_encoder"]
+    return total
+
+
+def test_loss_is_the_weighted_sum_of_its_terms(setting, after_one):
+    _, metrics = after_one
+    total = detection_part(metrics) + metrics["loss_distill_encoder"]
     total += 0.5 * (metrics["loss_distill_decoder_self"] + metrics["loss_distill_decoder_cross"])
     assert metrics["loss"] == pytest.approx(total, rel=1e-5)
     # The student's first attention differs from its teacher's by quantization and dropout.
@@ -160,6 +175,128 @@ def test_teacher_gets_no_gradient(setting):
     gradient = jax.jit(jax.grad(of_teacher))(setting.teacher.variables)
     for path, leaf in traverse_util.flatten_dict(gradient, sep="/").items():
         assert not np.asarray(leaf).any(), path
+
+
+# --- distillation ---------------------------------------------------------------------------------
+
+WEIGHTS = DistillationWeights(encoder=0.7, decoder_self=0.3, decoder_cross=1.9)
+DISTILLED = (
+    "loss_distill_encoder",
+    "loss_distill_decoder_self",
+    "loss_distill_decoder_cross",
+)
+
+
+class Pair:
+    """A float student of a float teacher, the wiring of the loss between them, and a batch."""
+
+    def __init__(self, folder):
+        config = tiny.resolved(tiny.student(folder))
+        self.config = config = dataclasses.replace(
+            config,
+            quant=tiny.FLOAT.quant,
+            model=dataclasses.replace(config.model, encoder_layers=2, dropout=0.0),
+            distill=DistillConfig(weights=WEIGHTS),
+        )
+        module = setup.build_module(config)
+        # A teacher that dropped anything would differ from its student.
+        teacher = Detr(
+            dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1, dropout=0.5)
+        )
+        (batch,) = tiny.batches(config, 1)
+        self.batch = {k: batch[k] for k in TRAINED_KEYS}
+        first = jax.jit(module.init)(jax.random.key(0), *setup.example_input((64, 64)))
+        rng = np.random.default_rng(0)
+
+        def noisy(x):
+            return np.float32(x + 0.1 * rng.normal(size=x.shape))
+
+        # Biases too: before them, the first decoder layer mixes values that are all zero.
+        self.params = jax.tree.map(noisy, first["params"])
+        self.perturbed = jax.tree.map(noisy, self.params)
+        self.teacher = {**first, "params": without_auxiliary(self.params)}
+        self.loss_fn = jax.jit(detection_loss_fn(config, module, teacher))
+        self.forward = jax.jit(lambda v, *batch: module.apply(v, *batch, auxiliary=True))
+
+    def terms(self, params):
+        """The loss and its terms for the student's parameters."""
+        stats = self.teacher["batch_stats"]
+        _, (terms, _) = self.loss_fn(params, stats, self.teacher, self.batch, np.int32(0))
+        return {k: float(v) for k, v in terms.items()}
+
+    def output(self, params):
+        """The float model's output; auxiliary queries do not touch the object queries."""
+        variables = {**self.teacher, "params": params}
+        return jax.device_get(self.forward(variables, self.batch["images"], self.batch["mask"]))
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_teacher, quick_compile):
+    return Pair(tiny_teacher)
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def restated(kind, teacher, student, counted):
+    """The "kl" or "output" term of one layer over the queries that count [B, Q], in float64."""
+    if kind == "output":
+        t, s = (m.output[counted].astype(float) for m in (teacher, student))
+        return np.mean((t - s) ** 2) / np.mean(t**2)
+    # [B, H, Q, K] -> [queries, H, K]; a padded key has no probability in either.
+    t, s = (log_softmax(m.scores.swapaxes(1, 2)[counted].astype(float)) for m in (teacher, student))
+    return np.mean(np.sum(np.exp(t) * (t - s), -1))
+
+
+def restated_terms(kind, teacher, student, num_queries):
+    """The three terms from two outputs of the whole model."""
+    valid = student.memory_valid
+    everything = np.ones((len(valid), num_queries), bool)
+    queries = student.decoder_cross_attention[0].output.shape[1]
+    objects = np.broadcast_to(np.arange(queries) < num_queries, (len(valid), queries))
+    counted = {"encoder": valid, "decoder_self": everything, "decoder_cross": objects}
+    attention = ("encoder_attention", "decoder_self_attention", "decoder_cross_attention")
+    terms = {}
+    for (name, which), maps in zip(counted.items(), attention, strict=True):
+        layers = zip(getattr(teacher, maps), getattr(student, maps), strict=True)
+        each = [restated(kind, t, s, which) for t, s in layers]
+        assert len(each) == 2
+        terms[f"loss_distill_{name}"] = np.mean(each)
+    return terms
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_distil(pair):
+    terms = pair.terms(pair.params)
+    for name in DISTILLED:
+        assert abs(terms[name]) < 1e-6, name
+    assert terms["loss"] == pytest.approx(detection_part(terms), rel=1e-5)
+
+
+def test_distilled_terms_and_their_weights_against_numpy(pair):
+    terms, n = pair.terms(pair.perturbed), pair.config.model.num_queries
+    teacher, student = pair.output(pair.params), pair.output(pair.perturbed)
+    padded = ~student.memory_valid
+    assert padded.any()
+    assert not padded.all(1).any()
+    wanted = restated_terms("kl", teacher, student, n)
+    assert min(wanted.values()) > 1e-2
+    for name in DISTILLED:
+        assert terms[name] == pytest.approx(wanted[name], rel=1e-4), name
+    encoder, decoder_self, decoder_cross = (wanted[name] for name in DISTILLED)
+    total = 0.7 * encoder + 0.3 * decoder_self + 1.9 * decoder_cross
+    assert terms["loss"] - detection_part(terms) == pytest.approx(total, rel=1e-2)
+
+    # Another kind, which looks at the mixed values, by the same way.
+    other = dataclasses.replace(WEIGHTS, kind="output")
+    found, terms = distillation_loss(other, teacher, student, n)
+    wanted = restated_terms("output", teacher, student, n)
+    for name in DISTILLED:
+        assert float(terms[name]) == pytest.approx(wanted[name], rel=1e-4), name
+    encoder, decoder_self, decoder_cross = (wanted[name] for name in DISTILLED)
+    total = 0.7 * encoder + 0.3 * decoder_self + 1.9 * decoder_cross
+    assert float(found) == pytest.approx(total, rel=1e-4)
 
 
 # --- non-finite losses ---------------------------------------------------------------------------
