@@ -75,17 +75,16 @@ def test_float_model_learns_its_images_by_heart(overfitted):
 
 def test_student_of_it_learns_them_with_four_bits(overfitted, tmp_path):
     config = dataclasses.replace(tiny.student(overfitted[0]), data=EIGHT.data, name="student_of_it")
-    config = changed(config, "optimizer", lr=2e-3, lr_backbone=2e-3)
     config = changed(config, "train", steps=160, checkpoint_every=0)
     block = loop.train(config, tmp_path).block
     losses = np.array([row["loss"] for row in rows(tmp_path) if "loss" in row])
     assert len(losses) == 160
     assert np.isfinite(losses).all()
-    assert losses[-20:].mean() < 0.7 * losses[:20].mean(), losses
+    assert losses[-20:].mean() < 0.75 * losses[:20].mean(), losses
     assert block["AP50"] > 0.7, block
-    # Calibrated and not trained it has an AP of 0.37 to 0.40 (and an AP50 of 0.74 already), with
-    # these steps 0.58 to 0.59, over three seeds.
-    assert block["AP"] > 0.48, block
+    # Calibrated and not trained it has an AP of 0.37 to 0.40 (and an AP50 of 0.74 already), after
+    # these steps 0.54 to 0.57, over three seeds.
+    assert block["AP"] > 0.46, block
     distilled = [row["loss_distill_encoder"] for row in rows(tmp_path) if "loss" in row]
     assert np.isfinite(distilled).all()
 

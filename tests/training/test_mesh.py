@@ -19,8 +19,10 @@ PROGRAM = """
     from flax.traverse_util import flatten_dict
     from jax.sharding import AxisType
 
+    from aqdetr_jax.losses.distillation import DistillationWeights
     from aqdetr_jax.training import initial, setup
     from aqdetr_jax.training import optimizer as optim
+    from aqdetr_jax.training.config import DistillConfig
     from aqdetr_jax.training.loop import TRAINED_KEYS
     from aqdetr_jax.training.model_io import load_model
     from aqdetr_jax.training.sharding import (
@@ -29,17 +31,18 @@ PROGRAM = """
     from aqdetr_jax.training.state import TrainState
     from aqdetr_jax.training.step import detection_loss_fn, jit_train_step, make_train_step
 
-    low = tiny.resolved(tiny.student("TEACHER"))
-    low = dataclasses.replace(low, train=dataclasses.replace(low.train, batch_size=8))
     # Float, because a rounding boundary turns the last bit of a sum into a whole step; learning
     # norms, because their statistics run over the global batch.
+    student = tiny.student("TEACHER")
+    config = tiny.resolved(student)
     config = dataclasses.replace(
-        low,
+        config,
         quant=tiny.FLOAT.quant,
         model=dataclasses.replace(
-            low.model,
-            backbone=dataclasses.replace(low.model.backbone, norm="batch"),
+            config.model,
+            backbone=dataclasses.replace(config.model.backbone, norm="batch"),
         ),
+        train=dataclasses.replace(config.train, batch_size=8),
     )
     module = setup.build_module(config)
     teacher = setup.load_teacher(config)
@@ -104,6 +107,13 @@ PROGRAM = """
     compare(terms, stats, gradients)
 
     # --- four bits ----------------------------------------------------------------------------
+    # One decoder layer compiles faster; its teacher has two, so the encoder alone is distilled.
+    low = dataclasses.replace(
+        config,
+        quant=student.quant,
+        model=dataclasses.replace(config.model, backbone=tiny.BACKBONE, decoder_layers=1),
+        distill=DistillConfig(weights=DistillationWeights(encoder=1.0)),
+    )
     module = setup.build_module(low)
     first, _ = initial.initial_variables(low, module, load_model("TEACHER"), [other])
     optimizer = optim.make_optimizer(
