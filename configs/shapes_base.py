@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     )
     config.train = ConfigDict(
         dict(
-            steps=8000,
+            steps=6000,
             batch_size=32,
             eval_batch_size=48,
             eval_every=1000,
