@@ -1,7 +1,7 @@
 """What all experiments on the embedded set share: data, sizes, schedule. Not run on its own.
 
 The model is a DETR for 128-pixel images on two CPU cores: a narrow ResNet with output stride 8
-(256 tokens), one encoder and three decoder layers of width 96, pre-norm, 25 object queries.
+(256 tokens), one encoder and three decoder layers of width 144, pre-norm, 25 object queries.
 """
 
 from ml_collections import ConfigDict
@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
             query_start="points",
             num_auxiliary=0,
             auxiliary_groups=1,
-            dim=96,
+            dim=144,
             heads=4,
             encoder_layers=1,
             decoder_layers=3,
@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
         dict(
             lr=1e-3,
             lr_backbone=3e-4,
-            weight_decay=1e-4,
+            weight_decay=0.05,
             clip_norm=1.0,
             warmup=200,
             schedule="cosine",
@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     )
     config.train = ConfigDict(
         dict(
-            steps=8000,
+            steps=6000,
             batch_size=32,
             eval_batch_size=48,
             eval_every=1000,
