@@ -16,6 +16,6 @@ def get_config(variant: str = "aqdetr") -> ConfigDict:
     """``variant``: as in ``shapes_w4a4``; "baseline" is plain LSQ."""
     config = shapes_w4a4.get_config("lsq" if variant == "baseline" else variant)
     config.name = f"shapes_quickstart_{variant}"
-    config.train.update(steps=1500, eval_every=0)
+    config.train.update(steps=1200, eval_every=0)
     config.optimizer.update(warmup=40, ema=0.99)
     return config

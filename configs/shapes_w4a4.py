@@ -36,5 +36,5 @@ def get_config(variant: str = "aqdetr") -> ConfigDict:
         dict(weights=dict(encoder=20.0 * on, decoder_cross=10.0 * on, kind="kl"))
     )
     config.optimizer.update(lr=7e-4, lr_backbone=4e-4, lr_steps=2e-3, warmup=100, ema=0.995)
-    config.train.update(steps=4000, batch_size=16, eval_every=1000)
+    config.train.update(steps=8000, batch_size=16, eval_every=2000)
     return config
