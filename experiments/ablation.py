@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from aqdetr_jax import host
@@ -22,6 +23,26 @@ from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
 from aqdetr_jax.training.loop import train
 from aqdetr_jax.training.model_io import load_model
+
+
+def command(
+    options: argparse.Namespace, parser: argparse.ArgumentParser, overrides: Sequence[str]
+) -> str:
+    """The command as others would type it, without this machine's folders."""
+    packaged = options.teacher.startswith("packaged:")
+    words = [
+        "python experiments/ablation.py",
+        f"--config={options.config}",
+        f"--teacher={options.teacher if packaged else 'TEACHER'}",
+        f"--work=DIR --out={options.out}",
+    ]
+    for name in ("seeds", "variants"):
+        if getattr(options, name) != parser.get_default(name):
+            words.append(f"--{name}={getattr(options, name)}")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        words.append(f"{key}={'FOLDER' if key.endswith('data.root') else value}")
+    return " ".join(words)
 
 
 def main() -> None:
@@ -46,14 +67,7 @@ def main() -> None:
     first = config_of(variants[0], seeds[0])
     teacher = load_model(options.teacher)
     settings = {
-        # As others would type it, without this machine's folders.
-        "command": " ".join(
-            [
-                f"python experiments/ablation.py --config={options.config}",
-                f"--teacher=TEACHER --work=DIR --out={options.out}",
-                *overrides,
-            ]
-        ),
+        "command": command(options, parser, overrides),
         "teacher_run": {k: teacher.info.get(k) for k in ("name", "seed", "steps", "commit")},
     }
     result = {**settings, "teacher": {}, "calibrated": {}, "runs": {}}

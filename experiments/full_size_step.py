@@ -113,7 +113,7 @@ def main() -> None:
         },
         "temporary_bytes": int(compiled.memory_analysis().temp_size_in_bytes),
         "peak_resident_bytes": peak_bytes(),
-        "metrics": {k: float(v) for k, v in jax.device_get(metrics).items()},
+        "metrics": {k: float(np.sum(v)) for k, v in jax.device_get(metrics).items()},
         "device": jax.devices()[0].device_kind,
         "commit": git_commit(),
         "versions": package_versions(),

@@ -318,7 +318,8 @@ class _Run:
                     state, metrics = step(state, teacher_variables, placed)
                 done = number + 1
                 if self._due(done, config.train.log_every) or done == config.train.steps:
-                    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                    metrics = jax.device_get(metrics)
+                    values = {k: float(np.sum(v)) for k, v in metrics.items()}
                     now = time.perf_counter()
                     images = (done - counted) * config.train.batch_size
                     values["images_per_second"] = images / (now - clock)
@@ -329,8 +330,9 @@ class _Run:
                     values["truncated_boxes"] = float(batches.stats.truncated_boxes)
                     values["skipped_images"] = float(batches.stats.skipped_images)
                     writer.write(done, values)
-                    ids = [self.train_set.image_id(int(i)) for i in batch["image_index"] if i >= 0]
-                    check_step(done, values, ids, int(values["skipped"]) - skipped, abort_after)
+                    new = int(values["skipped"]) - skipped
+                    replaced = self._by_image(metrics.get("replaced_costs"), batch)
+                    check_step(done, values, replaced, new, abort_after)
                     skipped = int(values["skipped"])
                     progress.update(done, _shown(values))
                 yield done, state
@@ -341,6 +343,19 @@ class _Run:
             progress.close()
             if batches.stats.summary():
                 say(f"{self.train_set.name}: left out since the start: {batches.stats.summary()}")
+
+    def _by_image(self, counts: np.ndarray | None, batch) -> dict[int | str, int]:
+        """This process's part of ``[B]`` counts of the global batch, by image id."""
+        index = np.asarray(batch["image_index"])
+        if counts is None:
+            counts = np.zeros(jax.process_count() * len(index), np.int32)
+        own = counts.reshape(jax.process_count(), -1)[jax.process_index()]
+        found: dict[int | str, int] = {}
+        for i, n in zip(index, own, strict=True):
+            if i >= 0:
+                name = self.train_set.image_id(int(i))
+                found[name] = found.get(name, 0) + int(n)
+        return found
 
     def _evaluate(self, state: TrainState) -> tuple[dict[str, Any], Detections]:
         assert isinstance(self.module, Detr)

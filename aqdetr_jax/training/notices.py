@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def say_limits(
 def check_step(
     step: int,
     values: Mapping[str, float],
-    ids: Sequence[int | str],
+    replaced: Mapping[int | str, int],
     skipped: int,
     abort_after: int,
 ) -> None:
@@ -61,7 +61,7 @@ def check_step(
     Args:
       step: steps done.
       values: metrics of the last one.
-      ids: image ids of its batch.
+      replaced: non-finite matching costs that were replaced, for each image id of its batch.
       skipped: steps skipped since the last call.
       abort_after: see ``TrainConfig``.
 
@@ -70,6 +70,7 @@ def check_step(
     """
     bad = [k for k, v in values.items() if not np.isfinite(v)]
     if bad:
+        ids = list(replaced)
         logger.warning("step %d skipped: %s not finite; image ids %s", step, bad, ids)
     elif skipped:
         logger.warning(
@@ -77,12 +78,10 @@ def check_step(
             skipped,
             step,
         )
-    if values.get("replaced_costs"):
+    culprits = {name: count for name, count in replaced.items() if count}
+    if culprits:
         logger.warning(
-            "step %d: %d non-finite matching costs replaced; image ids %s",
-            step,
-            int(values["replaced_costs"]),
-            ids,
+            "step %d: non-finite matching costs replaced, by image id: %s", step, culprits
         )
     if values["bad_in_a_row"] >= abort_after:
         raise TrainingDivergedError(

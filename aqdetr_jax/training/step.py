@@ -132,7 +132,7 @@ def detection_loss_fn(config: ExperimentConfig, model: Detr, teacher: Detr | Non
         terms = {"loss": loss, **terms}
         for name in ("class_error", "num_boxes", "limited_images"):
             terms[name] = diagnostics[name].astype(jnp.float32)
-        terms["replaced_costs"] = jnp.sum(diagnostics["replaced_costs"]).astype(jnp.float32)
+        terms["replaced_costs"] = diagnostics["replaced_costs"]
         return loss, (terms, updated.get("batch_stats", batch_stats))
 
     return loss_fn
@@ -175,7 +175,8 @@ def make_train_step(
 
     Returns:
       ``step(state, teacher_variables, batch) -> (state, metrics)``, to be jitted with the state
-      donated. Metrics are float32 scalars on the device.
+      donated. Metrics are scalars on the device; ``replaced_costs`` (int32 ``[B]``, non-finite
+      matching costs of each image) is the exception.
     """
     decay = config.optimizer.ema
 

@@ -160,7 +160,9 @@ def git_commit() -> str:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return "unknown"
         commit = git("rev-parse", "--verify", "HEAD")
-        return f"{commit}-dirty" if git("status", "--porcelain") else commit
+        # What the drivers of tables write is output: it does not change what runs.
+        changed = git("status", "--porcelain", "--", ".", ":(exclude)experiments/results")
+        return f"{commit}-dirty" if changed else commit
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

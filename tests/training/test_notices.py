@@ -13,7 +13,7 @@ from aqdetr_jax.data.coco import CocoFolder
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.notices import TrainingDivergedError, check_step, say_limits
 
-FINE = {"loss": 1.0, "gradient_norm": 2.0, "replaced_costs": 0.0, "bad_in_a_row": 0.0}
+FINE = {"loss": 1.0, "gradient_norm": 2.0, "bad_in_a_row": 0.0}
 
 
 def with_queries(objects: int, auxiliary: int, groups: int = 1, repeats: int = 3):
@@ -63,16 +63,16 @@ def test_nothing_is_said_where_all_fits(capsys):
 
 
 def test_replaced_costs_and_skipped_steps_are_logged(caplog):
-    check_step(4, FINE, ["a", "b"], 0, 3)
+    check_step(4, FINE, {"a": 0, "b": 0}, 0, 3)
     assert not caplog.records
-    check_step(5, {**FINE, "replaced_costs": 3.0}, ["a", "b"], 0, 3)
-    assert "step 5: 3 non-finite matching costs replaced; image ids ['a', 'b']" in caplog.text
+    check_step(5, FINE, {"a": 0, "b": 3}, 0, 3)
+    assert "step 5: non-finite matching costs replaced, by image id: {'b': 3}" in caplog.text
     caplog.clear()
     # Skipped between two logged steps: the metrics of the last one are fine.
-    check_step(20, FINE, ["a"], 2, 3)
+    check_step(20, FINE, {"a": 0}, 2, 3)
     assert "2 steps before step 20 were skipped" in caplog.text
     caplog.clear()
-    check_step(21, {**FINE, "loss": float("nan"), "bad_in_a_row": 1.0}, [3, 4], 1, 3)
+    check_step(21, {**FINE, "loss": float("nan"), "bad_in_a_row": 1.0}, {3: 0, 4: 0}, 1, 3)
     assert "step 21 skipped: ['loss'] not finite; image ids [3, 4]" in caplog.text
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
@@ -80,5 +80,5 @@ def test_replaced_costs_and_skipped_steps_are_logged(caplog):
 def test_too_many_bad_steps_end_the_run():
     bad = {**FINE, "loss": float("inf"), "bad_in_a_row": 3.0}
     with pytest.raises(TrainingDivergedError, match=r"3 steps in a row up to step 9.*loss.*lr"):
-        check_step(9, bad, [1], 3, 3)
-    check_step(9, bad, [1], 3, 4)
+        check_step(9, bad, {1: 0}, 3, 3)
+    check_step(9, bad, {1: 0}, 3, 4)
