@@ -18,7 +18,7 @@ from flax import traverse_util
 from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.losses.distillation import DistillationWeights
-from aqdetr_jax.models.detr import DetrConfig
+from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.resnet import BackboneConfig
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.config import (

@@ -18,7 +18,7 @@ from aqdetr_jax.data.batching import PipelineStats
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
 from aqdetr_jax.evaluation.coco import evaluate_detections, postprocess, to_coco_results
-from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.models.detector import Detector
 from aqdetr_jax.training.sharding import batch_sharding, put_batch, replicated
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,9 @@ class Detections(NamedTuple):
     seconds: float
 
 
-def make_predict_fn(module: Detr, mesh: Mesh, num_classes: int, kind: str = "softmax") -> Callable:
+def make_predict_fn(
+    module: Detector, mesh: Mesh, num_classes: int, kind: str = "softmax"
+) -> Callable:
     """The jitted inference function.
 
     Args:
@@ -73,7 +75,7 @@ class Evaluator:
 
     def __init__(
         self,
-        module: Detr,
+        module: Detector,
         dataset: DetectionDataset,
         pipeline: PipelineConfig,
         mesh: Mesh,

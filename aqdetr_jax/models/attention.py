@@ -189,7 +189,7 @@ class AttentionCore(nn.Module):
         q_v = activation_quantizer(self, "v", v, signed, head_axis=1)
         mixed = quantized_product(Mix(self.dtype), weights, v, q_p, q_v, policy.arithmetic)
         if policy.renormalize and q_p is not None and policy.arithmetic != "observe":
-            mixed = mixed / _row_sum(Mix(self.dtype), weights, q_p)
+            mixed = mixed / row_sum(weights, q_p)
         rule = policy.rule_for(path)
         note = rule.note if rule else "no rule: float"
         macs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
@@ -200,12 +200,12 @@ class AttentionCore(nn.Module):
         return mixed, AttentionMaps(scores, probabilities, mixed)
 
 
-def _row_sum(mix: Mix, weights: Array, quantizer: Quantizer) -> Array:
+def row_sum(weights: Array, quantizer: Quantizer) -> Array:
     """Sum of the quantized probabilities of each query [B, H, Q, 1], at least one level.
 
     A column of ones beside the values: an integer sum and one scale, exact in any order, so that
     both arithmetics agree here too.
     """
     ones = jnp.ones((*weights.shape[:2], weights.shape[3], 1), jnp.float32)
-    total = quantized_product(mix, weights, ones, quantizer, None)
+    total = quantized_product(Mix(), weights, ones, quantizer, None)
     return jnp.where(total > 0, total, jax.lax.stop_gradient(quantizer.step))

@@ -8,9 +8,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from aqdetr_jax.models.detr import TORCH_LINEAR, DetrConfig, Encoder, normalize_images
+from aqdetr_jax.models.config import DetrConfig
+from aqdetr_jax.models.heads import TORCH_LINEAR, normalize_images
 from aqdetr_jax.models.quantized import QConv, QDense
 from aqdetr_jax.models.resnet import ResNet
+from aqdetr_jax.models.transformer import Encoder
 from aqdetr_jax.ops.position import downsample_mask, sine_position_encoding
 
 

@@ -31,6 +31,28 @@ class LayerNorm(nn.Module):
         return centred * (lax.rsqrt(variance + 1e-5) * scale) + bias
 
 
+class GroupNorm(nn.Module):
+    """Group norm over space and the channels of a group, eps 1e-5 as in torch; stays float.
+
+    As in Deformable DETR the statistics of an image include its padding.
+    """
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, C] -> [B, H, W, C]; C is divisible by the groups."""
+        batch, height, width, channels = x.shape
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        record(OpRecord(module_path(self), "norm", parameters=2 * channels, note=FLOAT))
+        grouped = x.reshape(batch, height, width, self.groups, channels // self.groups)
+        axes = (1, 2, 4)
+        centred = grouped - jnp.mean(grouped, axes, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
+        return (centred * lax.rsqrt(variance + 1e-5)).reshape(x.shape) * scale + bias
+
+
 class BatchNorm(nn.Module):
     """Batch norm over [B, H, W], eps 1e-5: frozen as in DETR, or learning.
 

@@ -38,6 +38,12 @@ def xyxy_to_cxcywh(boxes: jax.Array) -> jax.Array:
     return jnp.concatenate([0.5 * (low + high), high - low], axis=-1)
 
 
+def inverse_sigmoid(x: jax.Array, eps: float = 1e-5) -> jax.Array:
+    """Logit of ``x`` [any shape], both ``x`` and ``1 - x`` taken as at least ``eps``."""
+    x = jnp.clip(x, 0.0, 1.0)
+    return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1.0 - x, eps))
+
+
 def area(boxes: jax.Array) -> jax.Array:
     """Area ``[...]`` of ``xyxy`` boxes ``[..., 4]``; 0 for inverted ones."""
     width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]

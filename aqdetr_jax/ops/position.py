@@ -69,16 +69,24 @@ def encode_points(points: Array, channels: int, *, temperature: float = 10000.0)
     Returns:
       float32 [..., channels]: y first, then x; sine and cosine interleaved.
     """
-    half = channels // 2
-    power = 2 * (np.arange(half) // 2) / half
-    frequency = jnp.asarray(temperature**power, jnp.float32)
+    return encode_coordinates(points[..., ::-1], channels // 2, temperature=temperature)
 
-    def encode(coordinate: Array) -> Array:
-        angle = coordinate[..., None] / frequency
-        pair = jnp.stack([jnp.sin(angle[..., 0::2]), jnp.cos(angle[..., 1::2])], axis=-1)
-        return pair.reshape(*coordinate.shape, half)
 
-    return jnp.concatenate([encode(points[..., 1]), encode(points[..., 0])], axis=-1)
+def encode_coordinates(coordinates: Array, width: int, *, temperature: float = 10000.0) -> Array:
+    """Sine encoding of every coordinate, one after the other.
+
+    Args:
+      coordinates: float32 [..., n], times the range of the coordinate.
+      width: channels of each coordinate, even.
+      temperature: base of the frequencies.
+
+    Returns:
+      float32 [..., n * width]; sine and cosine interleaved.
+    """
+    power = 2 * (np.arange(width) // 2) / width
+    angle = coordinates[..., None] / jnp.asarray(temperature**power, jnp.float32)
+    pair = jnp.stack([jnp.sin(angle[..., 0::2]), jnp.cos(angle[..., 1::2])], axis=-1)
+    return pair.reshape(*coordinates.shape[:-1], -1)
 
 
 def spread_points(count: int, first: int = 0) -> np.ndarray:

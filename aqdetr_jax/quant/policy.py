@@ -116,11 +116,12 @@ class Policy:
 
 
 FLOAT_HEADS = Rule(r"(class_head|box_head)", None, None, None, "output heads stay float")
+COORDINATES = Rule(r"(^|/)reference_points$", None, None, None, "coordinates stay float")
 FIRST_LAYERS = Rule(r"(backbone/stem|input_proj)", 8, 8, None, "first layers at 8 bits")
 
 
 def uniform(weight: int, activation: int, attention: int, **options) -> Policy:
-    """A stock policy: the two exceptions above, then the same bits everywhere.
+    """A stock policy: the three exceptions above, then the same bits everywhere.
 
     Args:
       weight: bits of weights.
@@ -130,7 +131,7 @@ def uniform(weight: int, activation: int, attention: int, **options) -> Policy:
     """
     name = f"w{weight}a{activation}" + (f"-attn{attention}" if attention != activation else "")
     rest = Rule(r".*", weight, activation, attention)
-    return Policy(name, (FLOAT_HEADS, FIRST_LAYERS, rest), **options)
+    return Policy(name, (FLOAT_HEADS, COORDINATES, FIRST_LAYERS, rest), **options)
 
 
 def stock_policy(name: str, **options) -> Policy:

@@ -105,6 +105,21 @@ class Mix(_Contraction):
 
 
 @dataclasses.dataclass(frozen=True)
+class MixSamples(_Contraction):
+    """Deformable attention's output, ``weights [B, H, Q, P] . samples [B, H, Q, P * D]``.
+
+    Every query has values of its own: ``out[.., d] = sum_p weights[.., p] samples[.., p, d]``. The
+    points lie beside the channels so that a per-head step ``[H, 1, 1]`` fits operand and output.
+    """
+
+    def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
+        """See the class."""
+        b = b.reshape(*a.shape, -1)
+        # A product of one row with a small matrix, for every query: no matrix unit is filled.
+        return jnp.sum(a[..., None].astype(out_dtype) * b.astype(out_dtype), axis=3)
+
+
+@dataclasses.dataclass(frozen=True)
 class Conv(_Contraction):
     """2-d convolution, ``x [B, H, W, C] * w [kh, kw, C, N] -> [B, H', W', N]`` (NHWC, HWIO).
 
@@ -152,7 +167,7 @@ class Conv(_Contraction):
         return total
 
 
-Contraction = Dense | Conv | Scores | Mix
+Contraction = Dense | Conv | Scores | Mix | MixSamples
 
 
 def quantized_product(
@@ -166,7 +181,7 @@ def quantized_product(
     """``contraction(a_hat, b_hat)`` for quantized operands, with LSQ gradients.
 
     Args:
-      contraction: which product (``Dense``, ``Conv``, ``Scores``, ``Mix``).
+      contraction: which product (``Dense``, ``Conv``, ``Scores``, ``Mix``, ``MixSamples``).
       a: left operand, float.
       b: right operand, float.
       quantizer_a: how ``a`` is put on its grid; None leaves it float.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.distillation import DistillationWeights
-from aqdetr_jax.models.detr import DetrConfig
+from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.quant.policy import Policy, Rule, check_pattern, stock_policy
 from aqdetr_jax.training.config_tools import load_config_file
 from aqdetr_jax.training.config_types import to_dataclass

@@ -13,7 +13,7 @@ from flax import traverse_util
 from PIL import Image
 
 from aqdetr_jax.models.dense import DensePretrainer
-from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.models.detector import Detector
 from aqdetr_jax.models.quantized import OBSERVED
 from aqdetr_jax.quant.calibrate import calibrated_parameters, merge_samples
 from aqdetr_jax.training.config import ExperimentConfig
@@ -101,7 +101,7 @@ def match_classes(source: ModelBundle, class_names: tuple[str, ...]) -> ModelBun
 
 def initial_variables(
     config: ExperimentConfig,
-    module: Detr | DensePretrainer,
+    module: Detector | DensePretrainer,
     source: ModelBundle | None,
     calibration: Iterable[Mapping[str, np.ndarray]],
 ) -> tuple[dict[str, Any], LoadReport | None]:
@@ -151,7 +151,7 @@ def initial_variables(
     # Step sizes of another policy (more bits, say) are as good as none.
     kept = source is not None and source.quant.build() == config.quant.build()
     loaded = set(report.loaded) if report is not None and kept else set()
-    if isinstance(module, Detr) and not loaded.issuperset(steps):
+    if isinstance(module, Detector) and not loaded.issuperset(steps):
         variables = calibrate(config, module, variables, calibration)
     return variables, report
 
@@ -174,7 +174,7 @@ def _copied_queries(config: ExperimentConfig, queries, auxiliary) -> np.ndarray:
 
 def calibrate(
     config: ExperimentConfig,
-    module: Detr,
+    module: Detector,
     variables: Mapping[str, Any],
     batches: Iterable[Mapping[str, np.ndarray]],
 ) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
 from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
-from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.models.detector import Detector
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
@@ -169,7 +169,7 @@ class _Run:
             self._write_bits(state)
 
             # --- the step ---------------------------------------------------------------------
-            if isinstance(self.module, Detr):
+            if isinstance(self.module, Detector):
                 loss_fn = detection_loss_fn(config, self.module, teacher_module)
             else:
                 loss_fn = pretrain_loss_fn(config, self.module)
@@ -199,12 +199,12 @@ class _Run:
                         )
                     # After the save: an evaluation that fails, or is too long for the time that a
                     # preempted machine is given, costs no training.
-                    if isinstance(self.module, Detr) and (
+                    if isinstance(self.module, Detector) and (
                         last or self._due(done, config.train.eval_every)
                     ):
                         block, detections = self._evaluate(state)
                         writer.write(done, _flat_results(block))
-                if block is None and isinstance(self.module, Detr):  # killed while evaluating
+                if block is None and isinstance(self.module, Detector):  # killed while evaluating
                     block, detections = self._evaluate(state)
                     writer.write(config.train.steps, _flat_results(block))
 
@@ -220,7 +220,7 @@ class _Run:
     def _finished(self) -> RunResult | None:
         """What a finished run left in the work directory, else None."""
         results = self.path / "results.json"  # written last of all
-        if isinstance(self.module, Detr):
+        if isinstance(self.module, Detector):
             if not agree(results.is_file()):
                 return None
             block = read_json(results)
@@ -284,7 +284,7 @@ class _Run:
 
     def _write_bits(self, state: TrainState) -> None:
         """The bit report of the inference model, with every run."""
-        if isinstance(self.module, Detr):
+        if isinstance(self.module, Detector):
             bucket = (self.config.data.eval_buckets or self.config.data.buckets)[0]
             shapes = jax.eval_shape(lambda s: s.evaluated, state)
             rows = setup.record_ops(self.module, shapes, bucket)
@@ -358,7 +358,7 @@ class _Run:
         return found
 
     def _evaluate(self, state: TrainState) -> tuple[dict[str, Any], Detections]:
-        assert isinstance(self.module, Detr)
+        assert isinstance(self.module, Detector)
         if self.evaluator is None:
             self.evaluator = Evaluator(
                 self.module,

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from aqdetr_jax.models.detr import Detr, DetrConfig
+from aqdetr_jax.models.config import DetrConfig
+from aqdetr_jax.models.detector import Detector, build_detector
 from aqdetr_jax.training.checkpoint import load_params, save_params
 from aqdetr_jax.training.config import DataConfig, QuantConfig
 from aqdetr_jax.training.config_types import from_dataclass, to_dataclass
@@ -64,7 +65,7 @@ class ModelBundle:
     variables: dict[str, Any]
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def module(self) -> Detr:
+    def module(self) -> Detector:
         """The module that the variables belong to.
 
         Raises:
@@ -75,7 +76,7 @@ class ModelBundle:
                 "this model comes from a dense pretraining: it has no decoder and can only start "
                 "a detector (config.init_from)"
             )
-        return Detr(self.config, self.quant.build())
+        return build_detector(self.config, self.quant.build())
 
 
 def without_auxiliary(params: Mapping[str, Any]) -> dict[str, Any]:

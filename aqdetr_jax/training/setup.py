@@ -17,7 +17,7 @@ from flax import traverse_util
 from aqdetr_jax.data.dataset import DetectionDataset, load_dataset
 from aqdetr_jax.data.pipeline import PipelineConfig, TrainBatches, make_train_pipeline
 from aqdetr_jax.models.dense import DensePretrainer
-from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.models.detector import Detector, build_detector
 from aqdetr_jax.quant.record import OpRecord, recording
 from aqdetr_jax.training.config import DataConfig, ExperimentConfig
 from aqdetr_jax.training.model_io import ModelBundle, load_model
@@ -160,7 +160,7 @@ def example_input(bucket: tuple[int, int], batch: int = 1) -> tuple[jax.Array, j
     return jnp.zeros((batch, *bucket, 3), jnp.uint8), jnp.ones((batch, *bucket), bool)
 
 
-def record_ops(module: Detr, variables: Any, bucket: tuple[int, int]) -> list[OpRecord]:
+def record_ops(module: Detector, variables: Any, bucket: tuple[int, int]) -> list[OpRecord]:
     """The operations of one inference on one image of a bucket, without running it."""
     images, mask = example_input(bucket)
     with recording() as rows:
@@ -168,11 +168,11 @@ def record_ops(module: Detr, variables: Any, bucket: tuple[int, int]) -> list[Op
     return rows
 
 
-def build_module(config: ExperimentConfig) -> Detr | DensePretrainer:
+def build_module(config: ExperimentConfig) -> Detector | DensePretrainer:
     """The module that is trained."""
     if config.task == "pretrain":
         return DensePretrainer(config.model)
-    return Detr(config.model, config.quant.build())
+    return build_detector(config.model, config.quant.build())
 
 
 def load_source(path: str, key: str) -> ModelBundle:

@@ -17,7 +17,8 @@ from aqdetr_jax.losses.distillation import DistillationWeights, layer_by_layer_l
 from aqdetr_jax.losses.targets import Predictions, Targets
 from aqdetr_jax.models.attention import AttentionMaps
 from aqdetr_jax.models.dense import DensePretrainer
-from aqdetr_jax.models.detr import Detr, DetrOutput
+from aqdetr_jax.models.detector import Detector
+from aqdetr_jax.models.output import DetrOutput
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.sharding import batch_sharding, replicated
@@ -88,7 +89,9 @@ def _of_objects(maps: Sequence[AttentionMaps], num_queries: int) -> list[Attenti
     ]
 
 
-def detection_loss_fn(config: ExperimentConfig, model: Detr, teacher: Detr | None) -> LossFn:
+def detection_loss_fn(
+    config: ExperimentConfig, model: Detector, teacher: Detector | None
+) -> LossFn:
     """``L = L_det + λ_aux L_aux + λ_dist L_dist`` as a function of (params, ...).
 
     Args:

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from aqdetr_jax.models.detr import BoxHead
+from aqdetr_jax.models.heads import BoxHead
 
 DIM = 6
 

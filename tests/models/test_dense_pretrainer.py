@@ -8,8 +8,9 @@ from flax import traverse_util
 
 from aqdetr_jax.losses.dense import dense_assignment
 from aqdetr_jax.losses.targets import Targets
+from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.dense import DensePretrainer
-from aqdetr_jax.models.detr import Detr, DetrConfig
+from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.models.resnet import BackboneConfig
 
 CONFIG = DetrConfig(

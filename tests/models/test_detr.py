@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from aqdetr_jax.models.detr import Detr, DetrConfig, normalize_images
+from aqdetr_jax.models.config import DetrConfig
+from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.models.heads import normalize_images
 from aqdetr_jax.models.quantized import OBSERVED
 from aqdetr_jax.models.resnet import BackboneConfig, resnet_config
 from aqdetr_jax.quant.policy import Policy, stock_policy

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from aqdetr_jax.models.attention import MASKED, MultiHeadAttention
-from aqdetr_jax.models.detr import Decoder, DetrConfig, Encoder
+from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.resnet import BackboneConfig
+from aqdetr_jax.models.transformer import Decoder, Encoder
 from aqdetr_jax.quant.policy import stock_policy
 
 DIM, HEADS, FFN, BATCH, TOKENS, QUERIES = 16, 4, 12, 2, 6, 5

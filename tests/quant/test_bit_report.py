@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from flax import traverse_util
 
-from aqdetr_jax.models.detr import Detr, DetrConfig
+from aqdetr_jax.models.config import DetrConfig
+from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.models.quantized import QConv, QDense
 from aqdetr_jax.models.resnet import BackboneConfig, ResNet, resnet_config
 from aqdetr_jax.quant.calibrate import site_specs, weight_specs

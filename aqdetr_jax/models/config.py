@@ -1,0 +1,112 @@
+"""The sizes of a detection transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from aqdetr_jax.models.resnet import BackboneConfig
+from aqdetr_jax.ops.deformable import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class DeformableConfig:
+    """What Deformable DETR has and DETR has not; defaults are its official ones.
+
+    Attributes:
+      levels: L feature levels; those beyond ``stages`` are strided convolutions of the last one.
+      stages: backbone stages used at most, the last ones (3: strides 8, 16, 32 of a ResNet).
+      points: K, samples of a head on each level.
+      box_refine: every decoder layer refines the boxes of the one before it, with its own heads.
+      two_stage: the encoder's best proposals are the decoder's queries (needs ``box_refine``).
+      sampling: how values are sampled, see ``ops.deformable``.
+      norm_groups: groups of the group norms after the input projections.
+    """
+
+    levels: int = 4
+    stages: int = 3
+    points: int = 4
+    box_refine: bool = False
+    two_stage: bool = False
+    sampling: Sampling = "auto"
+    norm_groups: int = 32
+
+    def __post_init__(self):
+        if self.two_stage and not self.box_refine:
+            raise ValueError("two_stage=True needs box_refine=True: its queries are boxes")
+        if min(self.levels, self.stages, self.points, self.norm_groups) < 1:
+            raise ValueError("levels, stages, points and norm_groups must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DetrConfig:
+    """A detection transformer by its sizes; defaults are DETR-R50 on COCO.
+
+    Attributes:
+      family: "detr" or "deformable".
+      backbone: ResNet sizes.
+      num_classes: C, real classes; DETR's class head has C + 1 outputs (91 + 1 for COCO),
+        Deformable DETR's C.
+      num_queries: N object queries.
+      num_auxiliary: M auxiliary queries, used in training only (0 = none).
+      auxiliary_groups: G sets of M/G auxiliary queries, apart from each other in self-attention.
+      dim: model width d.
+      heads: attention heads.
+      encoder_layers: number of encoder layers.
+      decoder_layers: number of decoder layers.
+      ffn: hidden width of the feed-forward networks.
+      query_start: "normal" as in DETR, or "points": the encodings of points spread over the image,
+        a start with a place for every query that helps short trainings from scratch.
+      dropout: rate everywhere DETR has dropout.
+      pre_norm: norm before each sub-layer instead of after it (the original's option).
+      remat: recompute transformer layers in the backward pass to save memory.
+      dtype: carrier dtype of products, "float32" or "bfloat16"; sums and norms are float32.
+      pixel_mean: RGB mean of images in [0, 1].
+      pixel_std: RGB standard deviation.
+      deformable: levels, points and variants of a "deformable" model.
+    """
+
+    family: Literal["detr", "deformable"] = "detr"
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+    num_classes: int = 91
+    num_queries: int = 100
+    num_auxiliary: int = 0
+    auxiliary_groups: int = 1
+    dim: int = 256
+    heads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    ffn: int = 2048
+    query_start: Literal["normal", "points"] = "normal"
+    dropout: float = 0.1
+    pre_norm: bool = False
+    remat: bool = False
+    dtype: str = "float32"
+    pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    deformable: DeformableConfig = DeformableConfig()
+
+    def __post_init__(self):
+        if self.family == "deformable" and self.dim % self.deformable.norm_groups:
+            raise ValueError(
+                f"model width {self.dim} does not split into deformable.norm_groups="
+                f"{self.deformable.norm_groups} groups"
+            )
+        if self.num_auxiliary % self.auxiliary_groups:
+            raise ValueError(
+                f"{self.num_auxiliary} auxiliary queries do not split into "
+                f"{self.auxiliary_groups} equal groups"
+            )
+
+    @property
+    def class_outputs(self) -> int:
+        """Outputs of the class head: C, and "no object" under a softmax."""
+        return self.num_classes + (1 if self.family == "detr" else 0)
+
+    @property
+    def query_sets(self) -> tuple[int, ...]:
+        """Sizes of the query sets in training: the object queries, then each auxiliary group."""
+        if not self.num_auxiliary:
+            return (self.num_queries,)
+        size = self.num_auxiliary // self.auxiliary_groups
+        return (self.num_queries, *(size,) * self.auxiliary_groups)

@@ -1,0 +1,167 @@
+"""Multi-scale deformable attention with quantized products, maps returned."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from aqdetr_jax.models.attention import merge_heads, row_sum
+from aqdetr_jax.models.layers import FLOAT
+from aqdetr_jax.models.quantized import QDense, activation_quantizer, module_path
+from aqdetr_jax.ops import deformable
+from aqdetr_jax.ops.deformable import LevelShapes, Sampling
+from aqdetr_jax.quant.policy import Policy
+from aqdetr_jax.quant.product import MixSamples, quantized_product
+from aqdetr_jax.quant.record import OpRecord, record
+
+
+class DeformableMaps(NamedTuple):
+    """What the distillation and the pictures may look at.
+
+    Attributes:
+      scores: [B, M, Q, L * K] float32, before the softmax over levels and points.
+      probabilities: [B, M, Q, L * K], before their own quantizer.
+      locations: [B, Q, M, L, K, 2] where values are sampled, (x, y) in units of the level's grid.
+      output: [B, Q, d] the mixed samples, heads concatenated, before the output layer.
+    """
+
+    scores: Array
+    probabilities: Array
+    locations: Array
+    output: Array
+
+
+def offset_bias_init(heads: int, levels: int, points: int) -> nn.initializers.Initializer:
+    """Head m looks in direction ``2 pi m / M``; point k is k + 1 cells away, on a square's edge."""
+    angle = np.arange(heads) * (2 * math.pi / heads)
+    direction = np.stack([np.cos(angle), np.sin(angle)], -1)
+    direction /= np.abs(direction).max(-1, keepdims=True)
+    grid = np.tile(direction[:, None, None], (1, levels, points, 1))
+    grid *= np.arange(1, points + 1)[:, None]
+
+    def init(_key, shape, dtype=jnp.float32):
+        return jnp.asarray(grid.reshape(shape), dtype)
+
+    return init
+
+
+class DeformableAttention(nn.Module):
+    """``sum_m W_m [ sum_l sum_k A_mlqk W'_m x^l(phi_l(p_q) + dp_mlqk) ]`` (Deformable DETR, eq. 3).
+
+    The four projections are dense layers of the policy's bits; the attention weights A and the
+    sampled values are quantized at its attention bits [ours]. Reference points and sampling
+    locations are float: they are coordinates, not features.
+
+    Attributes:
+      dim: model width, M * D.
+      heads: M.
+      levels: L.
+      points: K, samples of each head on each level.
+      policy: bits by module path.
+      sampling: how values are sampled, see ``ops.deformable``.
+      dtype: carrier dtype of products.
+    """
+
+    dim: int
+    heads: int
+    levels: int
+    points: int
+    policy: Policy = Policy()
+    sampling: Sampling = "auto"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Array,
+        reference: Array,
+        memory: Array,
+        valid: Array,
+        shapes: LevelShapes,
+    ) -> tuple[Array, DeformableMaps]:
+        """Attends.
+
+        Args:
+          query: [B, Q, d].
+          reference: [B, Q, L, 2] points or [B, Q, L, 4] boxes, in units of the level's grid.
+          memory: [B, S, d] tokens of all levels.
+          valid: bool [B, S], False for padding, which is sampled as zero.
+          shapes: (height, width) of each level.
+
+        Returns:
+          ([B, Q, d], maps).
+        """
+        if self.dim % self.heads:
+            raise ValueError(f"model width {self.dim} is not divisible by {self.heads} heads")
+        if len(shapes) != self.levels:
+            raise ValueError(f"{self.levels} levels expected, got {len(shapes)}")
+        dense = functools.partial(QDense, policy=self.policy, dtype=self.dtype)
+        zeros = nn.initializers.zeros
+        heads, levels, points = self.heads, self.levels, self.points
+        batch, queries, _ = query.shape
+
+        values = dense(self.dim, name="value_proj")(memory)
+        values = jnp.where(valid[..., None], values, 0.0).reshape(
+            batch, -1, heads, self.dim // heads
+        )
+        offsets = dense(
+            heads * levels * points * 2,
+            kernel_init=zeros,
+            bias_init=offset_bias_init(heads, levels, points),
+            name="sampling_offsets",
+        )(query)
+        locations = deformable.sampling_locations(
+            reference, offsets.reshape(batch, queries, heads, levels, points, 2), shapes
+        )
+        scores = dense(heads * levels * points, kernel_init=zeros, name="attention_weights")(query)
+        scores = scores.reshape(batch, queries, heads, levels * points).transpose(0, 2, 1, 3)
+        core = SamplingCore(self.policy, self.sampling, self.dtype, name="core")
+        mixed, maps = core(values, locations, scores, shapes)
+        return dense(self.dim, name="output_proj")(mixed), maps
+
+
+class SamplingCore(nn.Module):
+    """Softmax, sampling, and the product of weights and samples; owns their two step sizes."""
+
+    policy: Policy = Policy()
+    sampling: Sampling = "auto"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, values: Array, locations: Array, scores: Array, shapes: LevelShapes
+    ) -> tuple[Array, DeformableMaps]:
+        """[B, S, M, D], [B, Q, M, L, K, 2], [B, M, Q, L * K] -> ([B, Q, M * D], maps)."""
+        path, policy = module_path(self), self.policy
+        probabilities = jax.nn.softmax(scores, axis=-1)
+        samples = deformable.sample_values(
+            values.astype(self.dtype), locations, shapes, self.sampling
+        ).astype(jnp.float32)
+        batch, heads, queries, points, width = samples.shape
+        # Points beside channels: the layout of the product, where a step of each head fits.
+        samples = samples.reshape(batch, heads, queries, points * width)
+        signed = policy.attention_spec(path, unsigned=False)
+        unsigned = policy.attention_spec(path, unsigned=True)
+        q_p = activation_quantizer(self, "probs", probabilities, unsigned, head_axis=1)
+        q_s = activation_quantizer(self, "samples", samples, signed, head_axis=1)
+        mix = MixSamples(self.dtype)
+        mixed = quantized_product(mix, probabilities, samples, q_p, q_s, policy.arithmetic)
+        if policy.renormalize and q_p is not None and policy.arithmetic != "observe":
+            mixed = mixed / row_sum(probabilities, q_p)
+        rule = policy.rule_for(path)
+        note = rule.note if rule else "no rule: float"
+        macs = samples.size
+        record(OpRecord(path, "softmax", note=FLOAT))
+        # Four neighbours a sample; the multiply-adds are counted, as the papers do.
+        record(OpRecord(path, "sampling", macs=4 * macs, note=FLOAT))
+        record(OpRecord(path, "mix", None, unsigned, signed, macs=macs, note=note))
+        mixed = merge_heads(mixed)
+        return mixed, DeformableMaps(scores, probabilities, locations, mixed)

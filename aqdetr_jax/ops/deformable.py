@@ -1,0 +1,295 @@
+"""Multi-scale deformable attention (Zhu et al., ICLR 2021, section 4.1) as pure functions.
+
+Eq. 3: ``sum_m W_m [ sum_lk A_mlqk W'_m x^l(phi_l(p_q) + dp_mlqk) ]`` (heads m, levels l, points k).
+Here are the samples ``W' x^l(...)`` (``sample_values``) and where they are taken
+(``sampling_locations``); projections and the weighted sum belong to the module.
+
+A level is a grid of cells; a location is a point (x, y) of the unit square over that grid, whose
+cell ``i`` has its centre at ``(i + 0.5) / size``. Sampling is bilinear between cell centres with
+zeros outside (torch's ``grid_sample`` with ``align_corners=False``, "zeros").
+
+The same samples can be had in three ways, which agree to rounding, forward and gradient:
+
+* "gather": four rows per point, one for each neighbour. The plain reference.
+* "packed": one row per point, out of a map whose cells hold their 2 x 2 neighbours: a fourth of the
+  gathers (and of the backward pass' scatters), four times as wide.
+* "dense": a matrix product with the interpolation weights of every cell; without any gather, for
+  levels of few cells.
+
+Gradients with respect to a location are those of the cell right of (below) a centre where a point
+hits it exactly, in all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+LevelShapes = tuple[tuple[int, int], ...]
+"""(height, width) of each level; static."""
+
+Sampling = Literal["auto", "gather", "packed", "dense"]
+
+DENSE_CELLS = 256
+"""Levels of at most this many cells are sampled by "dense" under "auto"; see
+``experiments/deformable_sampling.py``."""
+
+
+def token_count(shapes: LevelShapes) -> int:
+    """S, cells of all levels."""
+    return sum(h * w for h, w in shapes)
+
+
+def split_levels(tokens: Array, shapes: LevelShapes) -> list[Array]:
+    """``[B, S, ...]`` -> one ``[B, H_l W_l, ...]`` per level."""
+    stops = np.cumsum([h * w for h, w in shapes])[:-1]
+    return jnp.split(tokens, stops, axis=1)
+
+
+def valid_ratios(masks: Sequence[Array]) -> Array:
+    """The part of each level that is no padding.
+
+    Args:
+      masks: bool ``[B, H_l, W_l]`` per level, True = real; images lie in the top left corner.
+
+    Returns:
+      float32 ``[B, L, 2]``: (x, y) ratio in (0, 1], by the first row and the first column.
+    """
+    ratios = [
+        jnp.stack([jnp.mean(m[:, 0, :], -1, dtype="f4"), jnp.mean(m[:, :, 0], -1, dtype="f4")], -1)
+        for m in masks
+    ]
+    return jnp.stack(ratios, axis=1)
+
+
+def encoder_reference_points(shapes: LevelShapes, ratios: Array) -> Array:
+    """Every cell's own centre, on all levels.
+
+    Args:
+      shapes: sizes of the levels.
+      ratios: ``[B, L, 2]``, see ``valid_ratios``.
+
+    Returns:
+      float32 ``[B, S, L, 2]``: token s's centre in units of level l's whole grid. (The centre in
+      units of the image without padding, times the level's valid ratio.)
+    """
+    points = []
+    for level, (height, width) in enumerate(shapes):
+        y, x = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
+        cells = np.stack([x, y], -1).reshape(1, -1, 2).astype("f4")
+        points.append(cells / (ratios[:, level, None] * np.array([width, height], "f4")))
+    return jnp.concatenate(points, axis=1)[:, :, None] * ratios[:, None]
+
+
+def encoder_proposals(masks: Sequence[Array]) -> tuple[Array, Array]:
+    """The boxes that stand for the encoder's tokens in the two-stage variant (appendix A.4).
+
+    Each is centred on its token and 0.05 * 2^l wide and high, in units of the real image.
+
+    Args:
+      masks: bool ``[B, H_l, W_l]`` per level, True = real.
+
+    Returns:
+      (boxes float32 ``[B, S, 4]``, cxcywh; bool ``[B, S]``, whether a token may propose: it is no
+      padding and its box lies in (0.01, 0.99) in every coordinate).
+    """
+    boxes, allowed = [], []
+    for level, mask in enumerate(masks):
+        height, width = mask.shape[1:]
+        real = jnp.stack([jnp.sum(mask[:, 0, :], -1), jnp.sum(mask[:, :, 0], -1)], -1)
+        y, x = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
+        centres = np.stack([x, y], -1).reshape(1, -1, 2).astype("f4") / real[:, None]
+        size = jnp.full_like(centres, 0.05 * 2.0**level)
+        boxes.append(jnp.concatenate([centres, size], -1))
+        allowed.append(mask.reshape(mask.shape[0], -1))
+    box = jnp.concatenate(boxes, 1)
+    inside = jnp.all((box > 0.01) & (box < 0.99), axis=-1)
+    return box, inside & jnp.concatenate(allowed, 1)
+
+
+def sampling_locations(reference: Array, offsets: Array, shapes: LevelShapes) -> Array:
+    """``phi_l(p_q) + dp_mlqk``.
+
+    Args:
+      reference: ``[B, Q, L, 2]`` points, or ``[B, Q, L, 4]`` boxes (cx, cy, w, h), in units of the
+        level's grid.
+      offsets: ``[B, Q, M, L, K, 2]`` as predicted (M heads, K points): in cells of the level for
+        points, in halves of the box divided by K for boxes.
+      shapes: sizes of the levels.
+
+    Returns:
+      ``[B, Q, M, L, K, 2]`` locations, (x, y).
+    """
+    centre = reference[:, :, None, :, None, :2]
+    if reference.shape[-1] == 2:
+        size = np.array([(w, h) for h, w in shapes], "f4")
+        return centre + offsets / size[:, None]
+    if reference.shape[-1] != 4:
+        raise ValueError(f"reference points have 2 or 4 coordinates, got {reference.shape}")
+    extent = reference[:, :, None, :, None, 2:]
+    return centre + offsets / offsets.shape[-2] * extent * 0.5
+
+
+def sample_values(
+    values: Array, locations: Array, shapes: LevelShapes, method: Sampling = "auto"
+) -> Array:
+    """Bilinear samples ``W'_m x^l(location)`` of every query, head, level and point.
+
+    Args:
+      values: ``[B, S, M, D]`` projected tokens, zero where padded.
+      locations: ``[B, Q, M, L, K, 2]``, (x, y); anywhere, zeros outside.
+      shapes: sizes of the levels, S cells in all.
+      method: how; see the module. "auto" chooses by level.
+
+    Returns:
+      ``[B, M, Q, L * K, D]`` in the dtype of ``values``.
+
+    Raises:
+      ValueError: the sizes do not fit together.
+    """
+    if values.shape[1] != token_count(shapes) or locations.shape[3] != len(shapes):
+        raise ValueError(
+            f"levels {shapes} do not fit values {values.shape} and locations {locations.shape}"
+        )
+    samples = []
+    for level, tokens in enumerate(split_levels(values, shapes)):
+        height, width = shapes[level]
+        grid = tokens.transpose(0, 2, 1, 3).reshape(
+            tokens.shape[0], tokens.shape[2], height, width, tokens.shape[3]
+        )
+        points = locations[:, :, :, level].transpose(0, 2, 1, 3, 4)  # [B, M, Q, K, 2]
+        samples.append(_SAMPLERS[_chosen(method, height * width)](grid, points))
+    return jnp.concatenate(samples, axis=3)
+
+
+def _chosen(method: Sampling, cells: int) -> str:
+    if method != "auto":
+        return method
+    return "dense" if cells <= DENSE_CELLS else "packed"
+
+
+def deformable_attention(
+    values: Array,
+    locations: Array,
+    weights: Array,
+    shapes: LevelShapes,
+    method: Sampling = "auto",
+) -> Array:
+    """``sum_l sum_k A_mlqk W'_m x^l(...)`` in floats, heads concatenated.
+
+    Args:
+      values: ``[B, S, M, D]``.
+      locations: ``[B, Q, M, L, K, 2]``.
+      weights: ``[B, Q, M, L, K]``, summing to 1 over levels and points.
+      shapes: sizes of the levels.
+      method: see ``sample_values``.
+
+    Returns:
+      ``[B, Q, M * D]``.
+    """
+    samples = sample_values(values, locations, shapes, method)
+    flat = weights.reshape(*weights.shape[:3], -1)
+    mixed = jnp.einsum("bqmp,bmqpd->bqmd", flat, samples)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def attention_map(locations: Array, weights: Array, shape: tuple[int, int]) -> Array:
+    """The dense map that one level's points induce: each weight splat on its four cells.
+
+    Args:
+      locations: ``[..., K, 2]`` on that level.
+      weights: ``[..., K]``.
+      shape: (height, width) of the level.
+
+    Returns:
+      ``[..., height, width]``, such that the map's product with the values is the attention's
+      output. What falls outside the grid is lost, as zeros are sampled there.
+    """
+    rows, columns = _interpolation(locations, shape)
+    return jnp.einsum("...kh,...kw->...hw", rows * weights[..., None], columns)
+
+
+# --- the three ways: grid [B, M, H, W, D], points [B, M, Q, K, 2] -> [B, M, Q, K, D] -------------
+
+
+def _corners(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
+    """First neighbour (int32, from -1) and its fraction, of x and of y.
+
+    Points more than a cell outside are moved to where every neighbour that counts is a zero.
+    """
+    found = []
+    for coordinate, size in ((points[..., 0], shape[1]), (points[..., 1], shape[0])):
+        position = jnp.clip(coordinate * size - 0.5, -1.0, size)
+        first = lax.stop_gradient(jnp.minimum(jnp.floor(position), size - 1))
+        found += [first.astype(jnp.int32), position - first]
+    x, x_fraction, y, y_fraction = found
+    return x, x_fraction, y, y_fraction
+
+
+def _gather(grid: Array, points: Array) -> Array:
+    height, width = grid.shape[2:4]
+    x, fx, y, fy = _corners(points, (height, width))
+    flat = grid.reshape(*grid.shape[:2], height * width, grid.shape[4])
+    total = jnp.zeros((), grid.dtype)
+    for dy, wy in ((0, 1 - fy), (1, fy)):
+        for dx, wx in ((0, 1 - fx), (1, fx)):
+            row, column = y + dy, x + dx
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            index = jnp.clip(row, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
+            weight = jnp.where(inside, wy * wx, 0.0)
+            total += _rows(flat, index) * weight[..., None].astype(grid.dtype)
+    return total
+
+
+def _packed(grid: Array, points: Array) -> Array:
+    height, width = grid.shape[2:4]
+    x, fx, y, fy = _corners(points, (height, width))
+    padded = jnp.pad(grid, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+    neighbours = jnp.concatenate(
+        [padded[:, :, i : height + 1 + i, j : width + 1 + j] for i in (0, 1) for j in (0, 1)],
+        axis=-1,
+    )
+    flat = neighbours.reshape(*grid.shape[:2], (height + 1) * (width + 1), 4 * grid.shape[4])
+    found = _rows(flat, (y + 1) * (width + 1) + x + 1)
+    found = found.reshape(*found.shape[:-1], 4, grid.shape[4])
+    weights = jnp.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], axis=-1)
+    return jnp.sum(found * weights[..., None].astype(grid.dtype), axis=-2)
+
+
+def _rows(table: Array, index: Array) -> Array:
+    """``table [B, M, T, E]`` at ``index [B, M, Q, K]`` -> ``[B, M, Q, K, E]``."""
+    batch, heads = index.shape[:2]
+    flat = index.reshape(batch, heads, -1)
+    take = jax.vmap(jax.vmap(lambda rows, i: rows.at[i].get(mode="promise_in_bounds")))
+    return take(table, flat).reshape(*index.shape, table.shape[-1])
+
+
+def _dense(grid: Array, points: Array) -> Array:
+    height, width = grid.shape[2:4]
+    rows, columns = _interpolation(points, (height, width))
+    matrix = rows[..., :, None] * columns[..., None, :]
+    matrix = matrix.reshape(*points.shape[:-1], height * width).astype(grid.dtype)
+    flat = grid.reshape(*grid.shape[:2], height * width, grid.shape[4])
+    return jnp.einsum("bmqks,bmsd->bmqkd", matrix, flat)
+
+
+def _interpolation(points: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
+    """Weights of every row ``[..., H]`` and of every column ``[..., W]`` at points ``[..., 2]``."""
+    x, fx, y, fy = _corners(points, shape)
+
+    def weights(first, fraction, size):
+        cell = np.arange(size)
+        distance = cell - first[..., None]
+        return jnp.where(distance == 0, 1 - fraction[..., None], 0.0) + jnp.where(
+            distance == 1, fraction[..., None], 0.0
+        )
+
+    return weights(y, fy, shape[0]), weights(x, fx, shape[1])
+
+
+_SAMPLERS = {"gather": _gather, "packed": _packed, "dense": _dense}
