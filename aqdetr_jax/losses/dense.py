@@ -22,7 +22,7 @@ def dense_assignment(centres: Array, targets: Targets, cell: Array, radius: floa
     Args:
       centres: cell centres (x, y) in [0, 1] of the image, float32 [B, S, 2].
       targets: ground truth, [B, T].
-      cell: (width, height) of a cell in the same units, [B, 1, 2].
+      cell: (width, height) of each cell in the same units, [B, S, 2].
       radius: a cell is positive within this many cells of the box centre, and inside the box.
 
     Returns:

@@ -35,6 +35,8 @@ class DistillationWeights:
         [ours].
       decoder_cross: weight of the term on the decoder's cross-attention of the object queries
         [ours].
+      locations: weight of the distance between sampling locations beside the "kl" or "mse" of a
+        deformable attention's weights, which say nothing of where they look [ours].
       kind: "kl" on the probabilities (default), "mse" on them, "logits" (mean squared difference of
         the centred scores) or "output" (mean squared difference of A v, relative to the teacher's
         mean square) [ours].
@@ -43,10 +45,11 @@ class DistillationWeights:
     encoder: float = 0.0
     decoder_self: float = 0.0
     decoder_cross: float = 0.0
+    locations: float = 0.1
     kind: Kind = "kl"
 
     def __post_init__(self):
-        if min(self.encoder, self.decoder_self, self.decoder_cross) < 0:
+        if min(self.encoder, self.decoder_self, self.decoder_cross, self.locations) < 0:
             raise ValueError(f"distillation weights must not be negative: {self}")
         if self.kind not in ("kl", "mse", "logits", "output"):
             raise ValueError(
@@ -120,27 +123,102 @@ def output_mse(teacher: Array, student: Array, query_valid: Array | None = None)
     return difference / jnp.maximum(scale, 1e-12)
 
 
-def layer_loss(kind: Kind, teacher, student, query_valid: Array | None = None) -> Array:
-    """The chosen term for one layer; ``teacher`` and ``student`` have ``scores`` and ``output``."""
-    if kind == "kl":
-        return attention_kl(teacher.scores, student.scores, query_valid)
-    if kind == "mse":
-        return attention_mse(teacher.scores, student.scores, query_valid)
+def location_distance(
+    teacher: Array,
+    student: Array,
+    weights: Array,
+    sizes: Array,
+    query_valid: Array | None = None,
+) -> Array:
+    """``mean over batch, heads, valid queries of sum_lk A_T |p_T - p_S|_1`` in cells [ours].
+
+    A deformable attention's map is a set of (location, weight) pairs: where the teacher looks
+    matters by how much it takes from there.
+
+    Args:
+      teacher: sampling locations [B, Q, M, L, K, 2] in units of the level's grid.
+      student: the same.
+      weights: the teacher's probabilities [B, M, Q, L * K].
+      sizes: [L, 2] (width, height) of the levels, in cells.
+      query_valid: bool [B, Q] or None.
+
+    Returns:
+      float32 scalar >= 0.
+    """
+    teacher, weights = lax.stop_gradient(teacher), lax.stop_gradient(weights)
+    distance = jnp.sum(jnp.abs(teacher - student) * sizes[:, None], axis=-1)  # [B, Q, M, L, K]
+    distance = distance.reshape(*distance.shape[:3], -1).transpose(0, 2, 1, 3)
+    return masked_mean(jnp.sum(weights * distance, axis=-1), query_valid)
+
+
+def map_kl(teacher: Array, student: Array, query_valid: Array | None = None) -> Array:
+    """``KL(A_T || A_S)`` of dense maps that need not sum to 1 over the cells [ours].
+
+    For the maps that deformable attention induces (``ops.deformable.attention_map``): what falls
+    outside the grid is one more cell. Costs a map for every query; small levels, and checks.
+
+    Args:
+      teacher: [B, M, Q, cells] >= 0, sums at most 1.
+      student: the same.
+      query_valid: bool [B, Q] or None.
+
+    Returns:
+      float32 scalar >= 0.
+    """
+
+    def closed(x: Array) -> Array:
+        x = jnp.concatenate([x, 1 - jnp.sum(x, axis=-1, keepdims=True)], axis=-1)
+        return jnp.maximum(x, 1e-8)
+
+    t, s = closed(lax.stop_gradient(teacher)), closed(student)
+    return masked_mean(jnp.sum(t * (jnp.log(t) - jnp.log(s)), axis=-1), query_valid)
+
+
+def layer_loss(
+    kind: Kind, teacher, student, query_valid: Array | None = None, locations: float = 0.0
+) -> Array:
+    """The chosen term for one layer.
+
+    Args:
+      kind: which term.
+      teacher: maps with ``scores`` and ``output``; a deformable attention's with ``locations``,
+        ``probabilities`` and ``sizes`` too.
+      student: the same.
+      query_valid: bool [B, Q] or None.
+      locations: weight of ``location_distance`` beside "kl" and "mse" of a deformable attention.
+    """
     if kind == "logits":
         return score_mse(teacher.scores, student.scores, query_valid)
-    return output_mse(teacher.output, student.output, query_valid)
+    if kind == "output":
+        return output_mse(teacher.output, student.output, query_valid)
+    term = attention_kl if kind == "kl" else attention_mse
+    loss = term(teacher.scores, student.scores, query_valid)
+    if locations and hasattr(teacher, "locations"):
+        loss = loss + locations * location_distance(
+            teacher.locations,
+            student.locations,
+            teacher.probabilities,
+            teacher.sizes,
+            query_valid,
+        )
+    return loss
 
 
 def layer_by_layer_loss(
-    kind: Kind, teacher: Sequence, student: Sequence, query_valid: Array | None = None
+    kind: Kind,
+    teacher: Sequence,
+    student: Sequence,
+    query_valid: Array | None = None,
+    locations: float = 0.0,
 ) -> Array:
     """``L_dist = 1/L sum over layers`` of the layer's term [A: each encoder layer; ours: the mean].
 
     Args:
       kind: which term.
-      teacher: attention maps per layer (objects with ``scores`` and ``output``).
+      teacher: attention maps per layer, see ``layer_loss``.
       student: the same, as many.
       query_valid: bool [B, Q] or None.
+      locations: see ``layer_loss``.
 
     Returns:
       float32 scalar.
@@ -153,5 +231,8 @@ def layer_by_layer_loss(
             f"layer-by-layer distillation needs as many teacher layers as student layers, "
             f"got {len(teacher)} and {len(student)}"
         )
-    terms = [layer_loss(kind, t, s, query_valid) for t, s in zip(teacher, student, strict=True)]
+    terms = [
+        layer_loss(kind, t, s, query_valid, locations)
+        for t, s in zip(teacher, student, strict=True)
+    ]
     return sum(terms, jnp.float32(0.0)) / len(terms)

@@ -30,12 +30,14 @@ class DeformableMaps(NamedTuple):
       scores: [B, M, Q, L * K] float32, before the softmax over levels and points.
       probabilities: [B, M, Q, L * K], before their own quantizer.
       locations: [B, Q, M, L, K, 2] where values are sampled, (x, y) in units of the level's grid.
+      sizes: [L, 2] (width, height) of the levels, in cells.
       output: [B, Q, d] the mixed samples, heads concatenated, before the output layer.
     """
 
     scores: Array
     probabilities: Array
     locations: Array
+    sizes: Array
     output: Array
 
 
@@ -164,4 +166,5 @@ class SamplingCore(nn.Module):
         record(OpRecord(path, "sampling", macs=4 * macs, note=FLOAT))
         record(OpRecord(path, "mix", None, unsigned, signed, macs=macs, note=note))
         mixed = merge_heads(mixed)
-        return mixed, DeformableMaps(scores, probabilities, locations, mixed)
+        sizes = jnp.array([(w, h) for h, w in shapes], jnp.float32)
+        return mixed, DeformableMaps(scores, probabilities, locations, sizes, mixed)

@@ -162,6 +162,9 @@ class OptimizerConfig:
       schedule: "step" (x0.1 at each of ``drop_at``), "cosine" or "constant".
       drop_at: fractions of the run at which a "step" schedule drops.
       final: rate at the end of a cosine, as a fraction of ``lr``.
+      slow: regular expressions of parameter paths that are trained at ``slow_factor`` times ``lr``
+        (Deformable DETR's sampling offsets and reference points).
+      slow_factor: see ``slow``.
       frozen: regular expressions of parameter paths that are not trained.
       ema: decay of the exponential moving average of the parameters that is evaluated and kept;
         0 = none.
@@ -176,11 +179,13 @@ class OptimizerConfig:
     schedule: Literal["step", "cosine", "constant"] = "step"
     drop_at: tuple[float, ...] = (0.8,)
     final: float = 0.01
+    slow: tuple[str, ...] = ()
+    slow_factor: float = 0.1
     frozen: tuple[str, ...] = ()
     ema: float = 0.0
 
     def __post_init__(self):
-        for pattern in self.frozen:
+        for pattern in (*self.slow, *self.frozen):
             check_pattern(pattern)
 
 
@@ -257,9 +262,11 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        if self.loss.kind != "softmax":
+        wanted = "focal" if self.model.family == "deformable" else "softmax"
+        if self.loss.kind != wanted:
             raise ValueError(
-                "loss.kind must be 'softmax': DETR's class head has a no-object output"
+                f"loss.kind must be {wanted!r} with model.family={self.model.family!r}: DETR's "
+                "class head has a no-object output, Deformable DETR's one sigmoid a class"
             )
         if self.task == "pretrain" and self.quant.quantized:
             raise ValueError("task='pretrain' trains a float backbone: set quant.policy='float'")

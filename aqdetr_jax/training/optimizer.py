@@ -1,4 +1,4 @@
-"""AdamW in groups: backbone, step sizes, frozen parameters, and the rest."""
+"""AdamW in groups: backbone, step sizes, slow and frozen parameters, and the rest."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def learning_rate(config: OptimizerConfig, steps: int):
 
 
 def group_of(path: str, config: OptimizerConfig, *, frozen_norms: bool) -> str:
-    """The group of a parameter: "frozen", "steps", "backbone" or "rest".
+    """The group of a parameter: "frozen", "steps", "backbone", "slow" or "rest".
 
     Args:
       path: parameter path, e.g. "encoder/layer_0/norm1/scale".
-      config: ``frozen`` patterns.
+      config: ``frozen`` and ``slow`` patterns.
       frozen_norms: the backbone's norms are frozen (DETR's frozen batch norm).
     """
     leaf = path.rsplit("/", 1)[-1]
@@ -59,7 +59,9 @@ def group_of(path: str, config: OptimizerConfig, *, frozen_norms: bool) -> str:
         return "frozen"
     if leaf.endswith("_step"):
         return "steps"
-    return "backbone" if path.startswith("backbone/") else "rest"
+    if path.startswith("backbone/"):
+        return "backbone"
+    return "slow" if any(re.search(pattern, path) for pattern in config.slow) else "rest"
 
 
 def parameter_groups(params: Any, config: OptimizerConfig, *, frozen_norms: bool) -> Any:
@@ -124,6 +126,7 @@ def make_optimizer(
     transforms = {
         "rest": adamw(config.lr),
         "backbone": adamw(config.lr_backbone),
+        "slow": adamw(config.lr * config.slow_factor),
         "steps": optax.chain(
             optax.scale_by_adam(),
             relative_to_parameter(),

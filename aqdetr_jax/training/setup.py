@@ -150,9 +150,10 @@ def check_patterns(config: ExperimentConfig, operations: Sequence[str], params: 
         if not any(re.search(rule.pattern, path) for path in operations):
             raise ValueError(f"config.quant.rules: {rule.pattern!r} matches no operation")
     paths = traverse_util.flatten_dict(params, sep="/")
-    for pattern in config.optimizer.frozen:
-        if not any(re.search(pattern, path) for path in paths):
-            raise ValueError(f"config.optimizer.frozen: {pattern!r} matches no parameter")
+    for name in ("frozen", "slow"):
+        for pattern in getattr(config.optimizer, name):
+            if not any(re.search(pattern, path) for path in paths):
+                raise ValueError(f"config.optimizer.{name}: {pattern!r} matches no parameter")
 
 
 def example_input(bucket: tuple[int, int], batch: int = 1) -> tuple[jax.Array, jax.Array]:

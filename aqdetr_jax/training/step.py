@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from aqdetr_jax.losses.auxiliary import AuxiliaryLossConfig, aqdetr_detection_loss
 from aqdetr_jax.losses.dense import dense_assignment, dense_loss
 from aqdetr_jax.losses.distillation import DistillationWeights, layer_by_layer_loss
+from aqdetr_jax.losses.proposals import proposal_loss
 from aqdetr_jax.losses.targets import Predictions, Targets
-from aqdetr_jax.models.attention import AttentionMaps
+from aqdetr_jax.models.deformable_attention import DeformableMaps
 from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detector import Detector
 from aqdetr_jax.models.output import DetrOutput
@@ -62,6 +63,7 @@ def distillation_loss(
             teacher.encoder_attention,
             student.encoder_attention,
             student.memory_valid,
+            weights.locations,
         )
     if weights.decoder_self:
         terms["loss_distill_decoder_self"] = layer_by_layer_loss(
@@ -72,6 +74,8 @@ def distillation_loss(
             weights.kind,
             _of_objects(teacher.decoder_cross_attention, num_queries),
             _of_objects(student.decoder_cross_attention, num_queries),
+            None,
+            weights.locations,
         )
     scale = {
         "loss_distill_encoder": weights.encoder,
@@ -81,12 +85,19 @@ def distillation_loss(
     return sum((scale[k] * v for k, v in terms.items()), jnp.float32(0.0)), terms
 
 
-def _of_objects(maps: Sequence[AttentionMaps], num_queries: int) -> list[AttentionMaps]:
+def _of_objects(maps: Sequence[Any], num_queries: int) -> list[Any]:
     """The maps of the object queries only; they come before the auxiliary ones."""
-    n = num_queries
-    return [
-        AttentionMaps(m.scores[:, :, :n], m.probabilities[:, :, :n], m.output[:, :n]) for m in maps
-    ]
+    n, chosen = num_queries, []
+    for m in maps:
+        part = m._replace(
+            scores=m.scores[:, :, :n],
+            probabilities=m.probabilities[:, :, :n],
+            output=m.output[:, :n],
+        )
+        if isinstance(part, DeformableMaps):
+            part = part._replace(locations=m.locations[:, :n])
+        chosen.append(part)
+    return chosen
 
 
 def detection_loss_fn(
@@ -132,10 +143,15 @@ def detection_loss_fn(
             target = jax.lax.stop_gradient(target)
             more, distilled = distillation_loss(weights, target, output, sizes.num_queries)
             loss, terms = loss + more, terms | distilled
+        replaced = diagnostics["replaced_costs"]
+        if output.proposal_logits is not None:
+            found = Predictions(output.proposal_logits, output.proposal_boxes)
+            more, proposed, count = proposal_loss(found, targets_of(batch), config.loss)
+            loss, terms, replaced = loss + more, terms | proposed, replaced + count
         terms = {"loss": loss, **terms}
         for name in ("class_error", "num_boxes", "limited_images"):
             terms[name] = diagnostics[name].astype(jnp.float32)
-        terms["replaced_costs"] = diagnostics["replaced_costs"]
+        terms["replaced_costs"] = replaced
         return loss, (terms, updated.get("batch_stats", batch_stats))
 
     return loss_fn
