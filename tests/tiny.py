@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,30 @@ FLOAT = ExperimentConfig(
     ),
 )
 """A float DETR from scratch."""
+
+
+def random_variables(module: Any, *inputs: Any) -> Any:
+    """Random values in every variable of a model, whatever its initialiser says."""
+    return random_like(jax.eval_shape(module.init, jax.random.key(0), *inputs))
+
+
+def random_like(shapes: Any) -> Any:
+    """Random values for a tree of shapes of variables, a function of each path."""
+
+    def one(path, leaf):
+        name = path[-1].key
+        rng = np.random.default_rng(zlib.crc32("/".join(p.key for p in path).encode()))
+        if name.endswith("_step"):
+            size = {"kernel_step": 0.1, "probs_step": 0.03}.get(name, 0.3)
+            return rng.uniform(0.7 * size, size, leaf.shape).astype(np.float32)
+        if name.endswith("_zero"):
+            return rng.integers(0, 16, leaf.shape).astype(np.float32)
+        if name in ("var", "input_scale"):
+            return rng.uniform(0.5, 2.0, leaf.shape).astype(np.float32)
+        x = rng.normal(0, 0.3, leaf.shape).astype(np.float32)
+        return 1 + x if name == "scale" else x
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import traverse_util
 
 from aqdetr_jax.models.config import DetrConfig
@@ -51,23 +51,7 @@ def padded(bucket, fill=0, sizes=SIZES):
 @functools.cache
 def variables_of(policy="float", **options):
     """Random values in every variable, whatever its initialiser says."""
-    module = Detr(CONFIG, stock_policy(policy, **options))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *padded(BUCKET))
-
-    def one(path, leaf):
-        name = path[-1].key
-        rng = np.random.default_rng(zlib.crc32("/".join(p.key for p in path).encode()))
-        if name.endswith("_step"):
-            size = {"kernel_step": 0.1, "probs_step": 0.03}.get(name, 0.3)
-            return rng.uniform(0.7 * size, size, leaf.shape).astype(np.float32)
-        if name.endswith("_zero"):
-            return rng.integers(0, 16, leaf.shape).astype(np.float32)
-        if name == "var":
-            return rng.uniform(0.5, 2.0, leaf.shape).astype(np.float32)
-        x = rng.normal(0, 0.3, leaf.shape).astype(np.float32)
-        return 1 + x if name == "scale" else x
-
-    return jax.tree_util.tree_map_with_path(one, shapes)
+    return tiny.random_variables(Detr(CONFIG, stock_policy(policy, **options)), *padded(BUCKET))
 
 
 @functools.cache
