@@ -80,6 +80,19 @@ def test_totals_of_two_layers_by_hand():
     assert "75.0%" in text
 
 
+def test_centred_inputs_cost_two_floats_a_channel():
+    sizes = {}
+    for center in (False, True):
+        toy = Toy(stock_policy("w4a4", center=center))
+        with recording() as rows:
+            jax.eval_shape(toy.init, jax.random.key(0), jnp.zeros((3, 7, 6)))
+        report = bit_report(rows)
+        sizes[center] = report["packed_bytes"]
+        assert report["rows"][0]["grids"] == "w:s4/channel a:s4" + (" centred" if center else "")
+        assert report["rows"][1]["grids"] == ""
+    assert sizes[True] == sizes[False] + 2 * 4 * 6
+
+
 def test_convolution_by_hand():
     conv = QConv(5, (3, 3), stock_policy("w2a3"), strides=2, use_bias=True, name=None)
     with recording() as rows:
