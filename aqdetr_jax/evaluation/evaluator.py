@@ -36,16 +36,13 @@ class Detections(NamedTuple):
     seconds: float
 
 
-def make_predict_fn(
-    module: Detector, mesh: Mesh, num_classes: int, kind: str = "softmax"
-) -> Callable:
+def make_predict_fn(module: Detector, mesh: Mesh, num_classes: int) -> Callable:
     """The jitted inference function.
 
     Args:
       module: the model.
       mesh: devices; the batch is split over "data".
       num_classes: classes of the data (the head may have columns for more).
-      kind: "softmax" or "focal", see ``coco.postprocess``.
 
     Returns:
       ``f(variables, images, mask, original_size) -> (scores, labels, boxes)``; one compilation for
@@ -55,7 +52,11 @@ def make_predict_fn(
     def predict(variables, images, mask, original_size):
         output: Any = module.apply(variables, images, mask)
         return postprocess(
-            output.logits[-1], output.boxes[-1], original_size, kind=kind, num_classes=num_classes
+            output.logits[-1],
+            output.boxes[-1],
+            original_size,
+            kind=module.config.class_loss,
+            num_classes=num_classes,
         )
 
     whole, split = replicated(mesh), batch_sharding(mesh)
@@ -70,7 +71,6 @@ class Evaluator:
       dataset: evaluation set.
       pipeline: input parameters.
       mesh: devices.
-      kind: post-processing rule.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class Evaluator:
         dataset: DetectionDataset,
         pipeline: PipelineConfig,
         mesh: Mesh,
-        kind: str = "softmax",
     ):
         self._dataset = dataset
         # The last batch is filled up anyway, so any batch size can be made to fit the devices.
@@ -91,7 +90,7 @@ class Evaluator:
         size = -(-pipeline.batch_size // unit) * unit
         self._batches = make_eval_pipeline(dataset, dataclasses.replace(pipeline, batch_size=size))
         self._mesh = mesh
-        self._predict = make_predict_fn(module, mesh, dataset.num_classes, kind)
+        self._predict = make_predict_fn(module, mesh, dataset.num_classes)
 
     def detect(self, variables: Any, progress: Callable[[int, int], None] | None = None):
         """Detections of every image of the set.

@@ -43,7 +43,6 @@ class DetrConfig:
     """A detection transformer by its sizes; defaults are DETR-R50 on COCO.
 
     Attributes:
-      family: "detr" or "deformable".
       backbone: ResNet sizes.
       num_classes: C, real classes; DETR's class head has C + 1 outputs (91 + 1 for COCO),
         Deformable DETR's C.
@@ -63,10 +62,10 @@ class DetrConfig:
       dtype: carrier dtype of products, "float32" or "bfloat16"; sums and norms are float32.
       pixel_mean: RGB mean of images in [0, 1].
       pixel_std: RGB standard deviation.
+      family: "detr" or "deformable".
       deformable: levels, points and variants of a "deformable" model.
     """
 
-    family: Literal["detr", "deformable"] = "detr"
     backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
     num_classes: int = 91
     num_queries: int = 100
@@ -84,6 +83,7 @@ class DetrConfig:
     dtype: str = "float32"
     pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    family: Literal["detr", "deformable"] = "detr"
     deformable: DeformableConfig = DeformableConfig()
 
     def __post_init__(self):
@@ -99,9 +99,14 @@ class DetrConfig:
             )
 
     @property
+    def class_loss(self) -> Literal["softmax", "focal"]:
+        """How class scores are read: DETR's softmax, Deformable DETR's sigmoids."""
+        return "focal" if self.family == "deformable" else "softmax"
+
+    @property
     def class_outputs(self) -> int:
         """Outputs of the class head: C, and "no object" under a softmax."""
-        return self.num_classes + (1 if self.family == "detr" else 0)
+        return self.num_classes + (self.class_loss == "softmax")
 
     @property
     def query_sets(self) -> tuple[int, ...]:

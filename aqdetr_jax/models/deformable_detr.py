@@ -319,7 +319,10 @@ class DeformableDetr(nn.Module):
             queries = jnp.concatenate([queries, more])
         query, target = jnp.split(queries, 2, axis=-1)
         reference = jax.nn.sigmoid(QDense(2, self.policy, name="reference_points")(query))
-        return tuple(jnp.broadcast_to(x, (batch, *x.shape)) for x in (target, query, reference))
+        target, query, reference = (
+            jnp.broadcast_to(x, (batch, *x.shape)) for x in (target, query, reference)
+        )
+        return target, query, reference
 
     def _proposals(self, memory, masks, class_head, box_head) -> tuple[Array, Array]:
         """Class scores [B, S, C] and unbounded boxes [B, S, 4] of the encoder's tokens."""

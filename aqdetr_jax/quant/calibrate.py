@@ -32,6 +32,8 @@ def site_specs(rows: Sequence[OpRecord]) -> dict[str, QuantSpec]:
             specs[f"{row.path}/q"], specs[f"{row.path}/k"] = row.activation, row.other
         elif row.kind == "mix":
             specs[f"{row.path}/probs"], specs[f"{row.path}/v"] = row.activation, row.other
+        elif row.kind == "mix_samples":
+            specs[f"{row.path}/probs"], specs[f"{row.path}/samples"] = row.activation, row.other
     return {path: spec for path, spec in specs.items() if spec is not None}
 
 
@@ -121,19 +123,40 @@ def _error(values, step, lower, upper) -> np.ndarray:
     return np.square(values - grid).mean(1)
 
 
+def channel_statistics(values: np.ndarray, exponent: float) -> tuple[np.ndarray, np.ndarray]:
+    """Shift and scale of every channel of a centred input.
+
+    Args:
+      values: float32 [K, n], samples of each channel.
+      exponent: of the spread: 0 leaves the channels' spreads as they are, 1 makes them equal (and
+        moves all of their inequality into the weights).
+
+    Returns:
+      (means [K], scales [K] with a geometric mean of 1). A channel that hardly moves is not blown
+      up: its spread counts as a tenth of the median one.
+    """
+    spread = values.std(axis=1)
+    spread = np.maximum(spread, max(0.1 * float(np.median(spread)), TINY)) ** exponent
+    scale = spread / np.exp(np.log(spread).mean())
+    return values.mean(axis=1).astype(np.float32), scale.astype(np.float32)
+
+
 def calibrated_parameters(
     parameters: Mapping[str, Any],
     rows: Sequence[OpRecord],
     samples: Mapping[str, np.ndarray],
     method: Method = "mse",
+    equalize: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """Parameters with every step size (and zero point) set from data.
 
     Args:
       parameters: flat, ``path`` -> array; step sizes present with their shapes.
       rows: records of a forward pass of the quantized model.
-      samples: what each activation site saw, ``path/site`` -> [n] or [H, n].
+      samples: what each activation site saw, ``path/site`` -> [n] or [H, n]; [K, n] per channel
+        where the input is centred.
       method: see ``first_step``.
+      equalize: exponent of the channel scales, see ``channel_statistics``.
 
     Returns:
       A new flat dict.
@@ -142,18 +165,26 @@ def calibrated_parameters(
       ValueError: a site was never observed, or saw non-finite values; the message names it.
     """
     out = {path: np.asarray(value) for path, value in parameters.items()}
-    for path, spec in weight_specs(rows).items():
-        kernel = out[path].reshape(-1, out[path].shape[-1]).T
-        out[f"{path}_step"] = first_step(kernel, spec, method)[0].astype(np.float32)
+    # Activations first: the weights of a centred layer carry its channels' scales.
     for path, spec in site_specs(rows).items():
         if path not in samples:
             raise ValueError(f"calibration never reached the quantization site {path}")
         values = np.atleast_2d(samples[path])
         if not np.isfinite(values).all():
             raise ValueError(f"calibration saw non-finite values at the quantization site {path}")
+        if f"{path}_shift" in out:
+            shift, scale = channel_statistics(values, equalize)
+            out[f"{path}_shift"], out[f"{path}_scale"] = shift, scale
+            values = ((values - shift[:, None]) / scale[:, None]).reshape(1, -1)
         step, zero = first_step(values, spec, method)
         shape = np.shape(out[f"{path}_step"])
         out[f"{path}_step"] = step.reshape(shape).astype(np.float32)
         if spec.zero_point:
             out[f"{path}_zero"] = zero.reshape(shape).astype(np.float32)
+    for path, spec in weight_specs(rows).items():
+        kernel = out[path].reshape(-1, out[path].shape[-1])
+        scales = f"{path.removesuffix('kernel')}input_scale"
+        if scales in out:
+            kernel = kernel * out[scales][:, None]
+        out[f"{path}_step"] = first_step(kernel.T, spec, method)[0].astype(np.float32)
     return out

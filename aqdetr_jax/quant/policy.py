@@ -70,6 +70,8 @@ class Policy:
       zero_point: asymmetric activation grids with an integer zero point (Q-DETR's choice) at the
         sites whose values can be negative.
       renormalize: divide the attention output by the sum of the quantized probabilities.
+      center: dense inputs that can be negative are shifted and scaled per channel before they are
+        put on their grid; shift and scale fold into bias and weights [ours].
     """
 
     name: str = "float"
@@ -78,6 +80,7 @@ class Policy:
     attention_granularity: Literal["head", "tensor"] = "head"
     zero_point: bool = False
     renormalize: bool = False
+    center: bool = False
 
     def rule_for(self, path: str) -> Rule | None:
         """The first rule whose pattern is found in ``path``, or None."""

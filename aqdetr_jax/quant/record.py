@@ -28,6 +28,7 @@ class OpRecord:
       parameters: number of weights and biases.
       kernel_size: of those, the number of kernel weights (the rest stay float).
       channels: output channels of the kernel.
+      centred: input channels with a shift and a scale of their own (0 = none).
       macs: multiply-adds for the traced batch (0 for elementwise operations).
       note: the rule's note, or why the operation is float.
     """
@@ -40,6 +41,7 @@ class OpRecord:
     parameters: int = 0
     kernel_size: int = 0
     channels: int = 0
+    centred: int = 0
     macs: int = 0
     note: str = ""
 

@@ -9,7 +9,7 @@ from typing import Any
 from aqdetr_jax.quant.record import OpRecord
 from aqdetr_jax.quant.spec import QuantSpec
 
-ATTENTION = ("scores", "mix")
+ATTENTION = ("scores", "mix", "mix_samples")
 
 
 def bit_report(rows: Sequence[OpRecord], batch: int = 1) -> dict[str, Any]:
@@ -27,7 +27,8 @@ def bit_report(rows: Sequence[OpRecord], batch: int = 1) -> dict[str, Any]:
         ``rows``: one dict an operation with ``path``, ``kind``, ``weight_bits``,
         ``activation_bits``, ``attention_bits`` (int, "float", or None where it has no such
         operand), ``grids`` (text), ``parameters``, ``macs``, ``note``;
-        ``packed_bytes``: weights at their bits, one float32 step per channel, all else float32;
+        ``packed_bytes``: weights at their bits, one float32 step per channel, two float32 for
+        every centred input channel, all else float32;
         ``float_bytes``: everything in float32;
         ``macs``: per image, all products;
         ``macs_by_bits``: share of those by "WxA" bits, e.g. {"4x4": 0.93, "8x8": 0.05, ...}.
@@ -83,7 +84,8 @@ def _bits(spec: QuantSpec | None) -> int | str:
 
 def _grids(row: OpRecord) -> str:
     named = (("w", row.weight), ("a", row.activation), ("b", row.other))
-    return " ".join(f"{name}:{spec.describe()}" for name, spec in named if spec is not None)
+    text = " ".join(f"{name}:{spec.describe()}" for name, spec in named if spec is not None)
+    return f"{text} centred" if row.centred else text
 
 
 def _packed(row: OpRecord) -> float:
@@ -91,7 +93,8 @@ def _packed(row: OpRecord) -> float:
         return 4.0 * row.parameters
     # A row's parameters are the kernel, and per output channel a bias (where there is one).
     kernel = row.kernel_size
-    return kernel * row.weight.bits / 8 + 4.0 * (row.parameters - kernel) + 4.0 * row.channels
+    floats = row.parameters - kernel + row.channels + 2 * row.centred
+    return kernel * row.weight.bits / 8 + 4.0 * floats
 
 
 def format_bit_report(report: dict[str, Any]) -> str:

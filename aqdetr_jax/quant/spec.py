@@ -10,6 +10,12 @@ Granularity = Literal["tensor", "channel", "head"]
 
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8)
 
+CALIBRATED = ("_zero", "_shift", "_scale")
+"""Endings of names of parameters that only calibration sets."""
+
+GRID_PARAMETERS = ("_step", *CALIBRATED)
+"""Endings of the names of all parameters that a quantized model has and its float model has not."""
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:

@@ -9,6 +9,7 @@ from typing import Any
 
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
+from aqdetr_jax.quant.spec import GRID_PARAMETERS
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.model_io import ModelBundle
@@ -46,7 +47,6 @@ def evaluate_bundle(
         dataset,
         setup.pipeline_config(config, train=False),
         make_mesh(),
-        config.loss.kind,
     )
     metrics, detections = evaluator.evaluate(bundle.variables, progress)
     block = results_block(
@@ -76,7 +76,7 @@ def calibrated_bundle(config: ExperimentConfig, teacher: ModelBundle) -> ModelBu
     with contextlib.closing(setup.calibration_pipeline(config, dataset)) as batches:
         variables, report = initial.initial_variables(config, module, teacher, batches)
     assert report is not None  # there is a source
-    new = [path for path in report.new if not path.endswith(("_step", "_zero"))]
+    new = [path for path in report.new if not path.endswith(GRID_PARAMETERS)]
     unknown = report.mismatched + new
     if unknown:
         raise ValueError(

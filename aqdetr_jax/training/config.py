@@ -85,6 +85,8 @@ class QuantConfig:
       attention_granularity: one attention step per "head" or per "tensor".
       zero_point: asymmetric activation grids.
       renormalize: divide the attention output by the sum of the quantized probabilities.
+      center: dense inputs are shifted and scaled per channel before their grid (see ``Policy``).
+      equalize: how much of the channels' unequal spread the scales take, 0 to 1.
       calibration_batches: batches of training images that set the step sizes.
       calibration_method: "mse" (least squared error), "lsq" (2 mean|v| / sqrt(Qp)) or "percentile".
     """
@@ -94,11 +96,15 @@ class QuantConfig:
     attention_granularity: Literal["head", "tensor"] = "head"
     zero_point: bool = False
     renormalize: bool = False
+    center: bool = False
+    equalize: float = 0.7
     calibration_batches: int = 8
     calibration_method: Literal["mse", "lsq", "percentile"] = "mse"
 
     def __post_init__(self):
         self.build()  # a name or a rule that cannot be used is an error here, not in the model
+        if not 0 <= self.equalize <= 1:
+            raise ValueError(f"equalize must lie in [0, 1], got {self.equalize}")
 
     def build(self) -> Policy:
         """The policy table."""
@@ -107,6 +113,7 @@ class QuantConfig:
             attention_granularity=self.attention_granularity,
             zero_point=self.zero_point,
             renormalize=self.renormalize,
+            center=self.center,
         )
         return dataclasses.replace(policy, rules=self.rules + policy.rules)
 
@@ -262,11 +269,17 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        wanted = "focal" if self.model.family == "deformable" else "softmax"
+        wanted = self.model.class_loss
         if self.loss.kind != wanted:
             raise ValueError(
                 f"loss.kind must be {wanted!r} with model.family={self.model.family!r}: DETR's "
                 "class head has a no-object output, Deformable DETR's one sigmoid a class"
+            )
+        weights = self.distill.weights
+        if self.model.deformable.two_stage and weights.decoder_self + weights.decoder_cross > 0:
+            raise ValueError(
+                "distill.weights.decoder_self and decoder_cross must be 0 with two stages: the "
+                "teacher's queries are its own proposals and do not correspond to the student's"
             )
         if self.task == "pretrain" and self.quant.quantized:
             raise ValueError("task='pretrain' trains a float backbone: set quant.policy='float'")

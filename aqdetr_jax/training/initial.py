@@ -16,6 +16,7 @@ from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detector import Detector
 from aqdetr_jax.models.quantized import OBSERVED
 from aqdetr_jax.quant.calibrate import calibrated_parameters, merge_samples
+from aqdetr_jax.quant.spec import GRID_PARAMETERS
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.model_io import ModelBundle
 from aqdetr_jax.training.setup import CALIBRATION_ROWS, example_input, record_ops
@@ -53,9 +54,7 @@ class LoadReport(NamedTuple):
 
 def _roots(paths: Iterable[str]) -> list[str]:
     """Top-level names, and the leaf name for step sizes."""
-    return sorted(
-        {"step sizes" if p.endswith(("_step", "_zero")) else p.split("/")[0] for p in paths}
-    )
+    return sorted({"step sizes" if p.endswith(GRID_PARAMETERS) else p.split("/")[0] for p in paths})
 
 
 def merge(own: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], LoadReport]:
@@ -136,7 +135,7 @@ def initial_variables(
         params, report = merge(params, given)
         given_stats = traverse_util.flatten_dict(source.variables["batch_stats"], sep="/")
         stats, stats_report = merge(stats, given_stats)
-        wanted = sum(not path.endswith(("_step", "_zero")) for path in params)
+        wanted = sum(not path.endswith(GRID_PARAMETERS) for path in params)
         if len(report.loaded) < 0.1 * wanted or stats_report.mismatched:
             raise ValueError(
                 f"config.init_from={config.init_from!r} does not fit this model: "
@@ -209,6 +208,7 @@ def calibrate(
         rows,
         merge_samples(samples),
         config.quant.calibration_method,
+        config.quant.equalize,
     )
     return {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
 

@@ -365,7 +365,6 @@ class _Run:
                 self.eval_set,
                 setup.pipeline_config(self.config, train=False),
                 self.mesh,
-                self.config.loss.kind,
             )
         metrics, detections = self.evaluator.evaluate(state.evaluated)
         block = results_block(

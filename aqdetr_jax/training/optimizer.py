@@ -12,6 +12,7 @@ import optax
 from flax import traverse_util
 from jax import Array
 
+from aqdetr_jax.quant.spec import CALIBRATED
 from aqdetr_jax.training.config import OptimizerConfig
 
 STEP_FLOOR = 1e-9
@@ -51,7 +52,7 @@ def group_of(path: str, config: OptimizerConfig, *, frozen_norms: bool) -> str:
       frozen_norms: the backbone's norms are frozen (DETR's frozen batch norm).
     """
     leaf = path.rsplit("/", 1)[-1]
-    if leaf.endswith("_zero"):  # integer zero points are set by calibration only
+    if leaf.endswith(CALIBRATED):
         return "frozen"
     if any(re.search(pattern, path) for pattern in config.frozen):
         return "frozen"

@@ -123,17 +123,17 @@ def test_slow_parameters():
 
 
 def test_families_and_losses_must_fit():
-    with pytest.raises(ValueError, match="loss.kind must be 'focal'"):
+    with pytest.raises(ValueError, match="must be 'focal'"):
         ExperimentConfig(model=PLAIN)
     with pytest.raises(ValueError, match="two_stage=True needs box_refine=True"):
         DeformableConfig(two_stage=True)
-    with pytest.raises(ValueError, match="width 16 does not split into .*=32 groups"):
+    with pytest.raises(ValueError, match=r"width 16 does not split into .*=32 groups"):
         dataclasses.replace(PLAIN, deformable=DeformableConfig())
 
 
 def test_more_proposals_than_tokens_are_refused():
-    config = dataclasses.replace(CONFIGS["two_stage"], num_queries=2000)
-    with pytest.raises(ValueError, match="2006 proposals wanted of 1344 tokens"):
+    config = dataclasses.replace(CONFIGS["two_stage"], num_queries=6000)
+    with pytest.raises(ValueError, match="6006 proposals wanted of 5376 tokens"):
         shapes_of(config)
 
 
@@ -176,7 +176,8 @@ def test_auxiliary_proposals_are_the_next_best():
     centres = best[..., :2] * ratios.T[:, None]
     finite = np.abs(best[..., :2] - 1).max(-1) > 1e-3  # tokens that may propose
     distance = np.abs(located[:, :, :, 0].mean((2, 3)) - centres).max(-1)
-    assert distance[finite].max() < 1.0
+    print(distance[finite].max())
+    assert distance[finite].max() < 0.15
     assert "auxiliary_queries" not in variables["params"]
 
 

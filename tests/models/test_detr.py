@@ -125,6 +125,17 @@ def test_a_quantized_model_only_adds_step_sizes():
         path: s.shape for path, s in plain.items()
     }
     assert all(path.endswith("_step") for path in low if path not in plain)
+    # Centring adds two vectors to every dense layer whose input can be negative.
+    centred = shapes(stock_policy("w4a4", center=True))
+    assert {path: s.shape for path, s in centred.items() if path in low} == {
+        path: s.shape for path, s in low.items()
+    }
+    more = {path.removeprefix("params/") for path in centred if path not in low}
+    layers = {path.rsplit("/", 1)[0] for path in more}
+    assert more == {f"{layer}/input_{name}" for layer in layers for name in ("shift", "scale")}
+    dense = {p.rsplit("/", 1)[0] for p in low if p.endswith("input_step")}
+    dense = {p.removeprefix("params/") for p in dense if "backbone" not in p}
+    assert layers == {p for p in dense if not p.endswith("linear2") and p != "input_proj"}
 
 
 def test_groups_must_be_equal():
@@ -245,8 +256,8 @@ def test_images_are_normalised_once():
 
 
 def test_both_arithmetics_agree_on_the_whole_model():
-    # Zero points and renormalised attention included; all sums are far below 2^24.
-    options = {"zero_point": True, "renormalize": True}
+    # Zero points, centring and renormalised attention included; all sums are far below 2^24.
+    options = {"zero_point": True, "renormalize": True, "center": True}
     variables, batch = variables_of("w4a4", **options), padded(BUCKET)
     fake = model("w4a4", **options)(variables, *batch)
     integer = model("w4a4", arithmetic="integer", **options)(variables, *batch)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from flax import traverse_util
 
-from aqdetr_jax.models.config import DetrConfig
+from aqdetr_jax.models.config import DeformableConfig, DetrConfig
+from aqdetr_jax.models.detector import build_detector
 from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.models.quantized import QConv, QDense
 from aqdetr_jax.models.resnet import BackboneConfig, ResNet, resnet_config
@@ -42,7 +43,7 @@ def image(height, width, batch=1):
 @functools.cache
 def recorded(policy, config=TINY, size=(16, 24), batch=1):
     """(rows, abstract variables) of one inference."""
-    module = Detr(config, policy)
+    module = build_detector(config, policy)
     inputs = image(*size, batch)
     with recording() as rows:
         variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
@@ -79,6 +80,19 @@ def test_totals_of_two_layers_by_hand():
     text = format_bit_report(report)
     assert "class_head" in text
     assert "75.0%" in text
+
+
+def test_centred_inputs_cost_two_floats_a_channel():
+    sizes = {}
+    for center in (False, True):
+        toy = Toy(stock_policy("w4a4", center=center))
+        with recording() as rows:
+            jax.eval_shape(toy.init, jax.random.key(0), jnp.zeros((3, 7, 6)))
+        report = bit_report(rows)
+        sizes[center] = report["packed_bytes"]
+        assert report["rows"][0]["grids"] == "w:s4/channel a:s4" + (" centred" if center else "")
+        assert report["rows"][1]["grids"] == ""
+    assert sizes[True] == sizes[False] + 2 * 4 * 6
 
 
 def test_convolution_by_hand():
@@ -206,6 +220,45 @@ def test_multiply_adds_of_detr(backbone, size, total, parts):
     heads = groups["class_head"] + groups["box_head"]
     assert report["macs"] / 1e9 - heads * 5 / 6 == pytest.approx(total, abs=0.011)
     assert report["macs"] / 1e9 == pytest.approx(total, rel=0.01)
+
+
+DEFORMABLE = DetrConfig(
+    family="deformable", num_queries=300, ffn=1024, deformable=DeformableConfig()
+)
+
+
+def test_multiply_adds_of_deformable_detr():
+    """17 821 tokens; four multiply-adds a channel for a bilinear sample, as the papers count.
+
+    They take the attention weight into the four; here it is a quantized product of its own.
+    """
+    rows, _ = recorded(Policy(), DEFORMABLE, (800, 1066))
+    report = bit_report([row for row in rows if row.kind != "mix_samples"])
+    more = bit_report(rows)["macs"] - report["macs"]
+    assert more == 8 * 16 * 32 * 6 * (17821 + 300)
+    groups = collections.Counter()
+    for row in report["rows"]:
+        groups[row["path"].split("/")[0]] += row["macs"] / 1e9
+    assert groups["encoder"] == pytest.approx(82.34, abs=0.01)
+    assert groups["decoder"] == pytest.approx(9.02, abs=0.01)
+    heads = groups["class_head"] + groups["box_head"]
+    assert report["macs"] / 1e9 - heads * 5 / 6 == pytest.approx(165.51, abs=0.05)
+
+
+def test_deformable_sites_belong_to_rows_and_the_reverse():
+    rows, variables = recorded(stock_policy("w4a4"), DEFORMABLE, (128, 160))
+    paths = set(traverse_util.flatten_dict(variables["params"], sep="/"))
+    steps = {path for path in paths if path.endswith("_step")}
+    assert steps == {f"{path}_step" for path in {**site_specs(rows), **weight_specs(rows)}}
+    table = {(row["path"], row["kind"]): row for row in bit_report(rows)["rows"]}
+    core = "decoder/layer_0/cross_attention/core"
+    assert table[core, "mix_samples"]["attention_bits"] == 4
+    assert table[core, "mix_samples"]["grids"] == "a:u4/head b:s4/head"
+    assert table[core, "sampling"]["activation_bits"] == "float"
+    assert table["reference_points", "dense"]["weight_bits"] == "float"
+    assert table["reference_points", "dense"]["note"] == "coordinates stay float"
+    for level in range(4):
+        assert table[f"input_proj_{level}", "conv"]["weight_bits"] == 8
 
 
 def test_multiply_adds_of_the_backbone():

@@ -39,6 +39,8 @@ PARAMS = {
         ("backbone/stem/kernel_step", True, "steps"),
         ("backbone/layer1_0/conv1/input_step", False, "steps"),
         ("backbone/layer1_0/conv1/input_zero", False, "frozen"),
+        ("encoder/layer_0/self_attention/q_proj/input_shift", True, "frozen"),
+        ("encoder/layer_0/self_attention/q_proj/input_scale", True, "frozen"),
         ("encoder/layer_0/norm1/scale", True, "rest"),
         ("encoder/layer_0/self_attention/q_step", True, "steps"),
         ("encoder/layer_0/self_attention/q_zero", True, "frozen"),
