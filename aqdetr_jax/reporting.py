@@ -24,6 +24,7 @@ from aqdetr_jax.viz.curves import save_figure, training_curves
 from aqdetr_jax.viz.detections import Panel, detection_grid
 from aqdetr_jax.viz.records import read_metrics
 from aqdetr_jax.viz.report import write_report
+from aqdetr_jax.viz.sampling import Samples, sampling_grid, splat
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -85,7 +86,10 @@ def attention_pictures(
     count: int,
     names: tuple[str, str] = ("teacher", "student"),
 ) -> list[dict[str, Any]]:
-    """Encoder attention of two models on the first images with objects, last encoder layer.
+    """Where two models look on the first images with objects.
+
+    The last encoder layer's self-attention; of deformable models its dense map on the finest
+    level, and the sampling points of the best detections in the last decoder layer.
 
     Args:
       dataset: evaluation set.
@@ -108,31 +112,78 @@ def attention_pictures(
 
     def run(bundle):
         module = bundle.module()
-        return jax.jit(lambda v, x, m: module.apply(v, x, m).encoder_attention[-1].probabilities[0])
 
-    teacher_map, student_map = run(teacher), run(student)
+        def last_maps(variables, images, mask):
+            output = module.apply(variables, images, mask)
+            return output._replace(
+                encoder_attention=output.encoder_attention[-1:],
+                decoder_cross_attention=output.decoder_cross_attention[-1:],
+                decoder_self_attention=(),
+            )
+
+        return jax.jit(last_maps)
+
+    functions = run(teacher), run(student)
+    deformable = student.config.family == "deformable"
     for batch in EvalBatches(dataset, config):
         if not batch["valid"][0].any():
             continue
-        maps = [
-            np.asarray(f(b.variables, batch["images"], batch["mask"]))
-            for f, b in ((teacher_map, teacher), (student_map, student))
+        outputs = [
+            jax.device_get(f(b.variables, batch["images"], batch["mask"]))
+            for f, b in zip(functions, (teacher, student), strict=True)
         ]
         height, width = (int(x) for x in batch["size"][0])
         bucket = batch["mask"].shape[1:]
-        grid = _grid(bucket, student.config.backbone.output_stride, maps[0].shape[-1])
-        picture = attention_grid(
-            batch["images"][0, :height, :width],
-            *maps,
-            grid_size=grid,
-            real=(height / bucket[0], width / bucket[1]),
-            titles=names,
-        )
+        image = batch["images"][0, :height, :width]
+        real = (height / bucket[0], width / bucket[1])
+        if deformable:
+            columns, cells = outputs[0].encoder_attention[0].sizes[0]
+            grid = (int(cells), int(columns))
+            maps = [_dense_map(output.encoder_attention[0], grid) for output in outputs]
+        else:
+            maps = [output.encoder_attention[0].probabilities[0] for output in outputs]
+            grid = _grid(bucket, student.config.backbone.output_stride, maps[0].shape[-1])
         name = dataset.file_name(int(batch["image_index"][0]))
+        picture = attention_grid(image, *maps, grid_size=grid, real=real, titles=names)
         pictures.append({"image": picture, "title": f"encoder self-attention, {name}"})
-        if len(pictures) == count:
+        if deformable:
+            picture = _sampling_picture(image, outputs, real, student.class_names, names)
+            pictures.append({"image": picture, "title": f"decoder sampling points, {name}"})
+        if len(pictures) >= count:
             break
     return pictures
+
+
+def _dense_map(maps: Any, grid: tuple[int, int]) -> np.ndarray:
+    """[heads, cells, cells] of the finest level's tokens of the first image."""
+    cells = grid[0] * grid[1]
+    return splat(maps.locations[0, :cells], maps.probabilities[0, :, :cells], grid)
+
+
+def _sampling_picture(
+    image: np.ndarray,
+    outputs: Sequence[Any],
+    real: tuple[float, float],
+    class_names: Sequence[str],
+    names: Sequence[str],
+    count: int = 3,
+) -> Image.Image:
+    """Sampling points of the student's best object queries, each model's own beside it."""
+    scores = 1 / (1 + np.exp(-outputs[-1].logits[-1, 0]))
+    best = np.argsort(-scores.max(-1), kind="stable")[:count]
+    scale = np.array([1 / real[1], 1 / real[0]])  # units of the padded image -> of the real one
+    rows = []
+    for query in best:
+        row = []
+        for output in outputs:
+            maps = output.decoder_cross_attention[0]
+            heads, levels, points = maps.locations.shape[2:5]
+            weights = maps.probabilities[0, :, query].reshape(heads, levels, points)
+            box = output.boxes[-1, 0, query]
+            row.append(Samples(maps.locations[0, query] * scale, weights, box))
+        rows.append(row)
+    labels = [f"{class_names[scores[q].argmax()]} {scores[q].max():.2f}" for q in best]
+    return sampling_grid(image, rows, titles=names, labels=labels)
 
 
 def _grid(bucket: tuple[int, int], stride: int, cells: int) -> tuple[int, int]:

@@ -77,14 +77,14 @@ def attention_grid(
             (row + 0.5) / grid_size[0] / real[0] * size[1],
         )
         marked = _mark(picture.copy(), spot)
-        line = [_note(marked, f"row {row}, column {column}")]
+        line = [detections.note(marked, f"row {row}, column {column}")]
         grey = np.asarray(picture.convert("L"), np.float32)
         for heat in (heat_t, heat_s):
             values = _enlarge(heat, grid_size, real, size) / top
             # Grey between 40 and 200 leaves room for both ends of the colour map.
             shown = _overlay(40 + grey * (160 / 255), values, _HEAT, np.sqrt(np.maximum(values, 0)))
             shown = _mark(shown, spot)
-            line.append(_note(shown, f"max {heat.max():.3f}"))
+            line.append(detections.note(shown, f"max {heat.max():.3f}"))
         gap = heat_s - heat_t
         widest = max(float(np.abs(gap).max()), _EPSILON)
         values = _enlarge(gap, grid_size, real, size) / widest
@@ -94,7 +94,7 @@ def attention_grid(
         )
         divergence = _kl(teacher[:, index], student[:, index])
         note = f"max |difference| {np.abs(gap).max():.3f}, KL {divergence:.3f}"
-        line.append(_note(_mark(shown, spot), note))
+        line.append(detections.note(_mark(shown, spot), note))
         rows.append(line)
     names = ["query position", *titles, f"{titles[1]} − {titles[0]}"]
     return _with_scales(detections.tile(rows, names), titles)
@@ -183,20 +183,6 @@ def _mark(picture: Image.Image, spot: tuple[float, float]) -> Image.Image:
         x, y = spot
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=color, width=width)
     return picture
-
-
-def _note(picture: Image.Image, text: str) -> Image.Image:
-    """Sets a short note under the picture."""
-    canvas = Image.new("RGB", (picture.width, picture.height + 20), (255, 255, 255))
-    canvas.paste(picture, (0, 0))
-    ImageDraw.Draw(canvas).text(
-        (0, picture.height + 11),
-        text,
-        font=detections.load_font(13),
-        fill=(93, 103, 120),
-        anchor="lm",
-    )
-    return canvas
 
 
 def _with_scales(grid: Image.Image, titles: tuple[str, str]) -> Image.Image:

@@ -183,6 +183,20 @@ def detection_grid(
     return tile(pictures, titles, legend)
 
 
+def note(picture: Image.Image, text: str) -> Image.Image:
+    """Sets a short note under the picture."""
+    canvas = Image.new("RGB", (picture.width, picture.height + 20), _PAPER)
+    canvas.paste(picture, (0, 0))
+    ImageDraw.Draw(canvas).text(
+        (0, picture.height + 11),
+        text,
+        font=load_font(13),
+        fill=_MUTED,
+        anchor="lm",
+    )
+    return canvas
+
+
 def tile(
     pictures: Sequence[Sequence[Image.Image]],
     titles: Sequence[str],

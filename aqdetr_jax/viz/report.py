@@ -251,7 +251,8 @@ def _pictures(pictures: Sequence[Any]) -> Markup:
 def _attention(pictures: Sequence[Any]) -> Markup:
     lead = (
         "Where marked positions of the encoder's self-attention look, the mean over the heads: "
-        "teacher, student, and their difference."
+        "teacher, student, and their difference. Of deformable models also where the best "
+        "detections' queries sample."
     )
     return join([element("p", lead, class_="lead"), _pictures(pictures)])
 
