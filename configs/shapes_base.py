@@ -1,14 +1,17 @@
 """What all experiments on the embedded set share: data, sizes, schedule. Not run on its own.
 
-The model is a DETR for 128-pixel images on two CPU cores: a narrow ResNet with output stride 8
-(256 tokens), one encoder and three decoder layers of width 144, pre-norm, 25 object queries.
+The models are for 128-pixel images on two CPU cores: a narrow ResNet, one encoder and three decoder
+layers of width 144, pre-norm, 25 object queries. DETR sees one level of stride 8 (256 tokens),
+Deformable DETR three of strides 8, 16 and 32 (336 tokens), with box refinement.
 """
 
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    """Data and model of the embedded set."""
+def get_config(family: str = "detr") -> ConfigDict:
+    """Data and model of the embedded set; ``family``: "detr" or "deformable"."""
+    if family not in ("detr", "deformable"):
+        raise ValueError(f"unknown family {family!r}: 'detr' or 'deformable'")
     config = ConfigDict()
     config.name = "shapes_base"
     config.task = "detect"
@@ -77,4 +80,13 @@ def get_config() -> ConfigDict:
             log_every=20,
         )
     )
+    if family == "deformable":
+        config.model.backbone.update(strides=(1, 2, 2), dilations=(1, 1, 1))
+        config.model.update(
+            family="deformable",
+            query_start="normal",
+            deformable=dict(levels=3, stages=2, points=4, box_refine=True, norm_groups=16),
+        )
+        config.loss = ConfigDict(dict(cls=2.0, kind="focal"))
+        config.optimizer.slow = ("sampling_offsets/", "reference_points/")
     return config

@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 from configs import shapes_base
 
 
-def get_config() -> ConfigDict:
+def get_config(family: str = "detr") -> ConfigDict:
     """Learning norms, no decoder."""
-    config = shapes_base.get_config()
-    config.name = "shapes_pretrain"
+    config = shapes_base.get_config(family)
+    config.name = "shapes_pretrain" if family == "detr" else f"shapes_{family}_pretrain"
     config.task = "pretrain"
     config.model.backbone.norm = "batch"
     config.optimizer.update(lr=2e-3, lr_backbone=2e-3)

@@ -14,8 +14,8 @@ from configs import shapes_w4a4
 
 def get_config(variant: str = "aqdetr") -> ConfigDict:
     """``variant``: as in ``shapes_w4a4``; "baseline" is plain LSQ."""
-    config = shapes_w4a4.get_config("lsq" if variant == "baseline" else variant)
-    config.name = f"shapes_quickstart_{variant}"
+    config = shapes_w4a4.get_config(variant.replace("baseline", "lsq"))
+    config.name = f"shapes_quickstart_{variant.replace('-', '_')}"
     config.train.update(steps=1200, eval_every=0)
     config.optimizer.update(warmup=40, ema=0.99)
     return config

@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 from configs import shapes_base
 
 
-def get_config() -> ConfigDict:
+def get_config(family: str = "detr") -> ConfigDict:
     """Float DETR with auxiliary query groups (dropped afterwards), from the pretrained backbone."""
-    config = shapes_base.get_config()
-    config.name = "shapes_teacher"
-    config.init_from = "runs/shapes_pretrain"
+    config = shapes_base.get_config(family)
+    prefix = "" if family == "detr" else f"{family}_"
+    config.name = f"shapes_{prefix}teacher"
+    config.init_from = f"runs/shapes_{prefix}pretrain"
     config.model.num_auxiliary = 50
     config.model.auxiliary_groups = 2
     config.optimizer.lr_backbone = 1e-3

@@ -2,7 +2,8 @@
 
 aqdetr train --config=configs/shapes_w4a4.py:VARIANT --workdir=DIR
 
-VARIANT: "aqdetr" (auxiliary queries and distillation), "lsq" (neither), "auxiliary", "distill".
+VARIANT: "aqdetr" (auxiliary queries and distillation), "lsq" (neither), "auxiliary", "distill";
+of Deformable DETR "deformable-aqdetr" and so on.
 Bits: --config.quant.policy=w3a3 (or w2a2, w4a4-attn8, w8a8).
 
 Result (seed 0, 1200 validation images): aqdetr AP 0.446, 91.9 % of the teacher's; the other
@@ -19,12 +20,17 @@ VARIANTS["aqdetr"] = (True, True)
 
 def get_config(variant: str = "aqdetr") -> ConfigDict:
     """A 4-bit student from the float teacher."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; one of {sorted(VARIANTS)}")
-    auxiliary, distill = VARIANTS[variant]
-    config = shapes_base.get_config()
-    config.name = f"shapes_w4a4_{variant}"
-    config.init_from = "packaged:shapes_teacher"
+    family, _, contribution = variant.rpartition("-")
+    family = family or "detr"
+    if contribution not in VARIANTS:
+        raise ValueError(
+            f"unknown variant {variant!r}; one of {sorted(VARIANTS)}, or deformable-VARIANT"
+        )
+    auxiliary, distill = VARIANTS[contribution]
+    config = shapes_base.get_config(family)
+    prefix = "" if family == "detr" else f"{family}_"
+    config.name = f"shapes_w4a4_{prefix}{contribution}"
+    config.init_from = f"packaged:shapes_{prefix}teacher"
     # Centred inputs keep 78 % of the teacher's AP by calibration alone, uncentred ones 72 %.
     config.quant = ConfigDict(
         dict(policy="w4a4", renormalize=True, center=True, calibration_batches=8)
