@@ -20,7 +20,7 @@ import numpy as np
 
 from aqdetr_jax import host
 from aqdetr_jax.io import write_json_atomic
-from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.models.detector import build_detector
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import load_experiment
@@ -80,7 +80,7 @@ def main() -> None:
     variables, _ = initial.initial_variables(config, module, None, iter([batch]))
     calibrated = time.perf_counter()
     batch = {key: batch[key] for key in TRAINED_KEYS}
-    teacher = Detr(dataclasses.replace(config.model, num_auxiliary=0))
+    teacher = build_detector(dataclasses.replace(config.model, num_auxiliary=0))
     float_params = jax.eval_shape(teacher.init, jax.random.key(0), *setup.example_input(bucket))[
         "params"
     ]

@@ -29,7 +29,7 @@ from aqdetr_jax.losses.auxiliary import split_groups
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.losses.matching import QuerySet, match_sets
 from aqdetr_jax.losses.targets import Predictions, repeat_counts
-from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.models.detector import build_detector
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import QuantConfig, load_experiment
@@ -71,7 +71,7 @@ def build(config, batch, batches, teacher_variables, mesh):
         out_shardings=replicated(mesh),
     )
     state = create(variables["params"], variables["batch_stats"])
-    teacher = Detr(config.model) if config.distill.weights.active else None
+    teacher = build_detector(config.model) if config.distill.weights.active else None
     step = make_train_step(config, detection_loss_fn(config, module, teacher), optimizer, groups)
     start = time.perf_counter()
     compiled = jit_train_step(step, state, mesh).lower(state, teacher_variables, batch).compile()
@@ -104,7 +104,7 @@ def main() -> None:
     jax.set_mesh(mesh)
     batch = put_batch({k: first[k] for k in TRAINED_KEYS}, mesh)
 
-    teacher = Detr(dataclasses.replace(base.model, num_auxiliary=0, auxiliary_groups=1))
+    teacher = build_detector(dataclasses.replace(base.model, num_auxiliary=0, auxiliary_groups=1))
     images, mask = setup.example_input(base.data.buckets[0])
     teacher_variables = jax.jit(teacher.init, out_shardings=replicated(mesh))(
         jax.random.key(1), images, mask
