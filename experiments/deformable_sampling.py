@@ -6,8 +6,8 @@ For every case (COCO's encoder and decoder at 800 x 1066, the embedded set's enc
 ``ops.deformable`` samples and mixes the same random points, forward alone and forward plus
 gradient; the ways run in turn, round after round, and ratios are of medians to the plain gather's.
 With torch installed (extra "parity"), transformers' own function runs in the same rounds. With
-libtpu installed, forward plus gradient is compiled ahead of time for one v5e chip and the compiler's
-bytes are kept (no TPU is needed, and nothing is timed on one).
+libtpu installed, forward plus gradient is compiled ahead of time for one v5e chip and the
+compiler's bytes are kept (no TPU is needed, and nothing is timed on one).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CASES = {
     "shapes_decoder": Case(16, 75, 4, 36, 4, ((16, 16), (8, 8), (4, 4))),
 }
 DENSE_LIMIT = 2**28
-"""Interpolation weights (batch x heads x queries x points x cells) beyond which "dense" is not run."""
+"""Weights of "dense" (batch x heads x queries x points x cells) beyond which it is not run."""
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
@@ -86,7 +86,7 @@ def jax_functions(case: Case, method: str) -> dict[str, Callable[..., Any]]:
 
 
 def torch_functions(case: Case, arrays: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
-    """transformers' function, or nothing without torch."""
+    """The function of transformers, or nothing without torch."""
     try:
         import torch
         from transformers.models.deformable_detr.modeling_deformable_detr import (
