@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -73,24 +74,34 @@ def merge(own: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def match_classes(source: ModelBundle, class_names: tuple[str, ...]) -> ModelBundle:
-    """The source with its class head arranged for other classes, by name.
+    """The source with its class heads arranged for other classes, by name.
 
-    A head that knows every wanted class keeps their columns (and "no object"); another one is
-    taken out, and starts afresh.
+    Heads that know every wanted class keep their columns (and "no object"); others are taken out,
+    and start afresh. The head of a two-stage model's proposals says by its first column whether
+    there is an object, whatever the first class is: that column stays first.
 
     Args:
       source: imported model.
       class_names: the data's classes, in order.
     """
-    params = source.variables["params"]
-    if source.class_names == class_names or "class_head" not in params:
+    params = dict(source.variables["params"])
+    heads = [name for name in params if re.fullmatch(r"class_head(_\d+)?", name)]
+    if source.class_names == class_names or not heads:
         return source
-    params = dict(params)
-    head = params.pop("class_head")
-    if set(class_names) <= set(source.class_names):
-        # A head may have columns beyond its names (COCO's 91 ids); the last is "no object".
-        columns = [source.class_names.index(name) for name in class_names] + [-1]
-        params["class_head"] = {k: np.asarray(v)[..., columns] for k, v in head.items()}
+    known = set(class_names) <= set(source.class_names)
+    proposals = f"class_head_{source.config.decoder_layers}"
+    for name in heads:
+        head = params.pop(name)
+        if not known:
+            continue
+        columns = [source.class_names.index(wanted) for wanted in class_names]
+        if source.config.class_loss == "softmax":
+            # A head may have columns beyond its names (COCO's 91 ids); the last is "no object".
+            columns.append(-1)
+        elif name == proposals and source.config.deformable.two_stage:
+            columns = list(range(len(class_names)))
+        params[name] = {k: np.asarray(v)[..., columns] for k, v in head.items()}
+    if known:
         logger.info("class head: columns of %d classes taken over by name", len(class_names))
     else:
         new = [name for name in class_names if name not in source.class_names]

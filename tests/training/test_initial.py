@@ -8,6 +8,7 @@ import pytest
 import tiny
 from flax import traverse_util
 
+from aqdetr_jax.models.config import DeformableConfig
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.config import QuantConfig
 from aqdetr_jax.training.model_io import load_model
@@ -167,6 +168,24 @@ def test_source_that_does_not_fit_is_refused(calibrated):
 
 
 # --- classes -------------------------------------------------------------------------------------
+
+
+def test_class_heads_of_a_two_stage_model_follow_the_names():
+    options = DeformableConfig(levels=3, stages=2, norm_groups=8, box_refine=True, two_stage=True)
+    model = dataclasses.replace(tiny.MODEL, family="deformable", deformable=options)
+    loss = dataclasses.replace(tiny.FLOAT.loss, kind="focal")
+    source = tiny.bundle(dataclasses.replace(tiny.FLOAT, model=model, loss=loss))
+    names, params = source.class_names, source.variables["params"]
+    wanted = (names[3], names[1])
+    found = initial.match_classes(source, wanted).variables["params"]
+    for layer in range(2):
+        kernel = params[f"class_head_{layer}"]["kernel"]
+        np.testing.assert_array_equal(found[f"class_head_{layer}"]["kernel"], kernel[:, [3, 1]])
+    # Whether there is an object at all is the first column of the proposals' head.
+    proposals = params["class_head_2"]["kernel"]
+    np.testing.assert_array_equal(found["class_head_2"]["kernel"], proposals[:, [0, 1]])
+    unknown = initial.match_classes(source, (names[0], "zebra")).variables["params"]
+    assert not [name for name in unknown if name.startswith("class_head")]
 
 
 def test_class_head_follows_the_names(tiny_teacher, caplog):
