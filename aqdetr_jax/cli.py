@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threshold", type=float, default=0.5)
     sub = verb("quickstart", _quickstart, "a float detector becomes a 4-bit one, in minutes")
     sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
+    sub.add_argument("--model", choices=("detr", "deformable"), default="detr")
     sub.add_argument("--from-scratch", action="store_true", help="train the float teacher too")
     sub.add_argument("--baseline", action="store_true", help="also train plain LSQ as long")
     sub = verb("prepare-data", _prepare, "write a data set as TFDS or COCO folder", config=True)
@@ -168,15 +169,15 @@ def _predict(arguments, overrides) -> None:
     from aqdetr_jax.data.dataset import ImageReadError
     from aqdetr_jax.evaluation.predict import as_array, load
     from aqdetr_jax.io import write_json_atomic
-    from aqdetr_jax.quickstart import TEACHER
+    from aqdetr_jax.quickstart import TEACHERS
     from aqdetr_jax.viz.detections import draw_boxes
 
     if overrides:
         raise ValueError(f"predict takes no configuration overrides, found {overrides[0]!r}")
-    detector = load(arguments.model or TEACHER)
+    detector = load(arguments.model or TEACHERS["detr"])
     if not arguments.model:
         names = ", ".join(detector.class_names)
-        print(f"no --model given: {TEACHER}, which knows {names}")
+        print(f"no --model given: {TEACHERS['detr']}, which knows {names}")
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()
@@ -211,6 +212,7 @@ def _quickstart(arguments, overrides) -> None:
 
     quickstart(
         arguments.workdir,
+        model=arguments.model,
         from_scratch=arguments.from_scratch,
         baseline=arguments.baseline,
         overrides=overrides,

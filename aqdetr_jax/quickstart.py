@@ -18,13 +18,17 @@ from aqdetr_jax.training.loop import train
 from aqdetr_jax.training.model_io import load_model
 from aqdetr_jax.training.workdir import git_commit
 
-TEACHER: str | Path = "packaged:shapes_teacher"
-"""The float teacher of the embedded set that comes with the package."""
+TEACHERS: dict[str, str | Path] = {
+    "detr": "packaged:shapes_teacher",
+    "deformable": "packaged:shapes_deformable_teacher",
+}
+"""The float teachers of the embedded set that come with the package."""
 
 
 def quickstart(
     workdir: str | Path,
     *,
+    model: str = "detr",
     from_scratch: bool = False,
     baseline: bool = False,
     overrides: tuple[str, ...] = (),
@@ -33,6 +37,7 @@ def quickstart(
 
     Args:
       workdir: folder for everything; run it again to go on after an interruption.
+      model: family of the model, "detr" or "deformable".
       from_scratch: train the float teacher too (pretraining first).
       baseline: also train plain LSQ (no auxiliary queries, no distillation) for as many steps.
       overrides: ``a.b=value`` texts applied to the student's configuration.
@@ -45,13 +50,18 @@ def quickstart(
     git_commit()  # remembered from here on: results belong to the code that is running now
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    teacher_path: str | Path = TEACHER
-    runs = {"student": "student", "baseline": "baseline"}
+    if model not in TEACHERS:
+        raise ValueError(f"unknown model {model!r}: one of {', '.join(TEACHERS)}")
+    teacher_path: str | Path = TEACHERS[model]
+    prefix = "" if model == "detr" else f"{model}-"
+    # Another model or teacher, another run: several may be in the same folder.
+    runs = {name: f"{prefix}{name}" for name in ("student", "baseline")}
     if from_scratch:
-        teacher_path = train_teacher(workdir, overrides)
-        # Another teacher, another run: the packaged one's student may be in the same folder.
-        runs = {name: f"{name}_from_scratch" for name in runs}
-    student_config = load_experiment("shapes_quickstart", overrides, init_from=str(teacher_path))
+        teacher_path = train_teacher(workdir, overrides, model)
+        runs = {name: f"{run}_from_scratch" for name, run in runs.items()}
+    student_config = load_experiment(
+        f"shapes_quickstart:{prefix}aqdetr", overrides, init_from=str(teacher_path)
+    )
     teacher = load_model(teacher_path)
 
     print("1. the float teacher, and the same weights at 4 bits after calibration only")
@@ -73,7 +83,7 @@ def quickstart(
     if baseline:
         print("3. the baseline: plain LSQ for as many steps")
         config = load_experiment(
-            "shapes_quickstart:baseline", overrides, init_from=str(teacher_path)
+            f"shapes_quickstart:{prefix}baseline", overrides, init_from=str(teacher_path)
         )
         lsq = train(config, workdir / runs["baseline"])
         assert lsq.block is not None
@@ -103,20 +113,22 @@ def quickstart(
     return blocks
 
 
-def train_teacher(workdir: Path, overrides: tuple[str, ...] = ()) -> Path:
+def train_teacher(workdir: Path, overrides: tuple[str, ...] = (), model: str = "detr") -> Path:
     """Pretrains the backbone and trains the float teacher; returns its work directory.
 
     Args:
-      workdir: "pretrain" and "teacher" are made in it.
+      workdir: "pretrain" and "teacher" are made in it ("deformable-pretrain", ...).
       overrides: those of the data (``data.a=value``) hold here too: teacher and student must see
         the same set.
+      model: family of the model.
     """
     overrides = tuple(o for o in overrides if o.removeprefix("--config.").startswith("data."))
-    print("0. the float teacher from scratch: dense pretraining, then DETR")
-    train(load_experiment("shapes_pretrain", overrides), workdir / "pretrain")
-    config = load_experiment("shapes_teacher", overrides, init_from=str(workdir / "pretrain"))
-    train(config, workdir / "teacher")
-    return workdir / "teacher"
+    print("0. the float teacher from scratch: dense pretraining, then the detector")
+    prefix = "" if model == "detr" else f"{model}-"
+    pretrain, teacher = workdir / f"{prefix}pretrain", workdir / f"{prefix}teacher"
+    train(load_experiment(f"shapes_pretrain:{model}", overrides), pretrain)
+    train(load_experiment(f"shapes_teacher:{model}", overrides, init_from=str(pretrain)), teacher)
+    return teacher
 
 
 def _summary(blocks: Mapping[str, Mapping[str, Any]], seconds: float) -> list[str]:

@@ -28,7 +28,7 @@ def overrides(config) -> tuple[str, ...]:
 
 
 def test_quickstart(tiny_teacher, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(qs, "TEACHER", tiny_teacher)
+    monkeypatch.setitem(qs.TEACHERS, "detr", tiny_teacher)
     config = tiny.student(tiny_teacher)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
     blocks = qs.quickstart(tmp_path, baseline=True, overrides=overrides(config))

@@ -11,12 +11,13 @@ import tiny
 
 import aqdetr_jax
 from aqdetr_jax.data.shapes import ShapesDataset
-from aqdetr_jax.quickstart import TEACHER
+from aqdetr_jax.quickstart import TEACHERS
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.bundles import evaluate_bundle
 from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.model_io import PACKAGED, load_model
 
+TEACHER = TEACHERS["detr"]
 SMALL = ("data.num_train=16", "data.num_eval=48", "train.eval_batch_size=24")
 """A few images of the same set: an image does not depend on how many are drawn."""
 
