@@ -4,10 +4,11 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
+PARITY_VENV ?= .venv-parity
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test test-slow lint typecheck check install lock clean
+.PHONY: quickstart test test-slow test-parity lint typecheck check install lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/aqdetr quickstart --workdir=$(WORKDIR)
@@ -17,6 +18,10 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# The comparison with torch and transformers live, not with what they once computed.
+test-parity: $(PARITY_VENV)/.installed
+	AQDETR_PARITY=live $(PARITY_VENV)/bin/python -m pytest tests/models/test_deformable_parity.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -36,9 +41,17 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
+$(PARITY_VENV)/.installed: requirements-parity.lock pyproject.toml
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-parity.lock
+	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 # Resolves the newest versions for all supported Pythons (needs uv).
+LOCK := uv pip compile --universal --python-version 3.11 --no-emit-package aqdetr-jax --no-header --quiet pyproject.toml
 lock:
-	uv pip compile --universal --python-version 3.11 --all-extras --no-emit-package aqdetr-jax --no-header --quiet pyproject.toml -o requirements.lock
+	$(LOCK) --extra dev --extra onnx -o requirements.lock
+	$(LOCK) --extra parity -c requirements.lock -o requirements-parity.lock
 
 clean:
-	rm -rf $(VENV) .jax_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) .jax_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,12 +1,15 @@
 """Deformable DETR against transformers' own: outputs, losses and gradients that it once computed.
 
 The fixtures are written by ``experiments/record_parity.py``: tiny models whose parameters and
-statistics are all random, one batch of two images of unequal size.
+statistics are all random, one batch of two images of unequal size. With ``AQDETR_PARITY=live``
+(``make test-parity``) they are computed anew.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import zlib
 from pathlib import Path
 
@@ -63,11 +66,19 @@ def rows_of(name):
 @functools.cache
 def fixture(name):
     """{group: {name: array}}."""
+    if os.environ.get("AQDETR_PARITY") == "live":
+        path = FIXTURES.parents[1] / "experiments" / "record_parity.py"
+        spec = importlib.util.spec_from_file_location("record_parity", path)
+        record_parity = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(record_parity)
+        arrays = record_parity.record(name, record_parity.VARIANTS[name])
+    else:
+        with np.load(FIXTURES / f"{name}.npz") as stored:
+            arrays = dict(stored)
     groups = {}
-    with np.load(FIXTURES / f"{name}.npz") as arrays:
-        for key in arrays.files:
-            group, _, rest = key.partition("/")
-            groups.setdefault(group, {})[rest] = arrays[key]
+    for key, array in arrays.items():
+        group, _, rest = key.partition("/")
+        groups.setdefault(group, {})[rest] = array
     return groups
 
 
