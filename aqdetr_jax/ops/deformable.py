@@ -8,22 +8,25 @@ A level is a grid of cells; a location is a point (x, y) of the unit square over
 cell ``i`` has its centre at ``(i + 0.5) / size``. Sampling is bilinear between cell centres with
 zeros outside (torch's ``grid_sample`` with ``align_corners=False``, "zeros").
 
-The same samples can be had in three ways, which agree to rounding, forward and gradient:
+The same samples can be had in four ways, which agree to rounding, forward and gradient:
 
-* "gather": four rows per point, one for each neighbour. The plain reference.
+* "plain": four rows per point, one for each neighbour; the gradient is what autodiff makes of it.
+  The reference.
+* "gather": the same forward; a gradient of its own that reads the neighbours again and, on levels
+  of few cells, sums the values' part by a matrix product instead of scattering it.
 * "packed": one row per point, out of a map whose cells hold their 2 x 2 neighbours: a fourth of the
   gathers (and of the backward pass' scatters), four times as wide.
 * "dense": a matrix product with the interpolation weights of every cell; without any gather, for
   levels of few cells.
 
 Gradients with respect to a location are those of the cell right of (below) a centre where a point
-hits it exactly, in all three.
+hits it exactly, in all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +36,10 @@ from jax import Array, lax
 LevelShapes = tuple[tuple[int, int], ...]
 """(height, width) of each level; static."""
 
-Sampling = Literal["auto", "gather", "packed", "dense"]
+Sampling = Literal["auto", "plain", "gather", "packed", "dense"]
 
 DENSE_CELLS = 256
-"""Levels of at most this many cells are sampled by "dense" under "auto"; see
-``experiments/deformable_sampling.py``."""
+"""Levels of at most this many cells count as small; see ``experiments/deformable_sampling.py``."""
 
 
 def token_count(shapes: LevelShapes) -> int:
@@ -144,7 +146,8 @@ def sample_values(
       values: ``[B, S, M, D]`` projected tokens, zero where padded.
       locations: ``[B, Q, M, L, K, 2]``, (x, y); anywhere, zeros outside.
       shapes: sizes of the levels, S cells in all.
-      method: how; see the module. "auto" chooses by level.
+      method: how; see the module. "auto" chooses by level and by the platform that it is compiled
+        for: "gather" on a CPU, elsewhere "dense" on small levels and "packed" on others.
 
     Returns:
       ``[B, M, Q, L * K, D]`` in the dtype of ``values``.
@@ -163,14 +166,15 @@ def sample_values(
             tokens.shape[0], tokens.shape[2], height, width, tokens.shape[3]
         )
         points = locations[:, :, :, level].transpose(0, 2, 1, 3, 4)  # [B, M, Q, K, 2]
-        samples.append(_SAMPLERS[_chosen(method, height * width)](grid, points))
+        samples.append(_sample_level(grid, points, method))
     return jnp.concatenate(samples, axis=3)
 
 
-def _chosen(method: Sampling, cells: int) -> str:
+def _sample_level(grid: Array, points: Array, method: Sampling) -> Array:
     if method != "auto":
-        return method
-    return "dense" if cells <= DENSE_CELLS else "packed"
+        return _SAMPLERS[method](grid, points)
+    small = grid.shape[2] * grid.shape[3] <= DENSE_CELLS
+    return lax.platform_dependent(grid, points, cpu=_gather, default=_dense if small else _packed)
 
 
 def deformable_attention(
@@ -214,7 +218,7 @@ def attention_map(locations: Array, weights: Array, shape: tuple[int, int]) -> A
     return jnp.einsum("...kh,...kw->...hw", rows * weights[..., None], columns)
 
 
-# --- the three ways: grid [B, M, H, W, D], points [B, M, Q, K, 2] -> [B, M, Q, K, D] -------------
+# --- the ways: grid [B, M, H, W, D], points [B, M, Q, K, 2] -> [B, M, Q, K, D] -------------
 
 
 def _corners(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
@@ -224,30 +228,97 @@ def _corners(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array
     """
     found = []
     for coordinate, size in ((points[..., 0], shape[1]), (points[..., 1], shape[0])):
-        position = jnp.clip(coordinate * size - 0.5, -1.0, size)
+        position = coordinate * size - 0.5
+        # Not a clip, whose gradient at its ends is a half.
+        position = jnp.where(
+            (position >= -1) & (position < size), position, jnp.where(position < -1, -1.0, size)
+        )
         first = lax.stop_gradient(jnp.minimum(jnp.floor(position), size - 1))
         found += [first.astype(jnp.int32), position - first]
     x, x_fraction, y, y_fraction = found
     return x, x_fraction, y, y_fraction
 
 
-def _gather(grid: Array, points: Array) -> Array:
-    height, width = grid.shape[2:4]
-    x, fx, y, fy = _corners(points, (height, width))
-    flat = grid.reshape(*grid.shape[:2], height * width, grid.shape[4])
-    total = jnp.zeros((), grid.dtype)
+def _neighbours(points: Array, shape: tuple[int, int]):
+    """Flat index, whether it is inside, weight along y and along x, of the four neighbours."""
+    height, width = shape
+    x, fx, y, fy = _corners(points, shape)
     for dy, wy in ((0, 1 - fy), (1, fy)):
         for dx, wx in ((0, 1 - fx), (1, fx)):
             row, column = y + dy, x + dx
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
             index = jnp.clip(row, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
-            weight = jnp.where(inside, wy * wx, 0.0)
-            total += _rows(flat, index) * weight[..., None].astype(grid.dtype)
+            yield index, inside, wy, wx
+
+
+def _plain(grid: Array, points: Array) -> Array:
+    flat = _flat(grid)
+    total = jnp.zeros((), grid.dtype)
+    for index, inside, wy, wx in _neighbours(points, _cells(grid)):
+        weight = jnp.where(inside, wy * wx, 0.0)
+        total += _rows(flat, index) * weight[..., None].astype(grid.dtype)
     return total
 
 
+def _cells(grid: Array) -> tuple[int, int]:
+    """(H, W) of [B, M, H, W, D]."""
+    return grid.shape[2], grid.shape[3]
+
+
+def _flat(grid: Array) -> Array:
+    """[B, M, H, W, D] -> [B, M, H * W, D]."""
+    return grid.reshape(*grid.shape[:2], -1, grid.shape[4])
+
+
+@jax.custom_vjp
+def _gather(grid: Array, points: Array) -> Array:
+    return _plain(grid, points)
+
+
+def _gather_fwd(grid, points):
+    return _plain(grid, points), (grid, points)
+
+
+def _gather_bwd(residuals, cotangent):
+    grid, points = residuals
+    height, width = shape = _cells(grid)
+    flat = _flat(grid)
+    # Along each neighbour: how much the loss falls for one more of its value.
+    pulls = [
+        jnp.where(inside, jnp.sum(_rows(flat, index) * cotangent, -1, dtype=points.dtype), 0.0)
+        for index, inside, _, _ in _neighbours(points, shape)
+    ]
+    _, fx, _, fy = _corners(points, shape)
+    d_x = (1 - fy) * (pulls[1] - pulls[0]) + fy * (pulls[3] - pulls[2])
+    d_y = (1 - fx) * (pulls[2] - pulls[0]) + fx * (pulls[3] - pulls[1])
+    # Positions are clipped where every neighbour is a zero: nothing moves there.
+    position = points * np.array([width, height], "f4") - 0.5
+    moves = (position >= -1) & (position < np.array([width, height]))
+    d_points = jnp.where(moves, jnp.stack([d_x * width, d_y * height], -1), 0.0)
+    if height * width <= DENSE_CELLS:
+        matrix = _interpolation_matrix(points, shape, grid.dtype)
+        d_flat = jnp.einsum("bmqks,bmqkd->bmsd", matrix, cotangent)
+    else:
+        d_flat = jnp.zeros_like(flat)
+        for index, inside, wy, wx in _neighbours(points, shape):
+            weight = jnp.where(inside, wy * wx, 0.0).astype(grid.dtype)
+            d_flat = _add_rows(d_flat, index, cotangent * weight[..., None])
+    return d_flat.reshape(grid.shape), d_points
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _add_rows(table: Array, index: Array, rows: Array) -> Array:
+    """``table [B, M, T, E]`` plus ``rows [B, M, Q, K, E]`` at ``index [B, M, Q, K]``."""
+    add = jax.vmap(jax.vmap(lambda t, i, r: t.at[i].add(r, mode="promise_in_bounds")))
+    batch, heads = index.shape[:2]
+    flat = index.reshape(batch, heads, -1)
+    return add(table, flat, rows.reshape(batch, heads, -1, table.shape[-1]))
+
+
 def _packed(grid: Array, points: Array) -> Array:
-    height, width = grid.shape[2:4]
+    height, width = _cells(grid)
     x, fx, y, fy = _corners(points, (height, width))
     padded = jnp.pad(grid, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
     neighbours = jnp.concatenate(
@@ -270,12 +341,15 @@ def _rows(table: Array, index: Array) -> Array:
 
 
 def _dense(grid: Array, points: Array) -> Array:
-    height, width = grid.shape[2:4]
-    rows, columns = _interpolation(points, (height, width))
+    matrix = _interpolation_matrix(points, _cells(grid), grid.dtype)
+    return jnp.einsum("bmqks,bmsd->bmqkd", matrix, _flat(grid))
+
+
+def _interpolation_matrix(points: Array, shape: tuple[int, int], dtype: Any) -> Array:
+    """Weights of every cell [..., H * W] at points [..., 2]."""
+    rows, columns = _interpolation(points, shape)
     matrix = rows[..., :, None] * columns[..., None, :]
-    matrix = matrix.reshape(*points.shape[:-1], height * width).astype(grid.dtype)
-    flat = grid.reshape(*grid.shape[:2], height * width, grid.shape[4])
-    return jnp.einsum("bmqks,bmsd->bmqkd", matrix, flat)
+    return matrix.reshape(*points.shape[:-1], -1).astype(dtype)
 
 
 def _interpolation(points: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
@@ -292,4 +366,9 @@ def _interpolation(points: Array, shape: tuple[int, int]) -> tuple[Array, Array]
     return weights(y, fy, shape[0]), weights(x, fx, shape[1])
 
 
-_SAMPLERS = {"gather": _gather, "packed": _packed, "dense": _dense}
+_SAMPLERS: dict[str, Callable[[Array, Array], Array]] = {
+    "plain": _plain,
+    "gather": _gather,
+    "packed": _packed,
+    "dense": _dense,
+}

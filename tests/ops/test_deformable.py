@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aqdetr_jax.ops import deformable
 
-METHODS = ("gather", "packed", "dense")
+METHODS = ("plain", "gather", "packed", "dense")
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_the_formula(method):
 
 @given(st.integers(0, 2**31), st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_the_three_ways_agree_forward_and_gradient(seed, on_centres):
+def test_all_ways_agree_forward_and_gradient(seed, on_centres):
     """On cell centres too, where every deformable attention begins and gradients have two sides."""
     values, locations, rng = case(seed)
     if on_centres:
@@ -161,15 +161,36 @@ _COMPILED = {method: _compiled(method) for method in METHODS}
 # --- the rest ------------------------------------------------------------------------------------
 
 
-def test_auto_chooses_by_level_and_is_the_same():
+def test_auto_is_the_same_and_chosen_by_the_platform():
     values, locations, _ = case(3)
+
+    def auto(v, x):
+        return deformable.sample_values(v, x, SHAPES)
+
     np.testing.assert_allclose(
-        deformable.sample_values(values, locations, SHAPES),
-        deformable.sample_values(values, locations, SHAPES, "gather"),
+        jax.jit(auto)(values, locations),
+        deformable.sample_values(values, locations, SHAPES, "plain"),
         atol=2e-6,
     )
-    assert deformable._chosen("auto", deformable.DENSE_CELLS) == "dense"
-    assert deformable._chosen("auto", deformable.DENSE_CELLS + 1) == "packed"
+    for platform, gathers in (("cpu", True), ("tpu", False)):
+        text = jax.export.export(jax.jit(auto), platforms=[platform])(values, locations)
+        assert ("gather" in text.mlir_module()) == gathers
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_gather_sums_gradients_on_small_and_on_large_levels(monkeypatch, small):
+    monkeypatch.setattr(deformable, "DENSE_CELLS", 1000 if small else 0)
+    values, locations, rng = case(8)
+    cotangent = rng.normal(size=(2, 2, 5, len(SHAPES) * 3, 4)).astype("f4")
+
+    def gradients(method):
+        def loss(v, x):
+            return jnp.sum(deformable.sample_values(v, x, SHAPES, method) * cotangent)
+
+        return jax.grad(loss, (0, 1))(values, locations)
+
+    for a, b in zip(gradients("gather"), gradients("plain"), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_attention_is_the_weighted_sum_heads_side_by_side():
