@@ -8,12 +8,9 @@ A level is a grid of cells; a location is a point (x, y) of the unit square over
 cell ``i`` has its centre at ``(i + 0.5) / size``. Sampling is bilinear between cell centres with
 zeros outside (torch's ``grid_sample`` with ``align_corners=False``, "zeros").
 
-The same samples can be had in four ways, which agree to rounding, forward and gradient:
+The same samples can be had in three ways, which agree to rounding, forward and gradient:
 
-* "plain": four rows per point, one for each neighbour; the gradient is what autodiff makes of it.
-  The reference.
-* "gather": the same forward; a gradient of its own that reads the neighbours again and, on levels
-  of few cells, sums the values' part by a matrix product instead of scattering it.
+* "gather": four rows per point, one for each neighbour. The plain reference.
 * "packed": one row per point, out of a map whose cells hold their 2 x 2 neighbours: a fourth of the
   gathers (and of the backward pass' scatters), four times as wide.
 * "dense": a matrix product with the interpolation weights of every cell; without any gather, for
@@ -36,7 +33,7 @@ from jax import Array, lax
 LevelShapes = tuple[tuple[int, int], ...]
 """(height, width) of each level; static."""
 
-Sampling = Literal["auto", "plain", "gather", "packed", "dense"]
+Sampling = Literal["auto", "gather", "packed", "dense"]
 
 DENSE_CELLS = 256
 """Levels of at most this many cells count as small; see ``experiments/deformable_sampling.py``."""
@@ -251,7 +248,7 @@ def _neighbours(points: Array, shape: tuple[int, int]):
             yield index, inside, wy, wx
 
 
-def _plain(grid: Array, points: Array) -> Array:
+def _gather(grid: Array, points: Array) -> Array:
     flat = _flat(grid)
     total = jnp.zeros((), grid.dtype)
     for index, inside, wy, wx in _neighbours(points, _cells(grid)):
@@ -268,53 +265,6 @@ def _cells(grid: Array) -> tuple[int, int]:
 def _flat(grid: Array) -> Array:
     """[B, M, H, W, D] -> [B, M, H * W, D]."""
     return grid.reshape(*grid.shape[:2], -1, grid.shape[4])
-
-
-@jax.custom_vjp
-def _gather(grid: Array, points: Array) -> Array:
-    return _plain(grid, points)
-
-
-def _gather_fwd(grid, points):
-    return _plain(grid, points), (grid, points)
-
-
-def _gather_bwd(residuals, cotangent):
-    grid, points = residuals
-    height, width = shape = _cells(grid)
-    flat = _flat(grid)
-    # Along each neighbour: how much the loss falls for one more of its value.
-    pulls = [
-        jnp.where(inside, jnp.sum(_rows(flat, index) * cotangent, -1, dtype=points.dtype), 0.0)
-        for index, inside, _, _ in _neighbours(points, shape)
-    ]
-    _, fx, _, fy = _corners(points, shape)
-    d_x = (1 - fy) * (pulls[1] - pulls[0]) + fy * (pulls[3] - pulls[2])
-    d_y = (1 - fx) * (pulls[2] - pulls[0]) + fx * (pulls[3] - pulls[1])
-    # Positions are clipped where every neighbour is a zero: nothing moves there.
-    position = points * np.array([width, height], "f4") - 0.5
-    moves = (position >= -1) & (position < np.array([width, height]))
-    d_points = jnp.where(moves, jnp.stack([d_x * width, d_y * height], -1), 0.0)
-    if height * width <= DENSE_CELLS:
-        matrix = _interpolation_matrix(points, shape, grid.dtype)
-        d_flat = jnp.einsum("bmqks,bmqkd->bmsd", matrix, cotangent)
-    else:
-        d_flat = jnp.zeros_like(flat)
-        for index, inside, wy, wx in _neighbours(points, shape):
-            weight = jnp.where(inside, wy * wx, 0.0).astype(grid.dtype)
-            d_flat = _add_rows(d_flat, index, cotangent * weight[..., None])
-    return d_flat.reshape(grid.shape), d_points
-
-
-_gather.defvjp(_gather_fwd, _gather_bwd)
-
-
-def _add_rows(table: Array, index: Array, rows: Array) -> Array:
-    """``table [B, M, T, E]`` plus ``rows [B, M, Q, K, E]`` at ``index [B, M, Q, K]``."""
-    add = jax.vmap(jax.vmap(lambda t, i, r: t.at[i].add(r, mode="promise_in_bounds")))
-    batch, heads = index.shape[:2]
-    flat = index.reshape(batch, heads, -1)
-    return add(table, flat, rows.reshape(batch, heads, -1, table.shape[-1]))
 
 
 def _packed(grid: Array, points: Array) -> Array:
