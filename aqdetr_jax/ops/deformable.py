@@ -317,7 +317,6 @@ def _interpolation(points: Array, shape: tuple[int, int]) -> tuple[Array, Array]
 
 
 _SAMPLERS: dict[str, Callable[[Array, Array], Array]] = {
-    "plain": _plain,
     "gather": _gather,
     "packed": _packed,
     "dense": _dense,
