@@ -181,7 +181,8 @@ def calibrated_parameters(
             out[f"{path}_zero"] = zero.reshape(shape).astype(np.float32)
     for path, spec in weight_specs(rows).items():
         kernel = out[path].reshape(-1, out[path].shape[-1])
-        scale = out.get(f"{path.removesuffix('kernel')}input_scale")
-        kernel = kernel if scale is None else kernel * scale[:, None]
+        scales = f"{path.removesuffix('kernel')}input_scale"
+        if scales in out:
+            kernel = kernel * out[scales][:, None]
         out[f"{path}_step"] = first_step(kernel.T, spec, method)[0].astype(np.float32)
     return out
