@@ -150,7 +150,7 @@ def _eval(arguments, overrides) -> None:
     if arguments.out:
         out = Path(arguments.out)
         write_json_atomic(out / "results.json", block)
-        write_json_atomic(out / "detections.json", detections.results, indent=None)
+        detections.write(out)
         print(f"written to {out}")
 
 

@@ -61,6 +61,7 @@ def test_train_leaves_everything(trained):
         "metrics.jsonl",
         "results.json",
         "detections.json",
+        "images.json",
         "bit_report.json",
         "bit_report.txt",
         "report.html",
@@ -74,6 +75,10 @@ def test_train_leaves_everything(trained):
     assert (block["images"], block["config"]) == (6, "tiny_student")
     detections = json.loads((folder / "detections.json").read_text())
     assert len(detections) == 6 * 12
+    images = json.loads((folder / "images.json").read_text())
+    data = setup.open_dataset(load_experiment(str(folder / "config.json")).data, train=False)
+    assert images == {str(data.image_id(i)): data.file_name(i) for i in range(6)}
+    assert {str(d["image_id"]) for d in detections} == set(images)
     assert "4x4" in (folder / "bit_report.txt").read_text()
     assert load_experiment(str(folder / "config.json")).name == "tiny_student"
 
@@ -98,6 +103,8 @@ def test_eval_gives_the_numbers_of_the_run(trained, tmp_path, capsys):
     }
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert found == json.loads((folder / "detections.json").read_text())
+    images = [(d / "images.json").read_text() for d in (folder, tmp_path / "out")]
+    assert images[0] == images[1]
 
 
 def test_predict_writes_a_picture_and_a_file_for_each_image(trained, tmp_path, capsys):

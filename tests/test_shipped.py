@@ -11,6 +11,7 @@ import tiny
 
 import aqdetr_jax
 from aqdetr_jax.data.shapes import ShapesDataset
+from aqdetr_jax.quant.spec import GRID_PARAMETERS
 from aqdetr_jax.quickstart import TEACHERS
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.bundles import evaluate_bundle
@@ -66,7 +67,7 @@ def test_student_is_the_teachers_model(name):
     mine = {
         path: leaf.shape
         for path, leaf in tiny.flat(shapes).items()
-        if not path.endswith("_step") and path != "auxiliary_queries"
+        if not path.endswith(GRID_PARAMETERS) and path != "auxiliary_queries"
     }
     assert mine == {path: np.shape(leaf) for path, leaf in tiny.flat(teacher.variables).items()}
     assert ("auxiliary_queries" in tiny.flat(shapes)) == ("aqdetr" in config.name or "aux" in name)

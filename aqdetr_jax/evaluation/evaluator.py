@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from aqdetr_jax.data.batching import PipelineStats
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
 from aqdetr_jax.evaluation.coco import evaluate_detections, postprocess, to_coco_results
+from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.models.detector import Detector
 from aqdetr_jax.training.sharding import batch_sharding, put_batch, replicated
 
@@ -30,10 +32,25 @@ class Detections(NamedTuple):
     Attributes:
       results: COCO results, list of dicts.
       seconds: wall-clock seconds, compilation included.
+      images: file of each image id (as text), for readers of the results: only COCO's own sets
+        have ids that mean something by themselves.
     """
 
     results: list[dict[str, Any]]
     seconds: float
+    images: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        """``detections.json`` and ``images.json``."""
+        write_json_atomic(folder / "images.json", self.images, indent=None)
+        write_json_atomic(folder / "detections.json", self.results, indent=None)
+
+    @classmethod
+    def read(cls, folder: Path, seconds: float) -> Detections:
+        """What ``write`` wrote."""
+        names = ("detections.json", "images.json")
+        results, images = (read_json(folder / name) for name in names)
+        return cls(results, seconds, images)
 
 
 def make_predict_fn(module: Detector, mesh: Mesh, num_classes: int) -> Callable:
@@ -120,7 +137,11 @@ class Evaluator:
         if self._batches.stats.skipped_images:
             # They stay in the ground truth: what cannot be read is not detected.
             logger.warning("%s: %s", self._dataset.name, self._batches.stats.summary())
-        return Detections(results, time.perf_counter() - start)
+        images = {
+            str(self._dataset.image_id(i)): self._dataset.file_name(i)
+            for i in range(len(self._dataset))
+        }
+        return Detections(results, time.perf_counter() - start, images)
 
     def evaluate(
         self, variables: Any, progress: Callable[[int, int], None] | None = None

@@ -211,7 +211,7 @@ class _Run:
         # --- what is kept ---------------------------------------------------------------------
         save_model(self.path / MODEL_FOLDER, self._bundle(state, block))
         if block is not None and detections is not None and is_main():
-            write_json_atomic(self.path / "detections.json", detections.results, indent=None)
+            detections.write(self.path)
             write_json_atomic(self.path / "results.json", block)
         return RunResult(load_model(self.path), block, detections)
 
@@ -224,7 +224,7 @@ class _Run:
             if not agree(results.is_file()):
                 return None
             block = read_json(results)
-            found = Detections(read_json(self.path / "detections.json"), block["seconds"])
+            found = Detections.read(self.path, block["seconds"])
             return RunResult(load_model(self.path), block, found)
         done = agree((self.path / MODEL_FOLDER).is_dir())
         return RunResult(load_model(self.path)) if done else None
