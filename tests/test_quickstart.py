@@ -62,10 +62,10 @@ def test_teacher_from_scratch(tmp_path, monkeypatch):
         tiny.MODEL, backbone=dataclasses.replace(tiny.BACKBONE, norm="batch")
     )
     experiments = {
-        "shapes_pretrain": dataclasses.replace(
+        "shapes_pretrain:detr": dataclasses.replace(
             tiny.FLOAT, name="pretrain", task="pretrain", model=learning, train=short
         ),
-        "shapes_teacher": dataclasses.replace(tiny.FLOAT, name="teacher", train=short),
+        "shapes_teacher:detr": dataclasses.replace(tiny.FLOAT, name="teacher", train=short),
     }
     monkeypatch.setattr(
         qs,
