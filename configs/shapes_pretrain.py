@@ -2,7 +2,7 @@
 
 aqdetr train --config=configs/shapes_pretrain.py --workdir=runs/shapes_pretrain
 
-Result: features, no detector. Cost: 17 minutes on two CPU cores.
+Result: features, no detector. Cost: 20 minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
