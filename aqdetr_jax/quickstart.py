@@ -18,11 +18,8 @@ from aqdetr_jax.training.loop import train
 from aqdetr_jax.training.model_io import load_model
 from aqdetr_jax.training.workdir import git_commit
 
-TEACHERS: dict[str, str | Path] = {
-    "detr": "packaged:shapes_teacher",
-    "deformable": "packaged:shapes_deformable_teacher",
-}
-"""The float teachers of the embedded set that come with the package."""
+TEACHERS: dict[str, str | Path] = {"detr": "packaged:shapes_teacher", "deformable": ""}
+"""The float teachers of the embedded set that come with the package; "" = none yet."""
 
 
 def quickstart(
@@ -53,6 +50,10 @@ def quickstart(
     if model not in TEACHERS:
         raise ValueError(f"unknown model {model!r}: one of {', '.join(TEACHERS)}")
     teacher_path: str | Path = TEACHERS[model]
+    if not teacher_path and not from_scratch:
+        raise ValueError(
+            f"no float {model!r} teacher comes with the package yet: --from-scratch trains it"
+        )
     prefix = "" if model == "detr" else f"{model}-"
     # Another model or teacher, another run: several may be in the same folder.
     runs = {name: f"{prefix}{name}" for name in ("student", "baseline")}

@@ -83,6 +83,13 @@ def test_teacher_from_scratch(tmp_path, monkeypatch):
     assert (tmp_path / "teacher" / "results.json").is_file()
 
 
+def test_models_without_a_teacher_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no float 'deformable' teacher.*--from-scratch"):
+        qs.quickstart(tmp_path, model="deformable")
+    with pytest.raises(ValueError, match="unknown model 'yolo': one of detr, deformable"):
+        qs.quickstart(tmp_path, model="yolo")
+
+
 def test_model_of_other_classes_is_not_evaluated(tiny_teacher):
     bundle = dataclasses.replace(load_model(tiny_teacher), class_names=("cat", "dog"))
     with pytest.raises(ValueError, match=r"2 classes \(cat, dog\), but shapes/validation has 10"):
