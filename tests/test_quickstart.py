@@ -84,9 +84,9 @@ def test_teacher_from_scratch(tmp_path, monkeypatch):
 
 
 def test_models_without_a_teacher_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no float 'deformable' teacher.*--from-scratch"):
+    with pytest.raises(ValueError, match=r"no float 'deformable' teacher.*--from-scratch"):
         qs.quickstart(tmp_path, model="deformable")
-    with pytest.raises(ValueError, match="unknown model 'yolo': one of detr, deformable"):
+    with pytest.raises(ValueError, match="unknown model 'yolo'"):
         qs.quickstart(tmp_path, model="yolo")
 
 
