@@ -1,0 +1,1 @@
+"""Parameters of other libraries: their names, as data, and their layouts."""
