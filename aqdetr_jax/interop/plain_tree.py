@@ -18,7 +18,7 @@ MAX_DEPTH = 64
 MAX_VALUES = 1_000_000
 """Values in the result as a tree, a shared container counted at each of its uses."""
 
-VALUES_PER_BYTE = 16
+VALUES_PER_BYTE = 4
 """Values in the result for each byte of its pickle: sharing may repeat, but not endlessly."""
 
 

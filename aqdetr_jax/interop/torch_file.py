@@ -220,7 +220,7 @@ def _read_zip(file: BinaryIO, file_size: int, max_bytes: int) -> Any:
         return _member_array(file, file_size, member)
 
     arrays = Arrays(fetch, swap, max_bytes)
-    return expand(root, len(program), arrays.leaf, Namespace)
+    return expand(root, len(program), arrays.leaf, _namespace)
 
 
 def _member_array(file: BinaryIO, file_size: int, member: Member) -> np.ndarray:
@@ -231,6 +231,13 @@ def _member_array(file: BinaryIO, file_size: int, member: Member) -> np.ndarray:
     data = _fill(file, member.size)
     check(member, data.data)
     return data
+
+
+def _namespace(attributes: dict[Any, Any]) -> Namespace:
+    """A Namespace of attributes that the pickle set; Malformed for odd names."""
+    if not all(isinstance(name, str) and not name.startswith("__") for name in attributes):
+        raise Malformed("sets an attribute whose name is no text, or begins with __")
+    return Namespace(attributes)
 
 
 def _read_stream(file: BinaryIO, file_size: int, max_bytes: int) -> Any:
@@ -272,7 +279,7 @@ def _read_stream(file: BinaryIO, file_size: int, max_bytes: int) -> Any:
         return _fill(file, size)
 
     arrays = Arrays(fetch, sys.byteorder != "little", max_bytes)
-    return expand(root, size, arrays.leaf, Namespace)
+    return expand(root, size, arrays.leaf, _namespace)
 
 
 def _fill(file: BinaryIO, size: int) -> np.ndarray:

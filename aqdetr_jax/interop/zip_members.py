@@ -225,7 +225,7 @@ def _wide(extra: bytes, *fields: int) -> list[int]:
         body = extra[place + 4 : place + 4 + length]
         place += 4 + length
         count = fields.count(FULL32)
-        if kind == 1 and len(body) >= 8 * count:
+        if kind == 1 and len(body) == length >= 8 * count:
             wide = iter(struct.unpack_from(f"<{count}Q", body))
             return [next(wide) if field == FULL32 else field for field in fields]
     raise Malformed("has a corrupt list of members: sizes are missing")
