@@ -15,7 +15,7 @@ from aqdetr_jax.interop.source import Malformed
 MAX_DEPTH = 64
 """Levels of nesting of the result."""
 
-MAX_VALUES = 1_000_000
+MAX_VALUES = 500_000
 """Values in the result as a tree, a shared container counted at each of its uses."""
 
 VALUES_PER_BYTE = 4

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from aqdetr_jax.interop.source import Malformed, Source, shown
 
-MAX_OPCODES = 2_000_000
+MAX_OPCODES = 1_000_000
 """Opcodes of one pickle; a checkpoint of ten thousand tensors has about 400 000."""
 
 MAX_COPIED = 16_000_000
@@ -32,7 +32,7 @@ MAX_STACK = 100_000
 MAX_MARKS = 256
 """Marks open at any time, at most three for each level of nesting."""
 
-MAX_MEMO = 1_000_000
+MAX_MEMO = 500_000
 """Values that the program remembers to use again."""
 
 MAX_INT_BYTES = 64
@@ -40,6 +40,9 @@ MAX_INT_BYTES = 64
 
 MAX_KEY = 1 << 61
 """Size of integer keys: larger ones can be made to collide in a dict by the thousand."""
+
+MAX_KEY_LENGTH = 1024
+"""Characters of a key: two equal ones that are endless take as long to compare, each time."""
 
 
 Function = Callable[[tuple[Any, ...]], Any]
@@ -62,6 +65,8 @@ def key_of(value: Any) -> Any:
         raise Malformed(f"has a key of type {type(value).__name__}, not a number or a string")
     if isinstance(value, int) and abs(value) >= MAX_KEY:
         raise Malformed("has an integer key of more than 61 bits")
+    if isinstance(value, str | bytes) and len(value) > MAX_KEY_LENGTH:
+        raise Malformed(f"has a key of more than {MAX_KEY_LENGTH} characters")
     return value
 
 
@@ -97,7 +102,8 @@ def load(
 
     Raises:
       Malformed: the pickle is cut short or corrupt, uses an opcode or a name outside the lists, or
-        passes MAX_OPCODES, MAX_STACK, MAX_MARKS, MAX_MEMO, MAX_INT_BYTES or MAX_COPIED.
+        passes MAX_OPCODES, MAX_STACK, MAX_MARKS, MAX_MEMO, MAX_INT_BYTES, MAX_KEY,
+        MAX_KEY_LENGTH or MAX_COPIED.
     """
     return _Machine(source, functions, persistent).run()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aqdetr_jax.interop.restricted_pickle import Global
+from aqdetr_jax.interop.restricted_pickle import Global, key_of
 from aqdetr_jax.interop.source import Malformed, shown
 from aqdetr_jax.interop.torch_names import DTYPE_NAMES, STORAGES, Storage, Tensor
 
@@ -31,6 +31,7 @@ class Storages:
                 # Views of storages are written no more since torch 0.4.
                 if dtype is not None and len(value) == self.fields and view in ([], [None]):
                     storage = Storage(key, dtype, count)
+                    key_of(key)
                     if count < 0 or self.known.setdefault(key, storage) != storage:
                         raise Malformed(f"has two sizes for the storage {shown(key)}, or none")
                     return storage
