@@ -12,9 +12,9 @@ class Malformed(ValueError):
     """What is wrong with a file, in words that do not name it: its reader adds the name."""
 
 
-def shown(text: str) -> str:
-    """``text`` made fit for a one-line message: long ones are cut, odd characters escaped."""
-    cut = text if len(text) <= 120 else text[:117] + "..."
+def shown(text: str, most: int = 120) -> str:
+    """``text`` made fit for a one-line message: cut to ``most``, odd characters escaped."""
+    cut = text if len(text) <= most else text[: most - 3] + "..."
     return cut if cut.isprintable() else ascii(cut)
 
 

@@ -16,7 +16,8 @@ Nothing a file says about sizes is believed before it is compared with the file'
 * the zip file: the bounds of ``zip_members``;
 * memory: each storage is read once, if a tensor of the result lies in it, and tensors are views of
   it that never leave it. So arrays take no more memory than the storages have bytes, which in a
-  file that is not compressed is less than the file;
+  file that is not compressed is less than the file (while one storage is inflated or its byte
+  order changed, that one counts twice);
 * arrays: the sum of their bytes, a tensor counted as if it had its own memory and at each of its
   uses, is at most ``max_bytes``; so is the sum of the storages' bytes. A copy of every array takes
   no more than that, whatever the strides.
@@ -60,6 +61,9 @@ PROTOCOL = 1001
 ZIP_VERSIONS = range(1, 11)
 """Versions of the zip format that torch reads."""
 
+MAX_PATH = 4096
+"""Characters of the file's own name in messages."""
+
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Where training checkpoints keep the parameters."""
 
@@ -100,7 +104,7 @@ def read_torch(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> A
         the lists of this module, or passes one of its bounds; the message names the file.
       OSError: the file cannot be opened or read.
     """
-    name = shown(os.fspath(path))
+    name = shown(os.fspath(path), MAX_PATH)
     if max_bytes < 0:
         raise ValueError(f"max_bytes: {max_bytes} is negative")
     try:
@@ -140,7 +144,7 @@ def state_dict(
     for choice in choices:
         if _is_state(choice):
             return choice
-    name = shown(os.fspath(path))
+    name = shown(os.fspath(path), MAX_PATH)
     if not isinstance(value, dict):
         raise TorchFileError(f"{name}: holds a {type(value).__name__}, not a dict of parameters")
     keys = ", ".join(repr(key) if isinstance(key, str) else str(key) for key in list(value)[:20])
@@ -166,12 +170,12 @@ def _read(file: BinaryIO, file_size: int, max_bytes: int) -> Any:
     head = file.read(4)
     if head == b"PK\x03\x04":
         return _read_zip(file, file_size, max_bytes)
+    if head[:1] == b"\x80":
+        file.seek(0)
+        return _read_stream(file, file_size, max_bytes)
     file.seek(257)
     if file.read(5) == b"ustar":
         raise Malformed("is in the tar format of torch before 0.1.10, which is not read")
-    file.seek(0)
-    if head[:1] == b"\x80":
-        return _read_stream(file, file_size, max_bytes)
     if head == b"vers":
         raise Malformed("is no file of torch.save; perhaps a Git LFS pointer to one")
     raise Malformed("is no file of torch.save, or is cut short")

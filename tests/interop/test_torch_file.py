@@ -213,6 +213,15 @@ def test_bound_on_bytes_of_storages(write):
         read_torch(path, max_bytes=3999)
 
 
+def test_bound_on_bytes_of_the_pickle(write, monkeypatch):
+    path = write(tb.zip_file(b"(" + b"N" * 96 + b"t"))
+    monkeypatch.setattr(torch_file, "MAX_PICKLE", 101)
+    assert len(read_torch(path)) == 96
+    monkeypatch.setattr(torch_file, "MAX_PICKLE", 100)
+    with pytest.raises(TorchFileError, match="pickle of more than 100 bytes"):
+        read_torch(path)
+
+
 def test_other_files_are_refused_by_name(write, tmp_path):
     tar = bytearray(1024)
     tar[257:262] = b"ustar"
@@ -226,6 +235,7 @@ def test_other_files_are_refused_by_name(write, tmp_path):
         tb.zip_file(b"N", members={"a/version": b"11"}): "version",
         tb.zip_file(b"N", members={"a/version": bytes(100)}): "100 bytes",
         tb.zip_file(b"N", members={"a/byteorder": b"middle"}): "byte order",
+        tb.zip_file(b"N") + b"x": "bytes after its end",
         tb.stream_file(b"N", magic=1): "not one of torch.save",
         tb.stream_file(b"N", protocol=1002): "version",
         tb.stream_file(b"N", little=False): "little-endian",
@@ -242,7 +252,12 @@ def test_other_files_are_refused_by_name(write, tmp_path):
         read_torch(tmp_path)
 
 
-def test_name_of_the_file_stays_on_one_line(tmp_path):
+def test_name_of_the_file_is_whole_and_on_one_line(tmp_path):
+    path = tmp_path / ("long" * 50)
+    path.write_bytes(b"nothing")
+    with pytest.raises(TorchFileError) as error:
+        read_torch(path)
+    assert str(error.value).startswith(f"{path}: ")
     path = tmp_path / "two\nlines.pth"
     path.write_bytes(b"nothing")
     with pytest.raises(TorchFileError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import torch_bytes as tb
@@ -71,6 +72,30 @@ def test_lists_of_members_that_lie(refuse):
     refuse(patched(data, name, 46, b"a/data/9"), "no bytes for the storage")
     refuse(patched(data, name, 46, b"a/data/1"), "two members")
     refuse(patched(data, b"a/data/1", 42, b"\x01\x00\x00\x00"), "overlap|corrupt")
+
+
+def test_streams_of_deflate_that_do_not_end(accept, refuse):
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    packed = packer.compress(FLOATS)
+    for end, more in ((zlib.Z_SYNC_FLUSH, b""), (zlib.Z_FINISH, b"x"), (zlib.Z_FINISH, b"")):
+        stream = packed + packer.copy().flush(end) + more
+        data = tb.zip_file(tb.storage(24, kind="torch.ByteStorage"), {"0": stream})
+        data = patched(data, b"a/data/0", 24, struct.pack("<I", 24))
+        data = patched(data, b"a/data/0", 16, struct.pack("<I", zlib.crc32(FLOATS)))
+        data = patched(data, b"a/data/0", 10, b"\x08\x00")
+        own = data.index(b"a/data/0")
+        data = data[: own - 22] + b"\x08\x00" + data[own - 20 :]
+        if end == zlib.Z_FINISH and not more:
+            assert accept(data).tobytes() == FLOATS
+        else:
+            refuse(data, "of another size than it declares")
+
+
+def test_bytes_between_the_list_and_its_end(refuse):
+    data = tb.zip_file(b"N")
+    begin = data.index(b"PK\x01\x02")
+    end = data[-22:-10] + struct.pack("<I", len(data) - 22 - begin + 3) + data[-6:]
+    refuse(data[:-22] + b"xxx" + end, "corrupt list of members")
 
 
 def test_members_that_share_their_bytes(refuse):
