@@ -122,7 +122,8 @@ def described(value: object) -> object:
         dtype = getattr(value, "dtype", torch.uint8)
         value = torch.empty(0, dtype=dtype).set_(value)
     if isinstance(value, torch.Tensor):
-        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        flat = value.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+        data = flat.view(torch.uint8).numpy().tobytes()
         strides = list(value.stride())
         return {"array": [name_of(value.dtype), list(value.shape), strides, data.hex()]}
     if isinstance(value, argparse.Namespace):

@@ -124,6 +124,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.copied = 0
+        self.frame_end = 0
 
     def run(self) -> Any:
         take, stack = self.source.take, self.stack
@@ -131,6 +132,7 @@ class _Machine:
             opcode = take(1)
             if opcode == b".":
                 value = self.pop()
+                self.check_frame(ends=True)
                 if stack or self.marks:
                     self.fail("stops in the middle of a value")
                 return value
@@ -139,6 +141,8 @@ class _Machine:
                 name = REFUSED.get(opcode, f"0x{opcode.hex()}")
                 self.fail(f"uses the opcode {name}, which no checkpoint of tensors needs")
             action(self)
+            if self.frame_end:
+                self.check_frame()
             if len(stack) > MAX_STACK:
                 self.fail(f"has more than {MAX_STACK} values on its stack")
         return self.fail(f"has more than {MAX_OPCODES} opcodes")
@@ -197,9 +201,23 @@ class _Machine:
             self.fail(f"is of protocol {version}, not 2 to 5")
 
     def frame(self) -> None:
-        # A frame only tells a reader how much to buffer.
-        if self.number(8) > self.source.size - self.source.position:
+        # A frame tells a reader how much to fetch at once. Readers that do so read a file whose
+        # frames are wrong as something else than those that do not: so it is refused.
+        length = self.number(8)
+        if length > self.source.size - self.source.position:
             self.source.cut()
+        if self.frame_end or not length:
+            self.fail("has a frame inside another, or an empty one")
+        self.frame_end = self.source.position + length
+
+    def check_frame(self, ends: bool = False) -> None:
+        """Fails if an opcode crossed the end of the frame, or the program ``ends`` before it."""
+        if self.frame_end:
+            left = self.frame_end - self.source.position
+            if left < 0 or (ends and left):
+                self.fail("has a frame that ends inside a value or behind the last")
+            if left == 0:
+                self.frame_end = 0
 
     # Containers.
 

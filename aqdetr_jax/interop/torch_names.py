@@ -80,7 +80,7 @@ def _device(arguments: tuple[Any, ...]) -> str:
     match arguments:
         case (str(kind),):
             return kind
-        case (str(kind), int(index)):
+        case (str(kind), int(index)) if 0 <= index < 128:
             return f"{kind}:{index}"
     raise _arguments("torch.device")
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqdetr_jax.interop import torch_file
-from aqdetr_jax.interop.torch_file import Namespace, read_torch
+from aqdetr_jax.interop.torch_file import Namespace, TorchFileError, read_torch
 
 FLOATS = struct.pack("<6f", *range(6))
 
@@ -173,6 +173,16 @@ def test_opcodes_outside_the_list(refuse):
     refuse(tb.zip_file(b"\x80\x00N"), "protocol 0")
 
 
+def test_frames(accept):
+    for body in (b"\x95" + struct.pack("<Q", 2) + b"N", b"\x95" + struct.pack("<Q", 1) + b"N"):
+        assert accept(tb.zip_file(body)) is None
+    # Writers put large values between frames.
+    value = [b"x" * 100_000, "y" * 100_000, list(range(50_000))]
+    assert accept(tb.zip_file(pickle.dumps(value, 4)[2:-1])) == value
+    with pytest.raises(TorchFileError, match="behind the last"):
+        accept(tb.stream_file(b"\x95" + struct.pack("<Q", 4) + b"N"))
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -204,6 +214,10 @@ def test_opcodes_outside_the_list(refuse):
         (b"\x8d" + b"\xff" * 8, "cut short"),
         (b"B\xff\xff\xff\xff", "cut short"),
         (b"\x95" + b"\xff" * 8 + b"N", "cut short"),
+        (b"\x95" + struct.pack("<Q", 3) + b"N", "cut short"),
+        (b"\x95" + struct.pack("<Q", 2) + b"M\x01\x02", "frame that ends inside"),
+        (b"\x95" + struct.pack("<Q", 11) + (b"\x95" + struct.pack("<Q", 2)) + b"N", "inside ano"),
+        (b"\x95" + bytes(8) + b"N", "empty one"),
         (b"X\x01\x00\x00\x00\xff", "not UTF-8"),
         (b"X\x03\x00\x00\x00\xed\xa0\x80", "not UTF-8"),
         (b"NQ", "persistent id"),
