@@ -11,6 +11,7 @@ ROOT = Path(aqdetr_jax.__file__).parent
 
 LAYERS = (
     ("host", "io"),
+    ("interop",),
     ("ops",),
     ("quant",),
     ("losses", "models", "data"),

@@ -1,0 +1,47 @@
+"""What the tests of the reader of PyTorch files share: reading bytes from a file, and limits."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+
+import pytest
+
+from aqdetr_jax.interop.torch_file import TorchFileError, read_torch
+
+
+@pytest.fixture
+def refuse(tmp_path):
+    """Checks that a file is refused for a reason, in one line, quickly and with little memory."""
+
+    def refuse(data: bytes, reason: str) -> None:
+        path = tmp_path / "file.pth"
+        path.write_bytes(data)
+        began = time.process_time()
+        tracemalloc.start()
+        try:
+            with pytest.raises(TorchFileError, match=reason) as error:
+                read_torch(path)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert str(error.value).startswith(f"{path}: ")
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < len(str(path)) + 300
+        # Containers of the pickle, and of the result, take about 200 bytes for one in the file.
+        assert peak < 500_000 + 1500 * min(len(data), 10_000) + 250 * len(data)
+        assert time.process_time() - began < 5
+
+    return refuse
+
+
+@pytest.fixture
+def accept(tmp_path):
+    """Reads a file that looks odd and is in order."""
+
+    def accept(data: bytes):
+        path = tmp_path / "file.pth"
+        path.write_bytes(data)
+        return read_torch(path)
+
+    return accept
