@@ -20,6 +20,8 @@ import numpy as np
 
 Layout = Literal["conv", "dense", "same"]
 
+STATISTICS = "batch_stats/"
+
 
 class Row(NamedTuple):
     """One line of a table.
@@ -50,28 +52,20 @@ def translate(
     Raises:
       ValueError: a name that no row explains; two names of one parameter whose values differ.
     """
-    params: dict[str, np.ndarray] = {}
-    stats: dict[str, np.ndarray] = {}
+    found: dict[str, np.ndarray] = {}
     source: dict[str, str] = {}
     for name, array in state.items():
         path, layout = find(name, rows)
         if path == "":
             continue
         value = to_ours(np.asarray(array), layout)
-        if path in source:
-            if not np.array_equal(value, {**params, **_prefixed(stats)}[path]):
-                raise ValueError(f"{name} and {source[path]} are both {path}, with unlike values")
-            continue
-        source[path] = name
-        if path.startswith("batch_stats/"):
-            stats[path.removeprefix("batch_stats/")] = value
-        else:
-            params[path] = value
-    return params, stats
-
-
-def _prefixed(stats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {f"batch_stats/{path}": value for path, value in stats.items()}
+        if path not in found:
+            found[path], source[path] = value, name
+        elif not np.array_equal(value, found[path]):
+            raise ValueError(f"{name} and {source[path]} are both {path}, with unlike values")
+    stats = {k: v for k, v in found.items() if k.startswith(STATISTICS)}
+    params = {k: v for k, v in found.items() if k not in stats}
+    return params, {k.removeprefix(STATISTICS): v for k, v in stats.items()}
 
 
 def find(name: str, rows: Sequence[Row]) -> tuple[str, Layout]:

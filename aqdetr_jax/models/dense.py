@@ -10,12 +10,11 @@ import numpy as np
 from jax import Array
 
 from aqdetr_jax.models.config import DetrConfig
-from aqdetr_jax.models.deformable_detr import DeformableEncoder, feature_levels, join_levels
 from aqdetr_jax.models.heads import TORCH_LINEAR, normalize_images
+from aqdetr_jax.models.levels import encode_levels
 from aqdetr_jax.models.quantized import QConv, QDense
 from aqdetr_jax.models.resnet import ResNet
 from aqdetr_jax.models.transformer import Encoder
-from aqdetr_jax.ops.deformable import encoder_reference_points, valid_ratios
 from aqdetr_jax.ops.position import downsample_mask, sine_position_encoding
 from aqdetr_jax.quant.policy import Policy
 
@@ -55,7 +54,8 @@ class DensePretrainer(nn.Module):
         """uint8 [B, H, W, 3], bool [B, H, W] -> predictions of every cell."""
         c = self.config
         if c.family == "deformable":
-            x, cells = self._deformable(images, mask, train)
+            encoded = encode_levels(self, c, Policy(), images, mask, train)
+            x, cells = encoded.memory, encoded.masks
         else:
             x, cells = self._plain(images, mask, train)
         prior = nn.initializers.constant(-4.595)  # sigmoid = 0.01, as in the focal loss paper
@@ -83,18 +83,6 @@ class DensePretrainer(nn.Module):
         x = QConv(c.dim, (1, 1), use_bias=True, kernel_init=TORCH_LINEAR, name="input_proj")(x)
         x, _ = Encoder(c, name="encoder")(x.reshape(batch, -1, c.dim), position, valid, train)
         return x, [cells]
-
-    def _deformable(self, images: Array, mask: Array, train: bool) -> tuple[Array, list[Array]]:
-        """The deformable encoder's output [B, S, d], and the masks of its levels."""
-        c = self.config
-        levels, masks = feature_levels(c, Policy(), images, mask, train)
-        embedding = self.param("level_embed", nn.initializers.normal(1.0), (len(levels), c.dim))
-        tokens, position = join_levels(levels, masks, embedding)
-        shapes = tuple((m.shape[1], m.shape[2]) for m in masks)
-        valid = jnp.concatenate([m.reshape(m.shape[0], -1) for m in masks], axis=1)
-        centres = encoder_reference_points(shapes, valid_ratios(masks))
-        x, _ = DeformableEncoder(c, name="encoder")(tokens, position, centres, valid, shapes, train)
-        return x, masks
 
 
 def _cell_boxes(mask: Array, levels: list[Array]) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ from jax import Array
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.heads import TORCH_LINEAR, BoxHead, normalize_images, query_start
 from aqdetr_jax.models.layers import FLOAT
-from aqdetr_jax.models.output import DetrOutput
+from aqdetr_jax.models.output import DetrOutput, split_queries
 from aqdetr_jax.models.quantized import QConv, QDense, module_path
 from aqdetr_jax.models.resnet import ResNet
 from aqdetr_jax.models.transformer import Decoder, Encoder
@@ -91,17 +91,17 @@ class Detr(nn.Module):
             decoded
         )
         boxes = jax.nn.sigmoid(BoxHead(c.dim, policy, name="box_head")(decoded))
-        n = c.num_queries
-        extra = len(sets) > 1
+        logits, auxiliary_logits = split_queries(logits, c.num_queries)
+        boxes, auxiliary_boxes = split_queries(boxes, c.num_queries)
         return DetrOutput(
-            logits[:, :, :n],
-            boxes[:, :, :n],
-            logits[:, :, n:] if extra else None,
-            boxes[:, :, n:] if extra else None,
+            logits,
+            boxes,
+            auxiliary_logits,
+            auxiliary_boxes,
             encoder_maps,
             self_maps,
             cross_maps,
             memory,
-            decoded[:, :, :n],
+            decoded[:, :, : c.num_queries],
             valid,
         )

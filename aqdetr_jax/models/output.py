@@ -42,3 +42,8 @@ class DetrOutput(NamedTuple):
     memory_valid: Array
     proposal_logits: Array | None = None
     proposal_boxes: Array | None = None
+
+
+def split_queries(x: Array, count: int) -> tuple[Array, Array | None]:
+    """[L, B, Q, ...] of all queries: that of the object queries, and of the others (or None)."""
+    return x[:, :, :count], x[:, :, count:] if x.shape[2] > count else None

@@ -1,21 +1,59 @@
-"""Whole models: judged on a configuration's evaluation set, or calibrated without training."""
+"""Whole models: what a run leaves, judged on an evaluation set, or calibrated without training."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
 from aqdetr_jax.quant.spec import GRID_PARAMETERS
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.config import ExperimentConfig
-from aqdetr_jax.training.model_io import ModelBundle
+from aqdetr_jax.training.model_io import InputRule, ModelBundle
 from aqdetr_jax.training.notices import say_drops
 from aqdetr_jax.training.sharding import make_mesh
 from aqdetr_jax.training.workdir import git_commit
+
+
+def run_bundle(
+    config: ExperimentConfig,
+    train_set: DetectionDataset,
+    eval_set: DetectionDataset,
+    variables: dict[str, Any],
+    block: Mapping[str, Any] | None,
+) -> ModelBundle:
+    """The model that a run leaves, with the facts that say where it comes from.
+
+    Args:
+      config: the run's configuration.
+      train_set: gives the classes.
+      eval_set: for its fingerprint.
+      variables: what is kept, on the host.
+      block: its results block, None after a pretraining.
+    """
+    info = {
+        "name": config.name,
+        "task": config.task,
+        "seed": config.seed,
+        "steps": config.train.steps,
+        "commit": git_commit(),
+        "data": {"train": train_set.fingerprint, "eval": eval_set.fingerprint},
+    }
+    if block is not None:
+        info["results"] = {k: v for k, v in block.items() if k != "per_class"}
+    return ModelBundle(
+        config.model,
+        config.quant,
+        InputRule.from_data(config.data),
+        train_set.class_names,
+        train_set.category_ids,
+        variables,
+        info,
+    )
 
 
 def evaluate_bundle(

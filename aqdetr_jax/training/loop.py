@@ -22,6 +22,7 @@ from aqdetr_jax.models.detector import Detector
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
+from aqdetr_jax.training.bundles import run_bundle
 from aqdetr_jax.training.checkpoint import Checkpoints
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.config_types import from_dataclass
@@ -29,12 +30,11 @@ from aqdetr_jax.training.hosts import agree, is_main, one_for_all, say, stop_req
 from aqdetr_jax.training.metrics import MetricsWriter, Progress
 from aqdetr_jax.training.model_io import (
     MODEL_FOLDER,
-    InputRule,
     ModelBundle,
     load_model,
     save_model,
 )
-from aqdetr_jax.training.notices import check_step, say_limits
+from aqdetr_jax.training.notices import check_step, counts_by_image, say_limits
 from aqdetr_jax.training.sharding import (
     MODEL_PARALLEL,
     make_mesh,
@@ -209,7 +209,10 @@ class _Run:
                     writer.write(config.train.steps, _flat_results(block))
 
         # --- what is kept ---------------------------------------------------------------------
-        save_model(self.path / MODEL_FOLDER, self._bundle(state, block))
+        bundle = run_bundle(
+            config, self.train_set, self.eval_set, jax.device_get(state.evaluated), block
+        )
+        save_model(self.path / MODEL_FOLDER, bundle)
         if block is not None and detections is not None and is_main():
             detections.write(self.path)
             write_json_atomic(self.path / "results.json", block)
@@ -331,7 +334,9 @@ class _Run:
                     values["skipped_images"] = float(batches.stats.skipped_images)
                     writer.write(done, values)
                     new = int(values["skipped"]) - skipped
-                    replaced = self._by_image(metrics.get("replaced_costs"), batch)
+                    replaced = counts_by_image(
+                        metrics.get("replaced_costs"), batch["image_index"], self.train_set
+                    )
                     check_step(done, values, replaced, new, abort_after)
                     skipped = int(values["skipped"])
                     progress.update(done, _shown(values))
@@ -343,19 +348,6 @@ class _Run:
             progress.close()
             if batches.stats.summary():
                 say(f"{self.train_set.name}: left out since the start: {batches.stats.summary()}")
-
-    def _by_image(self, counts: np.ndarray | None, batch) -> dict[int | str, int]:
-        """This process's part of ``[B]`` counts of the global batch, by image id."""
-        index = np.asarray(batch["image_index"])
-        if counts is None:
-            counts = np.zeros(jax.process_count() * len(index), np.int32)
-        own = counts.reshape(jax.process_count(), -1)[jax.process_index()]
-        found: dict[int | str, int] = {}
-        for i, n in zip(index, own, strict=True):
-            if i >= 0:
-                name = self.train_set.image_id(int(i))
-                found[name] = found.get(name, 0) + int(n)
-        return found
 
     def _evaluate(self, state: TrainState) -> tuple[dict[str, Any], Detections]:
         assert isinstance(self.module, Detector)
@@ -377,29 +369,6 @@ class _Run:
         )
         say(f"AP {block['AP']:.4f}  AP50 {block['AP50']:.4f}  ({len(self.eval_set)} images)")
         return block, detections
-
-    def _bundle(self, state: TrainState, block) -> ModelBundle:
-        config = self.config
-        host = jax.device_get(state.evaluated)
-        info = {
-            "name": config.name,
-            "task": config.task,
-            "seed": config.seed,
-            "steps": config.train.steps,
-            "commit": git_commit(),
-            "data": {"train": self.train_set.fingerprint, "eval": self.eval_set.fingerprint},
-        }
-        if block is not None:
-            info["results"] = {k: v for k, v in block.items() if k != "per_class"}
-        return ModelBundle(
-            config.model,
-            config.quant,
-            InputRule.from_data(config.data),
-            self.train_set.class_names,
-            self.train_set.category_ids,
-            host,
-            info,
-        )
 
     @staticmethod
     def _due(done: int, every: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
 from aqdetr_jax.data.dataset import DetectionDataset
@@ -47,6 +48,27 @@ def say_limits(
                 f"{queries} queries of a group; such images use fewer repeats "
                 "(metric limited_images)"
             )
+
+
+def counts_by_image(
+    counts: np.ndarray | None, index: np.ndarray, dataset: DetectionDataset
+) -> dict[int | str, int]:
+    """This process's part of counts of the global batch, by image id.
+
+    Args:
+      counts: int ``[B]`` in process order, or None for zeros.
+      index: int ``[B / processes]``, this process's dataset indices; -1 = no image.
+      dataset: the training set.
+    """
+    if counts is None:
+        counts = np.zeros(jax.process_count() * len(index), np.int32)
+    own = counts.reshape(jax.process_count(), -1)[jax.process_index()]
+    found: dict[int | str, int] = {}
+    for i, count in zip(index, own, strict=True):
+        if i >= 0:
+            name = dataset.image_id(int(i))
+            found[name] = found.get(name, 0) + int(count)
+    return found
 
 
 def check_step(

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aqdetr_jax.losses.distillation import DistillationWeights, layer_by_layer_loss, layer_loss
+from aqdetr_jax.losses.distillation import (
+    DistillationWeights,
+    attention_kl,
+    layer_by_layer_loss,
+    layer_loss,
+    location_distance,
+    map_kl,
+)
+from aqdetr_jax.ops.deformable import attention_map
 
 KINDS = ("kl", "mse", "logits", "output")
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 5, 5, 6
@@ -165,3 +173,107 @@ def test_weights_are_checked():
         DistillationWeights(encoder=-1.0)
     with pytest.raises(ValueError, match="'kl', 'mse', 'logits', 'output'"):
         DistillationWeights(kind="l2")
+
+
+# --- deformable attention ---
+
+SIZES = np.array([[6, 4], [3, 2]], np.float32)  # (width, height) of two levels
+POINTS = 3
+
+
+class DeformableMaps(NamedTuple):
+    scores: jax.Array
+    probabilities: jax.Array
+    locations: jax.Array
+    sizes: jax.Array
+    output: jax.Array
+
+
+def deformable_maps(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(BATCH, HEADS, QUERIES, 2 * POINTS)).astype(np.float32)
+    locations = rng.uniform(size=(BATCH, QUERIES, HEADS, 2, POINTS, 2)).astype(np.float32)
+    output = rng.normal(size=(BATCH, QUERIES, WIDTH)).astype(np.float32)
+    return DeformableMaps(scores, np.asarray(jax.nn.softmax(scores)), locations, SIZES, output)
+
+
+def test_location_distance_agrees_with_the_restatement():
+    teacher, student = deformable_maps(0), deformable_maps(1)
+    total, count = 0.0, 0
+    for b, q, h in np.ndindex(BATCH, QUERIES, HEADS):
+        if not VALID[b, q]:
+            continue
+        count += 1
+        for level, point in np.ndindex(2, POINTS):
+            weight = teacher.probabilities[b, h, q, level * POINTS + point]
+            step = (
+                teacher.locations[b, q, h, level, point] - student.locations[b, q, h, level, point]
+            )
+            total += weight * np.abs(step * SIZES[level]).sum()
+    found = location_distance(
+        teacher.locations, student.locations, teacher.probabilities, SIZES, VALID
+    )
+    np.testing.assert_allclose(found, total / count, rtol=1e-5)
+
+
+def test_one_cell_apart_is_a_distance_of_one():
+    teacher = deformable_maps(2)
+    moved = teacher.locations + np.array([1, 0]) / SIZES[:, None]  # one cell right on every level
+    found = location_distance(teacher.locations, moved, teacher.probabilities, SIZES)
+    np.testing.assert_allclose(found, 1.0, rtol=1e-5)
+
+
+def test_deformable_layers_are_judged_by_weights_and_places():
+    teacher, student = deformable_maps(3), deformable_maps(4)
+    assert layer_loss("kl", teacher, teacher, VALID, locations=0.5) == 0
+    kl = attention_kl(teacher.scores, student.scores, VALID)
+    far = location_distance(
+        teacher.locations, student.locations, teacher.probabilities, SIZES, VALID
+    )
+    found = layer_by_layer_loss("kl", [teacher], [student], VALID, locations=0.5)
+    np.testing.assert_allclose(found, kl + 0.5 * far, rtol=1e-6)
+    np.testing.assert_allclose(layer_loss("kl", teacher, student, VALID), kl, rtol=1e-6)
+
+
+def test_no_gradient_of_the_distance_to_the_teacher():
+    teacher, student = deformable_maps(5), deformable_maps(6)
+    gradients = jax.grad(location_distance, (0, 1, 2))(
+        teacher.locations, student.locations, teacher.probabilities, SIZES
+    )
+    assert not np.any(gradients[0])
+    assert np.all(gradients[1] != 0)
+    assert not np.any(gradients[2])
+
+
+def test_dense_check_and_cheap_terms_rank_students_alike():
+    """Students that look further away, or weigh worse, are further away on the dense map too."""
+    teacher, other = deformable_maps(7), deformable_maps(8)
+
+    def dense(maps):
+        weights = maps.probabilities.transpose(0, 2, 1, 3).reshape(BATCH, QUERIES, HEADS, 2, POINTS)
+        shape = (4, 6)
+        dense = attention_map(maps.locations[:, :, :, 0], weights[:, :, :, 0], shape)
+        return dense.reshape(*dense.shape[:3], -1).transpose(0, 2, 1, 3)
+
+    def mixed(part):
+        scores = teacher.scores + part * (other.scores - teacher.scores)
+        places = teacher.locations + part * (other.locations - teacher.locations)
+        return teacher._replace(
+            scores=scores, probabilities=jax.nn.softmax(scores), locations=places
+        )
+
+    students = [mixed(part) for part in (0.0, 0.1, 0.3, 1.0)]
+    cheap = [float(layer_loss("kl", teacher, s, VALID, locations=0.1)) for s in students]
+    check = [float(map_kl(dense(teacher), dense(s), VALID)) for s in students]
+    assert abs(cheap[0]) < 1e-6
+    assert abs(check[0]) < 1e-6
+    assert cheap == sorted(cheap)
+    assert check == sorted(check)
+    assert check[1] > 1e-3
+
+
+def test_map_kl_by_hand_counts_what_lies_outside():
+    teacher = np.array([0.5, 0.25]).reshape(1, 1, 1, 2)  # a quarter outside
+    student = np.array([0.25, 0.25]).reshape(1, 1, 1, 2)  # a half outside
+    want = 0.5 * np.log(2) + 0.25 * np.log(0.25 / 0.5)
+    np.testing.assert_allclose(map_kl(teacher, student), want, rtol=1e-5)

@@ -13,7 +13,15 @@ from aqdetr_jax.models.attention import AttentionCore
 from aqdetr_jax.models.quantized import OBSERVED, QConv, QDense
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import stock_policy
-from aqdetr_jax.quant.product import Conv, Dense, Mix, Quantizer, Scores, quantized_product
+from aqdetr_jax.quant.product import (
+    Conv,
+    Dense,
+    Mix,
+    MixSamples,
+    Quantizer,
+    Scores,
+    quantized_product,
+)
 
 # contraction, shapes of both operands, shapes of both steps
 CASES = {
@@ -29,6 +37,7 @@ CASES = {
     ),
     "scores": (Scores, {}, (2, 3, 4, 5), (2, 3, 6, 5), (3, 1, 1), (3, 1, 1)),
     "mix": (Mix, {}, (2, 3, 4, 6), (2, 3, 6, 5), (3, 1, 1), (3, 1, 1)),
+    "mix_samples": (MixSamples, {}, (2, 3, 4, 6), (2, 3, 4, 6 * 5), (3, 1, 1), (3, 1, 1)),
 }
 
 
@@ -41,6 +50,8 @@ def plain_product(name, a, b):
         return np.einsum("bhqd,bhkd->bhqk", a, b)
     if name == "mix":
         return np.einsum("bhqk,bhkd->bhqd", a, b)
+    if name == "mix_samples":
+        return np.einsum("bhqp,bhqpd->bhqd", a, b.reshape(*a.shape, -1))
     _, options, *_ = CASES[name]
     (sh, sw), (dh, dw) = options.get("strides", (1, 1)), options.get("dilation", (1, 1))
     a = np.pad(a, ((0, 0), *options["padding"], (0, 0)))

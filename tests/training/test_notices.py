@@ -11,7 +11,12 @@ from PIL import Image
 
 from aqdetr_jax.data.coco import CocoFolder
 from aqdetr_jax.training import setup
-from aqdetr_jax.training.notices import TrainingDivergedError, check_step, say_limits
+from aqdetr_jax.training.notices import (
+    TrainingDivergedError,
+    check_step,
+    counts_by_image,
+    say_limits,
+)
 
 FINE = {"loss": 1.0, "gradient_norm": 2.0, "bad_in_a_row": 0.0}
 
@@ -82,3 +87,16 @@ def test_too_many_bad_steps_end_the_run():
     with pytest.raises(TrainingDivergedError, match=r"3 steps in a row up to step 9.*loss.*lr"):
         check_step(9, bad, {1: 0}, 3, 3)
     check_step(9, bad, {1: 0}, 3, 4)
+
+
+def test_counts_belong_to_images_by_name(monkeypatch):
+    data = setup.open_dataset(tiny.FLOAT.data, train=True)
+    index, counts = np.array([5, 2, -1, 5]), np.array([1, 0, 7, 2])
+    names = [data.image_id(i) for i in (5, 2)]
+    assert counts_by_image(counts, index, data) == {names[0]: 3, names[1]: 0}
+    assert counts_by_image(None, index, data) == {names[0]: 0, names[1]: 0}
+    # The second of two processes reads the second half of the global batch.
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    both = np.array([9, 9, 9, 9, 1, 0, 7, 2])
+    assert counts_by_image(both, index, data) == {names[0]: 3, names[1]: 0}
