@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import os
 import statistics
 import sys
@@ -134,11 +135,10 @@ def on_v5e(case: Case, method: str, arrays: dict[str, np.ndarray]) -> dict[str, 
     """What the compiler for one v5e chip says of forward plus gradient; None without libtpu."""
     import jax
 
-    try:
-        import libtpu  # noqa: F401
-        from jax.experimental import topologies
-    except ImportError:
+    if importlib.util.find_spec("libtpu") is None:
         return None
+    from jax.experimental import topologies
+
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1)
     )

@@ -294,6 +294,9 @@ def save_params(path: str | Path, params: Any, metadata: Mapping[str, Any]) -> N
     _barrier(f"params_{path.name}")
     ocp.save(partial / "params", trees.nest(leaves))
     if jax.process_index() == 0:
+        # Orbax notes the folder that it wrote to; a model travels, and that path is nobody's.
+        for note in partial.rglob("commit_success.txt"):
+            note.write_text("committed\n", encoding="utf-8")
         write_json_atomic(partial / "metadata.json", dict(metadata))
         write_manifest(partial / "manifest.json", partial, {"kind": "params"})
         if path.exists():

@@ -368,6 +368,14 @@ def test_params_round_trip(params_folder):
     assert [path.name for path in params_folder.parent.iterdir()] == ["final"]
 
 
+def test_params_say_nothing_of_where_they_were_saved(params_folder):
+    notes = list(params_folder.rglob("commit_success.txt"))
+    assert [note.read_text() for note in notes] == ["committed\n"]
+    where = str(params_folder.parent).encode()
+    for file in params_folder.rglob("*"):
+        assert not file.is_file() or where not in file.read_bytes(), file
+
+
 def test_params_with_slashes_and_dots_in_names(tmp_path):
     tree = {"a/b": np.ones(2), "a": {"b": np.zeros(3)}, "c.d": np.int32(4)}
     save_params(tmp_path / "p", tree, {})

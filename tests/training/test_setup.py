@@ -177,11 +177,11 @@ def test_patterns_that_match_nothing_are_named(calibrated):
     config, module, _, variables, _ = calibrated
     paths = [row.path for row in setup.record_ops(module, variables, (64, 64))]
 
-    def check(rules=(), frozen=()):
+    def check(rules=(), frozen=(), slow=()):
         changed = dataclasses.replace(
             config,
             quant=dataclasses.replace(config.quant, rules=rules),
-            optimizer=dataclasses.replace(config.optimizer, frozen=frozen),
+            optimizer=dataclasses.replace(config.optimizer, frozen=frozen, slow=slow),
         )
         setup.check_patterns(changed, paths, variables["params"])
 
@@ -190,6 +190,9 @@ def test_patterns_that_match_nothing_are_named(calibrated):
         check((Rule("encoder", 4, 4, 8), Rule("encodr", 4, 4, 8)))
     with pytest.raises(ValueError, match=r"config.optimizer.frozen: 'bakcbone' matches no param"):
         check(frozen=("encoder", "bakcbone"))
+    check(slow=("q_proj/",))
+    with pytest.raises(ValueError, match=r"config.optimizer.slow: 'offsets' matches no parameter"):
+        check(slow=("offsets",))
 
 
 def test_sets_with_other_classes_are_refused():
