@@ -137,7 +137,16 @@ def state_dict(
         keys that are.
       OSError: the file cannot be opened or read.
     """
-    value = read_torch(path, max_bytes=max_bytes)
+    return parameters(read_torch(path, max_bytes=max_bytes), path)
+
+
+def parameters(value: Any, path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The parameters in what :func:`read_torch` returned; see :func:`state_dict`.
+
+    Args:
+      value: content of a file.
+      path: the file, for messages.
+    """
     choices = [value]
     if isinstance(value, dict):
         choices += [value.get(key) for key in STATE_KEYS]
