@@ -79,6 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", metavar="DIR", help="a run or its model folder")
     sub.add_argument("--out", default="predictions", metavar="DIR")
     sub.add_argument("--threshold", type=float, default=0.5)
+    sub = verb("convert", _convert, "a published checkpoint becomes a model folder")
+    sub.add_argument("source", metavar="SOURCE", help="weights file, or transformers' model folder")
+    sub.add_argument("--to", required=True, metavar="DIR", help="the model folder to write")
+    sub.add_argument("--num-classes", type=int, metavar="N", help="a new class head, N classes")
+    sub.add_argument("--name", help="name in results")
+    sub.add_argument(
+        "--dilation",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the backbone is (not) dilated (DC5), where the source does not say",
+    )
     sub = verb("quickstart", _quickstart, "a float detector becomes a 4-bit one, in minutes")
     sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
     sub.add_argument("--model", choices=("detr", "deformable"), default="detr")
@@ -205,6 +216,25 @@ def _predict(arguments, overrides) -> None:
     if failed:
         reasons = "; ".join(failed[:3])
         raise ImageReadError(f"{len(failed)} of {len(arguments.images)} images: {reasons}")
+
+
+def _convert(arguments, overrides) -> None:
+    from aqdetr_jax.training.convert import REPORT, convert
+
+    if overrides:
+        raise ValueError(f"convert takes no configuration overrides, found {overrides[0]!r}")
+    made = convert(
+        arguments.source,
+        arguments.to,
+        num_classes=arguments.num_classes,
+        name=arguments.name,
+        dilation=arguments.dilation,
+    )
+    print(made.title)
+    print(made.summary())
+    for note in made.notes:
+        print(f"note: {note}")
+    print(f"written to {arguments.to} ({REPORT} has every parameter)")
 
 
 def _quickstart(arguments, overrides) -> None:

@@ -112,7 +112,7 @@ def to_coco_results(
     scores: Any,
     labels: Any,
     boxes: Any,
-    category_ids: Sequence[int],
+    category_ids: Sequence[int | None],
 ) -> list[dict[str, Any]]:
     """Turns arrays of detections into COCO results: plain Python, ready for JSON.
 
@@ -121,7 +121,8 @@ def to_coco_results(
       scores: float [B, K].
       labels: int [B, K], contiguous classes.
       boxes: float [B, K, 4] (x1, y1, x2, y2) in pixels.
-      category_ids: the dataset's category id of each contiguous class.
+      category_ids: the dataset's category id of each contiguous class; detections of a class that
+        has none are left out.
 
     Returns:
       One dict {image_id, category_id, bbox [x, y, w, h], score} per detection.
@@ -143,7 +144,7 @@ def to_coco_results(
             f"want {len(image_ids)} rows of scores [B, K], labels [B, K] and boxes [B, K, 4], got "
             f"{scores.shape}, {labels.shape}, {boxes.shape}"
         )
-    categories = [int(c) for c in category_ids]
+    categories = [None if c is None else int(c) for c in category_ids]
     results = []
     for row, image_id in enumerate(image_ids):
         if image_id is None:
@@ -163,6 +164,8 @@ def to_coco_results(
         for score, label, (x1, y1, x2, y2) in zip(
             scores[row].tolist(), labels[row].tolist(), boxes[row].tolist(), strict=True
         ):
+            if categories[label] is None:
+                continue
             results.append(
                 {
                     "image_id": image_id,

@@ -59,7 +59,7 @@ def make_predict_fn(module: Detector, mesh: Mesh, num_classes: int) -> Callable:
     Args:
       module: the model.
       mesh: devices; the batch is split over "data".
-      num_classes: classes of the data (the head may have columns for more).
+      num_classes: classes that count (the head may have columns for more).
 
     Returns:
       ``f(variables, images, mask, original_size) -> (scores, labels, boxes)``; one compilation for
@@ -88,6 +88,8 @@ class Evaluator:
       dataset: evaluation set.
       pipeline: input parameters.
       mesh: devices.
+      category_ids: the set's category id of each of the model's classes, None for a class that the
+        set has not (it is detected and left out, as COCO does); the set's own by default.
     """
 
     def __init__(
@@ -96,8 +98,10 @@ class Evaluator:
         dataset: DetectionDataset,
         pipeline: PipelineConfig,
         mesh: Mesh,
+        category_ids: Sequence[int | None] | None = None,
     ):
         self._dataset = dataset
+        self._category_ids = dataset.category_ids if category_ids is None else category_ids
         # The last batch is filled up anyway, so any batch size can be made to fit the devices.
         unit = (
             mesh.shape["data"]
@@ -107,7 +111,7 @@ class Evaluator:
         size = -(-pipeline.batch_size // unit) * unit
         self._batches = make_eval_pipeline(dataset, dataclasses.replace(pipeline, batch_size=size))
         self._mesh = mesh
-        self._predict = make_predict_fn(module, mesh, dataset.num_classes)
+        self._predict = make_predict_fn(module, mesh, len(self._category_ids))
 
     def detect(self, variables: Any, progress: Callable[[int, int], None] | None = None):
         """Detections of every image of the set.
@@ -131,7 +135,7 @@ class Evaluator:
             )
             index, scores, labels, boxes = _to_host((placed["image_index"], *out))
             ids = [self._dataset.image_id(int(i)) if i >= 0 else None for i in index]
-            results += to_coco_results(ids, scores, labels, boxes, self._dataset.category_ids)
+            results += to_coco_results(ids, scores, labels, boxes, self._category_ids)
             if progress is not None:
                 progress(number, len(self._batches))
         if self._batches.stats.skipped_images:

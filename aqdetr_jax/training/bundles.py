@@ -13,6 +13,7 @@ from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
 from aqdetr_jax.quant.spec import GRID_PARAMETERS
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.hosts import say
 from aqdetr_jax.training.model_io import InputRule, ModelBundle
 from aqdetr_jax.training.notices import say_drops
 from aqdetr_jax.training.sharding import make_mesh
@@ -70,14 +71,23 @@ def evaluate_bundle(
       name: name in the results block.
       progress: called with (batches done, batches).
 
+    Classes are matched by name: a model may know more of them than the set, whose names may have
+    other ids.
+
     Raises:
-      ValueError: the model's classes are not the set's.
+      ValueError: the set has classes that the model does not know.
     """
     dataset = setup.open_dataset(config.data, train=False)
-    if bundle.class_names != dataset.class_names:
+    if not set(dataset.class_names) <= set(bundle.class_names):
         raise ValueError(
             f"the model detects {_some(bundle.class_names)}, but {dataset.name} has "
             f"{_some(dataset.class_names)}: evaluate it on the classes it was trained on"
+        )
+    ids = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
+    if len(bundle.class_names) > len(ids):
+        say(
+            f"{dataset.name} has {len(ids)} of the model's {len(bundle.class_names)} classes: "
+            "detections of the others are left out"
         )
     say_drops(dataset)
     evaluator = Evaluator(
@@ -85,6 +95,7 @@ def evaluate_bundle(
         dataset,
         setup.pipeline_config(config, train=False),
         make_mesh(),
+        [ids.get(name) for name in bundle.class_names],
     )
     metrics, detections = evaluator.evaluate(bundle.variables, progress)
     block = results_block(

@@ -263,7 +263,24 @@ class Checkpoints:
         return self.directory / f"step_{step:08d}{_MANIFEST}"
 
 
-def save_params(path: str | Path, params: Any, metadata: Mapping[str, Any]) -> None:
+def check_target(path: str | Path) -> Path:
+    """Where parameters are to be saved, as an absolute path.
+
+    Raises:
+      FileExistsError: ``path`` exists and is not a parameter folder.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path / "manifest.json").is_file():
+        raise FileExistsError(f"{path} exists and is not a parameter folder; choose another name")
+    return path
+
+
+def save_params(
+    path: str | Path,
+    params: Any,
+    metadata: Mapping[str, Any],
+    more: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Saves parameters for inference, with all that is needed to use them, as one folder.
 
     The folder appears whole or not at all; an earlier parameter folder of that name is replaced.
@@ -272,14 +289,13 @@ def save_params(path: str | Path, params: Any, metadata: Mapping[str, Any]) -> N
       path: folder to write.
       params: nested dict of arrays, on any devices.
       metadata: JSON-serialisable facts: configuration, class names, results.
+      more: further JSON files for people, by file name.
 
     Raises:
       FileExistsError: ``path`` exists and is not a parameter folder.
       ValueError: a leaf cannot be saved; the message names it.
     """
-    path = Path(path).absolute()
-    if path.exists() and not (path / "manifest.json").is_file():
-        raise FileExistsError(f"{path} exists and is not a parameter folder; choose another name")
+    path = check_target(path)
     leaves = {}
     for name, leaf in trees.flatten(params):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -297,7 +313,8 @@ def save_params(path: str | Path, params: Any, metadata: Mapping[str, Any]) -> N
         # Orbax notes the folder that it wrote to; a model travels, and that path is nobody's.
         for note in partial.rglob("commit_success.txt"):
             note.write_text("committed\n", encoding="utf-8")
-        write_json_atomic(partial / "metadata.json", dict(metadata))
+        for name, content in {**(more or {}), "metadata.json": metadata}.items():
+            write_json_atomic(partial / name, dict(content))
         write_manifest(partial / "manifest.json", partial, {"kind": "params"})
         if path.exists():
             path.rename(old)

@@ -69,12 +69,12 @@ class ModelBundle:
         """The module that the variables belong to.
 
         Raises:
-          ValueError: the model comes from a dense pretraining and has no decoder.
+          ValueError: the model is a pretrained or imported backbone and has no decoder.
         """
         if "decoder" not in self.variables["params"]:
             raise ValueError(
-                "this model comes from a dense pretraining: it has no decoder and can only start "
-                "a detector (config.init_from)"
+                "this model is a backbone (of a dense pretraining, or imported): it has no decoder "
+                "and can only start a detector (config.init_from)"
             )
         return build_detector(self.config, self.quant.build())
 
@@ -85,12 +85,15 @@ def without_auxiliary(params: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key not in training_only}
 
 
-def save_model(path: str | Path, bundle: ModelBundle) -> None:
+def save_model(
+    path: str | Path, bundle: ModelBundle, more: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
     """Writes a model folder; it appears whole or not at all.
 
     Args:
       path: the folder; an earlier model of that name is replaced.
       bundle: what to write.
+      more: further JSON files for people, by file name.
     """
     variables = {
         "params": without_auxiliary(bundle.variables["params"]),
@@ -107,7 +110,7 @@ def save_model(path: str | Path, bundle: ModelBundle) -> None:
         "category_ids": list(bundle.category_ids),
         "info": bundle.info,
     }
-    save_params(path, variables, metadata)
+    save_params(path, variables, metadata, more)
 
 
 def load_model(path: str | Path) -> ModelBundle:

@@ -1,0 +1,71 @@
+"""Names of classes that a checkpoint does not carry: COCO's, by the ids that official heads use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+GAP = "N/A"
+"""Name of an output that stands for no category."""
+
+COCO_OUTPUTS = 91
+"""Classes of the official heads: COCO's ids 0 to 90, of which 80 are categories."""
+
+_COCO = """
+1 person, 2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat,
+10 traffic light, 11 fire hydrant, 13 stop sign, 14 parking meter, 15 bench, 16 bird, 17 cat,
+18 dog, 19 horse, 20 sheep, 21 cow, 22 elephant, 23 bear, 24 zebra, 25 giraffe, 27 backpack,
+28 umbrella, 31 handbag, 32 tie, 33 suitcase, 34 frisbee, 35 skis, 36 snowboard, 37 sports ball,
+38 kite, 39 baseball bat, 40 baseball glove, 41 skateboard, 42 surfboard, 43 tennis racket,
+44 bottle, 46 wine glass, 47 cup, 48 fork, 49 knife, 50 spoon, 51 bowl, 52 banana, 53 apple,
+54 sandwich, 55 orange, 56 broccoli, 57 carrot, 58 hot dog, 59 pizza, 60 donut, 61 cake, 62 chair,
+63 couch, 64 potted plant, 65 bed, 67 dining table, 70 toilet, 72 tv, 73 laptop, 74 mouse,
+75 remote, 76 keyboard, 77 cell phone, 78 microwave, 79 oven, 80 toaster, 81 sink,
+82 refrigerator, 84 book, 85 clock, 86 vase, 87 scissors, 88 teddy bear, 89 hair drier,
+90 toothbrush
+"""
+
+COCO_NAMES: Mapping[int, str] = {
+    int(number): name
+    for number, name in (entry.split(maxsplit=1) for entry in _COCO.replace("\n", " ").split(","))
+}
+"""The 80 categories of COCO's instances files by id."""
+
+
+def coco_outputs() -> tuple[str, ...]:
+    """Names of the official heads' classes, with gaps."""
+    return tuple(COCO_NAMES.get(number, GAP) for number in range(COCO_OUTPUTS))
+
+
+def placeholders(count: int) -> tuple[str, ...]:
+    """Names of classes whose names are not known."""
+    return tuple(f"class {number}" for number in range(count))
+
+
+def class_names(settings: Mapping[str, Any], count: int, where: str) -> tuple[str, ...] | None:
+    """The names that transformers' ``config.json`` gives the classes.
+
+    Args:
+      settings: its content.
+      count: classes of the head.
+      where: the source, for messages.
+
+    Returns:
+      Names in the order of the outputs, or None if there are none.
+
+    Raises:
+      ValueError: ``id2label`` does not name exactly the head's classes.
+    """
+    labels = settings.get("id2label")
+    if not labels:
+        return None
+    try:
+        names = {int(number): str(name) for number, name in labels.items()}
+    except (AttributeError, ValueError):
+        raise ValueError(f"{where}: id2label in config.json maps no numbers to names") from None
+    if sorted(names) != list(range(count)):
+        raise ValueError(
+            f"{where}: its parameters have {count} classes, but id2label in config.json names "
+            f"{len(names)}, {min(names)} to {max(names)}"
+        )
+    return tuple(names[number] for number in range(count))

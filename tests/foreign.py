@@ -1,0 +1,144 @@
+"""Foreign checkpoints for tests: the tiny models that transformers once ran, and writers of files."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch_bytes as tb
+from safetensors.numpy import save_file
+
+FIXTURES = Path(__file__).parent / "fixtures"
+VARIANTS = {
+    "deformable_plain": {},
+    "deformable_single_scale": {"num_feature_levels": 1},
+    "deformable_refine": {"with_box_refine": True},
+    "deformable_two_stage": {
+        "with_box_refine": True,
+        "two_stage": True,
+        "two_stage_num_proposals": 7,
+    },
+}
+"""What the configuration of each fixture says of its variant."""
+
+LABELS = ("red cell", "white cell", "platelet", "debris", "bubble")
+"""Names of the fixtures' five classes."""
+
+
+@functools.cache
+def fixture(name: str) -> dict[str, dict[str, np.ndarray]]:
+    """A fixture of ``experiments/record_parity.py`` as {group: {name: array}}."""
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(FIXTURES / f"{name}.npz") as stored:
+        for key, array in stored.items():
+            group, _, rest = key.partition("/")
+            groups.setdefault(group, {})[rest] = array
+    return groups
+
+
+def config_json(name: str, **changes: Any) -> dict[str, Any]:
+    """What transformers writes beside a fixture's weights (the keys that are read)."""
+    return {
+        "model_type": "deformable_detr",
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 12,
+        "decoder_ffn_dim": 12,
+        "encoder_n_points": 2,
+        "decoder_n_points": 2,
+        "num_feature_levels": 4,
+        "with_box_refine": False,
+        "two_stage": False,
+        "num_queries": 7,
+        "dilation": False,
+        "position_embedding_type": "sine",
+        "activation_function": "relu",
+        "id2label": {str(i): label for i, label in enumerate(LABELS)},
+        "backbone_config": {"model_type": "resnet", "depths": [1, 1, 2, 1], "hidden_act": "relu"},
+        **VARIANTS[name],
+        **changes,
+    }
+
+
+def write_folder(
+    folder: Path, name: str, *, state: Mapping[str, np.ndarray] | None = None, **changes: Any
+) -> Path:
+    """A model folder of transformers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_json(name, **changes)))
+    given = fixture(name)["state"] if state is None else state
+    save_file(dict(given), folder / "model.safetensors")
+    return folder
+
+
+def write_shards(folder: Path, name: str) -> Path:
+    """The same with the weights in two files."""
+    write_folder(folder, name)
+    state = fixture(name)["state"]
+    (folder / "model.safetensors").unlink()
+    names, weight_map = list(state), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({key: state[key] for key in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def torch_file(
+    state: Mapping[str, np.ndarray], args: Mapping[str, Any] | None = None, *, stream: bool = False
+) -> bytes:
+    """A training checkpoint: {"model": state, "epoch": 49, "args": Namespace(...)}."""
+    kinds = {"f": "torch.FloatStorage", "i": "torch.LongStorage"}
+    rows, storages = [], {}
+    for number, (name, array) in enumerate(state.items()):
+        data = np.array(array, np.float32 if array.dtype.kind == "f" else np.int64, order="C")
+        key = str(number)
+        memory = tb.storage(data.size, key=key, kind=kinds[data.dtype.kind], stream=stream)
+        strides = [step // data.itemsize for step in data.strides]
+        rows.append(tb.text(name) + tb.tensor(memory, 0, data.shape, strides))
+        storages[key] = (data.size, data.tobytes())
+    model = tb.call("collections.OrderedDict") + b"(" + b"".join(rows) + b"u"
+    items = {"model": model, "epoch": tb.number(49)}
+    if args is not None:
+        attributes = tb.table(**{key: _value(value) for key, value in args.items()})
+        items["args"] = tb.call("argparse.Namespace") + attributes + b"b"
+    body = tb.table(**items)
+    if stream:
+        return tb.stream_file(body, storages)
+    return tb.zip_file(body, {key: data for key, (_, data) in storages.items()})
+
+
+def _value(value: Any) -> bytes:
+    """A plain value as opcodes."""
+    if isinstance(value, bool):
+        return b"\x88" if value else b"\x89"
+    return tb.number(value) if isinstance(value, int) else tb.text(value)
+
+
+ARGS = {
+    "hidden_dim": 32,
+    "nheads": 4,
+    "dim_feedforward": 12,
+    "enc_layers": 2,
+    "dec_layers": 2,
+    "num_queries": 7,
+    "num_feature_levels": 4,
+    "enc_n_points": 2,
+    "dec_n_points": 2,
+    "with_box_refine": False,
+    "two_stage": False,
+    "dilation": False,
+    "position_embedding": "sine",
+    "masks": False,
+    "backbone": "resnet-tiny",
+}
+"""Run arguments of a checkpoint with the parameters of ``deformable_plain``."""
