@@ -1,4 +1,4 @@
-"""Foreign checkpoints for tests: the tiny models that transformers once ran, and writers of files."""
+"""Foreign checkpoints for tests: the tiny models that transformers once ran, written to files."""
 
 from __future__ import annotations
 
