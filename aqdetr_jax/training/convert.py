@@ -145,7 +145,7 @@ def import_checkpoint(
     class_names, more = _class_names(checkpoint, kind.family, facts.get("classes"), num_classes)
     rule, pixels, others = _input_rule(checkpoint.preprocessing)
     notes = notes + more + others
-    config = dataclasses.replace(_model_config(facts, kind.family, source), **pixels)
+    config = dataclasses.replace(model_config(facts, kind.family, source), **pixels)
     config = dataclasses.replace(config, num_classes=len(class_names))
     if config.deformable.box_refine and table.startswith("huggingface"):
         layers = config.decoder_layers + config.deformable.two_stage
@@ -157,7 +157,7 @@ def import_checkpoint(
         config, kind, params, stats, dropped, num_classes is not None, source
     )
     info = {
-        "name": name or _name(config, kind.family),
+        "name": name or default_name(config, kind.family),
         "source": {"files": checkpoint.hashes, "naming": table},
     }
     category_ids = tuple(range(len(class_names)))
@@ -169,7 +169,7 @@ def import_checkpoint(
 # --- the model ----------------------------------------------------------------------------------
 
 
-def _model_config(facts: Mapping[str, Any], family: variant.Family, source: str) -> DetrConfig:
+def model_config(facts: Mapping[str, Any], family: variant.Family, source: str) -> DetrConfig:
     """Our configuration from the facts, classes left at 0."""
     depths = facts["depths"]
     last = len(depths) - 1
@@ -276,7 +276,7 @@ def _resnet_name(backbone: BackboneConfig) -> str:
     return name + ("-dc5" if backbone.output_stride < 32 else "")
 
 
-def _name(config: DetrConfig, family: variant.Family) -> str:
+def default_name(config: DetrConfig, family: variant.Family) -> str:
     """A name like ``deformable_resnet50_two_stage``."""
     options = config.deformable
     parts = [] if family == "backbone" else [family]

@@ -1,0 +1,266 @@
+"""What cannot be converted is refused in one line that names it, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from foreign import ARGS, fixture, torch_file, write_folder, write_shards
+from safetensors.numpy import save, save_file
+
+from aqdetr_jax.cli import main
+from aqdetr_jax.training.convert import convert
+from aqdetr_jax.training.model_io import load_model
+
+NAME = "deformable_plain"
+STATE = fixture(NAME)["state"]
+FIRST = next(iter(STATE))
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 166618694\n"
+PAGE = b"\n<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
+
+
+@pytest.fixture
+def refuse(tmp_path, capsys):
+    """Runs the command on a source and checks its one line, and that nothing is written."""
+
+    def refuse(source, *reasons, options=()):
+        target = tmp_path / "target" / "model"
+        assert main(["convert", str(source), "--to", str(target), *options]) == 1
+        message, hint, *rest = capsys.readouterr().err.splitlines()
+        assert hint.startswith("(--traceback")
+        assert not rest
+        for reason in (*reasons, str(source)):
+            assert reason in message, message
+        assert len(message) < 700 + len(str(source))
+        assert not target.parent.exists()
+
+    return refuse
+
+
+def changed(**arrays):
+    """The fixture's state with arrays replaced, or left out where None."""
+    state = {**STATE, **arrays}
+    return {name: array for name, array in state.items() if array is not None}
+
+
+# --- files that are none --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "is empty: fetch it again"),
+        (PAGE, "is a web page, not the file"),
+        (LFS, "is a Git LFS pointer, not the file"),
+        (save(STATE)[:-100], "damaged"),
+        (torch_file({"a": np.ones(3, np.float32)})[:-30], "cut short"),
+        (b"\x00" * 64, ""),
+    ],
+)
+def test_files_that_are_no_checkpoints(refuse, tmp_path, suffix, data, reason):
+    source = tmp_path / f"weights{suffix}"
+    source.write_bytes(data)
+    of_the_other_kind = (reason == "damaged") != (suffix == ".safetensors")
+    refuse(source, "" if of_the_other_kind and reason in ("damaged", "cut short") else reason)
+
+
+def test_other_sources(refuse, tmp_path):
+    refuse(tmp_path / "absent.pth", "no such file or folder")
+    text = tmp_path / "weights.onnx"
+    text.write_bytes(b"something")
+    refuse(text, "unknown kind of file; known are .pth, .pt, .bin, .safetensors")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    refuse(folder, "holds no config.json")
+    (folder / "config.json").write_text("{}")
+    (folder / "flax_model.msgpack").write_bytes(b"x")
+    refuse(folder, "neither model.safetensors nor pytorch_model.bin", "flax_model.msgpack")
+    (folder / "config.json").write_text("[1]")
+    refuse(folder, "config.json: holds no JSON object")
+
+
+def test_folders_of_ours(refuse, tmp_path, tiny_teacher):
+    refuse(tiny_teacher, "is a run or a model folder of ours already")
+    source = write_folder(tmp_path / "theirs", NAME)
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.tex").write_text("text")
+    with pytest.raises(FileExistsError, match="is not a parameter folder"):
+        convert(source, occupied)
+    assert [file.name for file in occupied.iterdir()] == ["thesis.tex"]
+
+
+def test_an_earlier_model_stays_when_a_conversion_fails(tmp_path):
+    source = write_folder(tmp_path / "theirs", NAME)
+    convert(source, tmp_path / "model", name="first")
+    write_folder(source, NAME, state=changed(**{"model.level_embed": None}))
+    with pytest.raises(ValueError, match="level_embed"):
+        convert(source, tmp_path / "model", name="second")
+    assert load_model(tmp_path / "model").info["name"] == "first"
+    write_folder(source, NAME)
+    convert(source, tmp_path / "model", name="third")
+    assert load_model(tmp_path / "model").info["name"] == "third"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model", "theirs"]
+
+
+@pytest.mark.parametrize(
+    ("index", "reasons"),
+    [
+        ({}, ["holds no weight_map"]),
+        ({"weight_map": {"a": "../elsewhere.safetensors"}}, ["is not the name of a file beside"]),
+        ({"weight_map": {"a": ".."}}, ["is not the name of a file beside"]),
+        ({"weight_map": {"a": 7}}, ["is not the name of a file beside"]),
+    ],
+)
+def test_indexes(refuse, tmp_path, index, reasons):
+    source = write_shards(tmp_path / "theirs", NAME)
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(source, *reasons)
+
+
+def test_shards(refuse, tmp_path):
+    source = write_shards(tmp_path / "theirs", NAME)
+    second = source / "model-00002-of-00002.safetensors"
+    kept = second.read_bytes()
+    second.unlink()
+    refuse(source, "names model-00002-of-00002.safetensors, which is not there")
+    names = list(STATE)[1::2]
+    save_file({name: STATE[name] for name in names[1:]}, second)
+    refuse(source, second.name, f"lacks {names[0]}")
+    save_file({name: STATE[name] for name in (*names, FIRST)}, second)
+    refuse(source, second.name, f"holds {FIRST}, as another file")
+    second.write_bytes(kept[:1000])
+    refuse(source, second.name, "is no safetensors file, or is damaged")
+
+
+# --- models that are none of ours -----------------------------------------------------------------
+
+
+def test_almost_nothing_matches(refuse, tmp_path):
+    state = {f"stages.{i}.blocks.weight": np.ones(3, np.float32) for i in range(9)}
+    state["model.level_embed"] = STATE["model.level_embed"]
+    save_file(state, tmp_path / "alien.safetensors")
+    refuse(
+        tmp_path / "alien.safetensors",
+        "almost nothing matches",
+        "only 1 of its 10 names",
+        "stages.0.blocks.weight",
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "reasons"),
+    [
+        (
+            {"model.mask_head.weight": np.ones(3, np.float32)},
+            ["1 of its", "model.mask_head.weight"],
+        ),
+        ({"model.encoder.layers.1.self_attn.value_proj.weight": None}, ["1 missing", "layer_1"]),
+        ({"model.level_embed": None}, ["lacks what is our 'level_embed'"]),
+        (
+            {"model.encoder.layers.1.mlp.fc1.bias": np.ones(13, np.float32)},
+            ["linear1/bias has shape [13], not [12]"],
+        ),
+        (
+            {"model.encoder.layers.1.mlp.fc1.weight": np.ones(13, np.float32)},
+            ["fc1.weight of shape [13] should have 2 axes"],
+        ),
+        (
+            {"model.backbone.model.embedder.embedder.normalization.running_var": None},
+            ["1 missing (backbone/stem_norm/var)"],
+        ),
+        (
+            {"model.input_proj.4.0.bias": np.ones(32, np.float32)},
+            ["1 too many (input_proj_4/bias)"],
+        ),
+        (
+            {"model.level_embed": np.full((4, 32), np.nan, np.float32)},
+            ["model.level_embed holds NaN or infinity"],
+        ),
+        ({"bbox_embed.1.layers.0.weight": np.ones((32, 32), np.float32)}, ["box_refine=True"]),
+        (
+            {f"class_embed.{i}.{part}": None for i in range(2) for part in ("weight", "bias")},
+            ["has no class head; --num-classes makes a new one"],
+        ),
+    ],
+)
+def test_parameters_that_do_not_fit(refuse, tmp_path, state, reasons):
+    refuse(write_folder(tmp_path / "theirs", NAME, state=changed(**state)), *reasons)
+
+
+def test_a_missing_class_head_can_be_made(tmp_path):
+    lost = {f"class_embed.{i}.{part}": None for i in range(2) for part in ("weight", "bias")}
+    source = write_folder(tmp_path / "theirs", NAME, state=changed(**lost))
+    made = convert(source, tmp_path / "out", num_classes=3)
+    assert made.report.new == ["class_head/bias", "class_head/kernel"]
+    assert made.bundle.variables["params"]["class_head"]["kernel"].shape == (32, 3)
+    with pytest.raises(ValueError, match="--num-classes must be at least 1, got 0"):
+        convert(source, tmp_path / "never", num_classes=0)
+
+
+# --- sources that contradict themselves -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        (
+            {"encoder_layers": 3},
+            ["have encoder_layers=2, but its config.json says"],
+        ),
+        ({"d_model": 64}, ["have dim=32, but its config.json says d_model=64"]),
+        ({"num_queries": 300}, ["have num_queries=7", "num_queries=300"]),
+        ({"with_box_refine": True}, ["have box_refine=False", "with_box_refine=True"]),
+        ({"num_feature_levels": 1}, ["have levels=4", "num_feature_levels=1"]),
+        (
+            {"encoder_attention_heads": 8},
+            ["says encoder_attention_heads=8 and decoder_attention_heads=4"],
+        ),
+        (
+            {"encoder_attention_heads": 8, "decoder_attention_heads": 8},
+            ["have 8 samples a level", "heads=8 (its config.json) x points=2"],
+        ),
+        ({"model_type": "detr"}, ["model_type='detr'", "those of a deformable model"]),
+        ({"model_type": "conditional_detr"}, ["model_type='conditional_detr'"]),
+        ({"position_embedding_type": "learned"}, ["position_embedding_type='learned'"]),
+        ({"backbone_config": {"depths": [3, 4, 6, 3]}}, ["depths=(1, 1, 2, 1)", "(3, 4, 6, 3)"]),
+        ({"backbone_config": {"downsample_in_bottleneck": True}}, ["downsample_in_bottleneck"]),
+        ({"backbone_config": {"output_stride": 16}}, ["dilation=False and backbone_config.out"]),
+        ({"id2label": {"0": "cell"}}, ["have 5 classes, but id2label", "names 1, 0 to 0"]),
+        ({"id2label": {"one": "cell"}}, ["id2label in config.json maps no numbers to names"]),
+    ],
+)
+def test_contradictions_of_a_folder(refuse, tmp_path, change, reasons):
+    refuse(write_folder(tmp_path / "theirs", NAME, **change), *reasons)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reasons"),
+    [
+        ({"enc_layers": 6}, [], ["encoder_layers=2, but its args says enc_layers=6"]),
+        ({"backbone": "resnet50"}, [], ["depths=(1, 1, 2, 1)", "backbone='resnet50'"]),
+        ({"masks": True}, [], ["args says masks=True"]),
+        ({}, ["--dilation"], ["--dilation was given, but its args says dilation=False"]),
+    ],
+)
+def test_contradictions_of_a_file(refuse, tmp_path, change, options, reasons):
+    source = tmp_path / "weights.pth"
+    source.write_bytes(torch_file(STATE, {**ARGS, **change}))
+    refuse(source, *reasons, options=options)
+
+
+def test_heads_that_are_not_the_official_number_must_be_declared(refuse, tmp_path):
+    """Eight heads of one sample fit the shapes of four heads of two: so a note says it."""
+    source = tmp_path / "weights.pth"
+    source.write_bytes(torch_file(STATE))
+    notes = convert(source, tmp_path / "out").notes
+    assert any("taken as 8, the official one" in note for note in notes)
+    source.write_bytes(torch_file(STATE, {"nheads": 3}))
+    refuse(source, "have 8 samples a level, which heads=3 (its args) x points=2 are not")
+
+
+def test_overrides_are_refused(tmp_path, capsys):
+    assert main(["convert", "a.pth", "--to", str(tmp_path / "out"), "--config.seed=1"]) == 1
+    assert "convert takes no configuration overrides" in capsys.readouterr().err
