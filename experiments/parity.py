@@ -7,7 +7,8 @@ compute in double precision and we in single. Tiny models of every kind against 
 (minutes); with --full the official sizes at 256 x 320 (half an hour and 8 GB; --only picks some).
 With checkouts of the original repositories, these sizes against their own code instead. Prints the
 greatest difference of every stage and keeps it in experiments/results/parity.json: absolute for
-outputs, relative for losses and gradients. Fails if a tolerance is exceeded. Needs the extra
+outputs, relative for losses and gradients; "exported" are outputs of transformers' model with the
+parameters that we write for it, against its own. Fails if a tolerance is exceeded. Needs the extra
 "parity".
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # single precision, as stated
 
 import numpy as np
+import parity_export
 import parity_original
 import parity_ours
 import parity_theirs
@@ -82,6 +84,9 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
     ours = parity_ours.compute(config, given, theirs, rows)
     if source in ORIGINAL.values():  # their code hands out no inner stages
         ours["output"] = {key: ours["output"][key] for key in theirs["output"]}
+    found = parity_ours.differences(ours, theirs)
+    if source not in ORIGINAL.values() and max(config.backbone.dilations) == 1:
+        found |= parity_export.differences(config, given, theirs["state"], rows)
     return [
         {
             "source": source,
@@ -90,7 +95,7 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
             "max_abs_diff": float(f"{value:.2g}"),
             "tolerance": tolerance(stage, name),
         }
-        for stage, value in parity_ours.differences(ours, theirs).items()
+        for stage, value in found.items()
     ]
 
 
@@ -113,7 +118,7 @@ def main() -> None:
             bad = not row["max_abs_diff"] <= row["tolerance"]
             failed += [f"{key[1]} {row['stage']}"] * bad
             note = "  EXCEEDED" if bad else ""
-            print(f"  {row['stage']:24} {row['max_abs_diff']:8.1e} of {row['tolerance']:g}{note}")
+            print(f"  {row['stage']:26} {row['max_abs_diff']:8.1e} of {row['tolerance']:g}{note}")
         sys.stdout.flush()
         kept = [row for row in kept if (row["source"], row["model"]) != key] + rows
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
