@@ -27,7 +27,7 @@ BACKBONES = ("model.backbone.conv_encoder.model.", "model.backbone.model.")
 
 
 def resnet(prefix: str) -> tuple[Row, ...]:
-    """Transformers' ResNet; s counts stages, b blocks, c convolutions, all from 0."""
+    """Their own ResNet; s counts stages, b blocks, c convolutions, all from 0."""
     stem = prefix + "embedder.embedder."
     block, ours = prefix + "encoder.stages.{s}.layers.{b}.", "backbone/layer{s+1}_{b}/"
     return (

@@ -12,7 +12,7 @@ BACKBONE: tuple[Row, ...] = torch_resnet("backbone.0.body.")
 
 
 def attention(name: str, path: str) -> tuple[Row, ...]:
-    """Torch's MultiheadAttention."""
+    """A MultiheadAttention of torch."""
     packed = tuple(f"{path}/{part}_proj" for part in "qkv")
     return (
         Row(f"{name}.in_proj_weight", tuple(f"{part}/kernel" for part in packed), "dense"),
