@@ -6,7 +6,7 @@ python experiments/record_preprocessing.py [--out=tests/fixtures/preprocessing.n
 Needs the extra "parity". The pictures are made here by integer arithmetic, so that a test makes the
 same ones without a file; with ``--bccd`` a few photographs of the BCCD set are recorded as well. Of
 every picture: the size after the official resize (800 / 1333), the pixels on a grid and the means
-of all rows and columns, from the processor that resizes with Pillow and from the one that resizes
+of some rows and columns, from the processor that resizes with Pillow and from the one that resizes
 with torchvision; the boxes that it makes of annotations; and what the processors of both families
 make of network outputs.
 """
@@ -23,8 +23,11 @@ import numpy as np
 from PIL import Image
 
 SHORT, LONG = 800, 1333
-GRID = 24
+GRID = 20
 """Points of the grid on each side."""
+
+EVERY = 8
+"""The means of every so many rows and columns are kept."""
 
 PICTURES: dict[str, tuple[int, int, str, str]] = {
     # name: (height, width, content, kind of file)
@@ -108,8 +111,8 @@ def samples(image: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "size": np.array([height, width], np.int32),
         "grid": image[np.ix_(rows, columns)].astype(np.float32),
-        "rows": image.mean((1, 2), dtype=np.float64).astype(np.float32),
-        "columns": image.mean((0, 2), dtype=np.float64).astype(np.float32),
+        "rows": image[::EVERY].mean((1, 2), dtype=np.float64).astype(np.float32),
+        "columns": image[:, ::EVERY].mean((0, 2), dtype=np.float64).astype(np.float32),
     }
 
 

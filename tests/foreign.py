@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,57 +13,61 @@ import numpy as np
 import torch_bytes as tb
 from safetensors.numpy import save_file
 
-FIXTURES = Path(__file__).parent / "fixtures"
-VARIANTS = {
-    "deformable_plain": {},
-    "deformable_single_scale": {"num_feature_levels": 1},
-    "deformable_refine": {"with_box_refine": True},
-    "deformable_two_stage": {
-        "with_box_refine": True,
-        "two_stage": True,
-        "two_stage_num_proposals": 7,
-    },
-}
-"""What the configuration of each fixture says of its variant."""
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import parity_cases  # noqa: E402
+import parity_store  # noqa: E402
+
+VARIANTS = tuple(parity_cases.TINY)
+"""The models that are recorded."""
+
+DEFORMABLE = tuple(name for name, c in parity_cases.TINY.items() if c.family == "deformable")
 
 LABELS = ("red cell", "white cell", "platelet", "debris", "bubble")
-"""Names of the fixtures' five classes."""
+"""Names of the recorded models' five classes."""
 
 
 @functools.cache
 def fixture(name: str) -> dict[str, dict[str, np.ndarray]]:
-    """A fixture of ``experiments/record_parity.py`` as {group: {name: array}}."""
-    groups: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(FIXTURES / f"{name}.npz") as stored:
-        for key, array in stored.items():
-            group, _, rest = key.partition("/")
-            groups.setdefault(group, {})[rest] = array
-    return groups
+    """What ``experiments/record_parity.py`` recorded: the groups state, output and input."""
+    groups = parity_store.load(parity_cases.FIXTURES / f"{name}.npz")
+    with np.load(parity_cases.FIXTURES / parity_store.BATCH) as stored:
+        return {**groups, "input": dict(stored)}
 
 
 def config_json(name: str, **changes: Any) -> dict[str, Any]:
-    """What transformers writes beside a fixture's weights (the keys that are read)."""
+    """What transformers writes beside a recorded model's weights (the keys that are read)."""
+    config = parity_cases.TINY[name]
+    options, backbone = config.deformable, config.backbone
+    deformable = {
+        "encoder_n_points": options.points,
+        "decoder_n_points": options.points,
+        "num_feature_levels": options.levels,
+        "with_box_refine": options.box_refine,
+        "two_stage": options.two_stage,
+        "two_stage_num_proposals": config.num_queries if options.two_stage else 300,
+    }
     return {
-        "model_type": "deformable_detr",
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 12,
-        "decoder_ffn_dim": 12,
-        "encoder_n_points": 2,
-        "decoder_n_points": 2,
-        "num_feature_levels": 4,
-        "with_box_refine": False,
-        "two_stage": False,
-        "num_queries": 7,
-        "dilation": False,
+        "model_type": {"detr": "detr", "deformable": "deformable_detr"}[config.family],
+        "d_model": config.dim,
+        "encoder_layers": config.encoder_layers,
+        "decoder_layers": config.decoder_layers,
+        "encoder_attention_heads": config.heads,
+        "decoder_attention_heads": config.heads,
+        "encoder_ffn_dim": config.ffn,
+        "decoder_ffn_dim": config.ffn,
+        "num_queries": config.num_queries,
+        "dilation": backbone.output_stride == 16,
         "position_embedding_type": "sine",
         "activation_function": "relu",
         "id2label": {str(i): label for i, label in enumerate(LABELS)},
-        "backbone_config": {"model_type": "resnet", "depths": [1, 1, 2, 1], "hidden_act": "relu"},
-        **VARIANTS[name],
+        "backbone_config": {
+            "model_type": "resnet",
+            "depths": list(backbone.depths),
+            "hidden_act": "relu",
+        },
+        **(deformable if config.family == "deformable" else {}),
         **changes,
     }
 

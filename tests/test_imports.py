@@ -76,6 +76,7 @@ def test_outside_systems_have_one_door():
     assert users("pycocotools") == {"evaluation/coco.py"}
     assert {part(Path(p)) for p in users("grain")} == {"data"}
     assert users("tensorflow_datasets") == {"data/tfds_builder.py"}
+    assert users("safetensors") == {"interop/checkpoints.py"}
 
 
 def test_no_heavy_framework():

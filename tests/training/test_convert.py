@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import tiny
 from flax import traverse_util
-from foreign import ARGS, LABELS, VARIANTS, fixture, torch_file, write_folder, write_shards
+from foreign import (
+    ARGS,
+    LABELS,
+    VARIANTS,
+    fixture,
+    parity_cases,
+    torch_file,
+    write_folder,
+    write_shards,
+)
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -76,24 +85,39 @@ def test_outputs_are_those_that_transformers_computed(name, tmp_path, capsys):
     assert main(["convert", str(source), "--to", str(tmp_path / "ours")]) == 0
     assert f"written to {tmp_path / 'ours'}" in capsys.readouterr().out
     detector = aqdetr_jax.load(str(tmp_path / "ours"))
+    config = detector.bundle.config
+    # Neither changes the function: dropout, and how values are sampled.
+    wanted = dataclasses.replace(
+        parity_cases.TINY[name], dropout=config.dropout, deformable=config.deformable
+    )
+    assert config == wanted
     given, want = fixture(name)["input"], fixture(name)["output"]
     module, variables = detector.bundle.module(), detector.bundle.variables
     output = jax.jit(module.apply)(variables, given["images"], given["mask"])
     np.testing.assert_allclose(output.logits, want["logits"], atol=1e-5)
     np.testing.assert_allclose(output.boxes, want["boxes"], atol=1e-5)
-    assert np.ptp(want["boxes"]) > 0.3
-    if name != "deformable_plain":
+    assert np.ptp(want["boxes"]) > 0.1
+    if name not in ("detr_dc5", "deformable_plain"):
         return
     # The first image fills its bucket, so that alone it is what it was in the batch.
     found = detector.predict(given["images"][0], threshold=0.0)
-    scores = 1 / (1 + np.exp(-want["logits"][-1, 0].astype(np.float64)))
-    order = np.argsort(-scores.ravel(), kind="stable")
-    np.testing.assert_allclose(found.scores, scores.ravel()[order], rtol=1e-4)
-    np.testing.assert_array_equal(found.labels, order % 5)
-    cx, cy, w, h = want["boxes"][-1, 0][order // 5].T.astype(np.float64)
+    logits = want["logits"][-1, 0].astype(np.float64)
+    if config.family == "detr":
+        odds = np.exp(logits)
+        scores = odds[:, :-1] / odds.sum(-1, keepdims=True)
+        labels, scores = scores.argmax(-1), scores.max(-1)
+        order = np.argsort(-scores, kind="stable")
+        queries, labels = order, labels[order]
+    else:
+        scores = 1 / (1 + np.exp(-logits.ravel()))
+        order = np.argsort(-scores, kind="stable")
+        queries, labels = order // 5, order % 5
+    np.testing.assert_allclose(found.scores, scores[order], rtol=1e-4)
+    np.testing.assert_array_equal(found.labels, labels)
+    cx, cy, w, h = want["boxes"][-1, 0][queries].T.astype(np.float64)
     boxes = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], -1) * [128, 96, 128, 96]
     np.testing.assert_allclose(found.boxes, np.clip(boxes, 0, [128, 96, 128, 96]), atol=1e-2)
-    assert found.names == tuple(LABELS[k] for k in order % 5)
+    assert found.names == tuple(LABELS[k] for k in labels)
 
 
 def test_every_way_of_storing_gives_the_same(tmp_path):
@@ -132,15 +156,19 @@ def test_half_precision_is_read_as_float32(tmp_path):
 def test_names_of_the_original_repository_give_the_same(name, tmp_path):
     """Without a word about the variant but the number of heads."""
     want = convert(write_folder(tmp_path / "theirs", name), tmp_path / "want").bundle
-    table = "deformable_detr" if want.config.deformable.box_refine else "deformable_detr_shared"
+    refine = want.config.deformable.box_refine
+    table = "deformable_detr" if refine else "deformable_detr_shared"
+    if want.config.family == "detr":
+        table = "detr"
     stats = traverse_util.flatten_dict(want.variables["batch_stats"], sep="/")
     state = names.untranslate(tiny.flat(want.variables), stats, TABLES[table])
     (tmp_path / "a.pth").write_bytes(torch_file(state, {"nheads": 4, "num_queries": 7}))
-    found = convert(tmp_path / "a.pth", tmp_path / "found")
+    dilation = True if name.endswith("dc5") else None
+    found = convert(tmp_path / "a.pth", tmp_path / "found", dilation=dilation)
     same_variables(found.bundle, want)
     assert found.bundle.config == want.config
     assert found.bundle.info["source"]["naming"] == table
-    assert ["dilated (DC5) cannot be seen" in note for note in found.notes] == [True, False]
+    assert any("dilated (DC5)" in note for note in found.notes) == (dilation is None)
 
 
 def test_a_class_head_that_was_written_once_serves_every_layer(tmp_path):
