@@ -65,7 +65,7 @@ ONLY_BACKBONE = (
 )
 ONLY_ARGS = (("position_embedding", ("sine", "v2")), ("masks", (False,)))
 
-DEPTHS = {
+DEPTHS: Mapping[tuple[str, tuple[int, ...]], str] = {
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("basic", (3, 4, 6, 3)): "resnet34",
     ("bottleneck", (3, 4, 6, 3)): "resnet50",

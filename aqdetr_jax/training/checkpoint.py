@@ -313,8 +313,8 @@ def save_params(
         # Orbax notes the folder that it wrote to; a model travels, and that path is nobody's.
         for note in partial.rglob("commit_success.txt"):
             note.write_text("committed\n", encoding="utf-8")
-        for name, content in {**(more or {}), "metadata.json": metadata}.items():
-            write_json_atomic(partial / name, dict(content))
+        for file, content in {**(more or {}), "metadata.json": metadata}.items():
+            write_json_atomic(partial / file, dict(content))
         write_manifest(partial / "manifest.json", partial, {"kind": "params"})
         if path.exists():
             path.rename(old)

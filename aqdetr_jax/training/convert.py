@@ -252,9 +252,10 @@ def _input_rule(preprocessing: Mapping[str, Any]) -> tuple[InputRule, dict[str, 
     if isinstance(size, int):  # as old versions wrote it
         size = {"shortest_edge": size, "longest_edge": preprocessing.get("max_size", LONG_SIDE)}
     if isinstance(size, dict):
-        sides = [size.get("shortest_edge"), size.get("longest_edge")]
-        if all(isinstance(side, int) and side > 0 for side in sides):
-            short, long = (int(side) for side in sides)
+        edges = (size.get("shortest_edge"), size.get("longest_edge"))
+        sides = [edge for edge in edges if isinstance(edge, int) and edge > 0]
+        if len(sides) == 2:
+            short, long = sides
         else:
             notes.append(
                 f"the image size {size} of its preprocessor_config.json is not one of shortest "
@@ -279,7 +280,7 @@ def _resnet_name(backbone: BackboneConfig) -> str:
 def default_name(config: DetrConfig, family: variant.Family) -> str:
     """A name like ``deformable_resnet50_two_stage``."""
     options = config.deformable
-    parts = [] if family == "backbone" else [family]
+    parts: list[str] = [] if family == "backbone" else [family]
     parts.append(_resnet_name(config.backbone).replace("-", "_"))
     if family == "deformable":
         parts += ["single_scale"] if options.levels == 1 else []
