@@ -75,8 +75,8 @@ def quickstart_table() -> str:
     return "\n".join(lines)
 
 
-def ablation_table(name: str, title: str) -> str:
-    """The four variants of one data set."""
+def ablation_table(name: str, title: str, bits: int = 4) -> str:
+    """The variants of one data set at one number of bits."""
     result = load(name)
     if result is None or not result.get("teacher"):
         return f"**{title}**: not run."
@@ -86,9 +86,9 @@ def ablation_table(name: str, title: str) -> str:
     head = " | ".join(f"seed {s}" for s in seeds)
     lines = [
         f"**{title}**: AP; float teacher {reference:.4f} (AP50 {result['teacher']['AP50']:.4f}), "
-        f"4-bit by calibration only {result['calibrated']['AP']:.4f}.",
+        f"{bits}-bit by calibration only {result['calibrated']['AP']:.4f}.",
         "",
-        f"| 4-bit (4-4-4) | {head} | mean | of the teacher |",
+        f"| {bits}-bit ({bits}-{bits}-{bits}) | {head} | mean | of the teacher |",
         "|---|" + "---|" * (len(seeds) + 2),
     ]
     for key in rows:
@@ -164,6 +164,14 @@ def main() -> None:
         ablation_table("full_shapes.json", "Embedded set, the full configuration (8000 steps)"),
         ablation_table(
             "ablation_shapes.json", "Embedded set, the quickstart's schedule (1200 steps)"
+        ),
+        *(
+            ablation_table(
+                f"w{bits}a{bits}_shapes.json",
+                f"Embedded set, the quickstart's schedule at {bits} bits",
+                bits,
+            )
+            for bits in (3, 2)
         ),
         ablation_table("ablation_bccd.json", "BCCD test split"),
         step_time_table(),
