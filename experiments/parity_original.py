@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,10 @@ def build(name: str, checkout: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
         models = importlib.import_module("models")
         # Else it downloads ImageNet's weights.
         importlib.import_module("models.backbone").is_main_process = lambda: False
-        model, criterion, _ = models.build_model(
-            argparse.Namespace(**MODELS[name][1], device=torch.get_default_device())
-        )
+        options = argparse.Namespace(**MODELS[name][1], device=torch.get_default_device())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old arguments to torchvision
+            model, criterion, _ = models.build_model(options)
         if MODELS[name][0] == "deformable":
             _use_formula()
     finally:
