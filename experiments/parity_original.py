@@ -32,7 +32,6 @@ COMMON = {
     "dropout": 0.1,
     "aux_loss": True,
     "dataset_file": "coco",
-    "set_cost_class": 1,
     "set_cost_bbox": 5,
     "set_cost_giou": 2,
     "bbox_loss_coef": 5,
@@ -40,7 +39,14 @@ COMMON = {
     "backbone": "resnet50",
     "dilation": False,
 }
-DETR = {**COMMON, "dim_feedforward": 2048, "num_queries": 100, "pre_norm": False, "eos_coef": 0.1}
+DETR = {
+    **COMMON,
+    "dim_feedforward": 2048,
+    "num_queries": 100,
+    "pre_norm": False,
+    "set_cost_class": 1,
+    "eos_coef": 0.1,
+}
 DEFORMABLE = {
     **COMMON,
     "dim_feedforward": 1024,
@@ -50,6 +56,7 @@ DEFORMABLE = {
     "dec_n_points": 4,
     "with_box_refine": False,
     "two_stage": False,
+    "set_cost_class": 2,
     "cls_loss_coef": 2,
     "focal_alpha": 0.25,
 }
