@@ -1,0 +1,140 @@
+"""How far our float models are from other implementations', stage by stage.
+
+python experiments/parity.py [--full] [--only=detr_dc5,...] [--detr=CHECKOUT] [--deformable=...]
+
+Every parameter and running statistic is random, the batch has two images of unequal size, they
+compute in double precision and we in single. Tiny models of every kind against transformers
+(minutes); with --full the official sizes at 256 x 320 (half an hour and 8 GB; --only picks some).
+With checkouts of the original repositories, these sizes against their own code instead. Prints the
+greatest difference of every stage and keeps it in experiments/results/parity.json: absolute for
+outputs, relative for losses and gradients; "exported" are outputs of transformers' model with the
+parameters that we write for it, against its own. Fails if a tolerance is exceeded. Needs the extra
+"parity".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # single precision, as stated
+
+import jax
+import numpy as np
+import parity_export
+import parity_original
+import parity_ours
+import parity_theirs
+import torch
+import transformers
+from parity_cases import FULL, FULL_BUCKET, FULL_SIZES, TINY, batch, table_of
+from parity_store import Groups
+
+from aqdetr_jax.interop.names import Row
+from aqdetr_jax.interop.tables import TABLES
+from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.models.config import DetrConfig
+
+OUT = Path(__file__).resolve().parent / "results" / "parity.json"
+ORIGINAL = {"detr": "facebookresearch/detr", "deformable": "fundamentalvision/Deformable-DETR"}
+Comparison = tuple[str, str, DetrConfig, dict[str, np.ndarray], Groups, tuple[Row, ...]]
+"""(source, model, our configuration, batch, their results, table of their names)."""
+
+
+def tolerance(stage: str, model: str) -> float:
+    """What a stage may differ by: 1e-5 in tiny models and 1e-4 in full ones; gradients more.
+
+    In a full-size ResNet single precision flips ReLUs near zero: the original DETR's own gradients
+    in single precision are 1.7e-3 from its own in double, by the same measure.
+    """
+    if stage == "gradients":
+        return 1e-3 if model in TINY else 5e-3
+    return 1e-5 if model in TINY else 1e-4
+
+
+def original_table(config: DetrConfig) -> tuple[Row, ...]:
+    """The names that a model has in its original repository."""
+    if config.family == "detr":
+        return TABLES["detr"]
+    return TABLES["deformable_detr" + ("" if config.deformable.box_refine else "_shared")]
+
+
+def comparisons(options: argparse.Namespace) -> Iterator[Comparison]:
+    """One after the other: a full model takes gigabytes."""
+    only = set(options.only.split(",")) if options.only else None
+    given = batch()
+    large = batch(FULL_BUCKET, FULL_SIZES, classes=91)
+    checkouts = {"detr": options.detr, "deformable": options.deformable}
+    originals = any(checkouts.values())
+    for name, config in {**TINY, **(FULL if options.full else {})}.items():
+        if originals or (only is not None and name not in only):
+            continue
+        seen = given if name in TINY else large
+        theirs = parity_theirs.compute(config, seen)
+        source = f"transformers {transformers.__version__}"
+        yield source, name, config, seen, theirs, table_of(config)
+    for name, (family, _) in parity_original.MODELS.items():
+        checkout = checkouts[family]
+        if checkout is None or (only is not None and name not in only):
+            continue
+        theirs = parity_original.compute(name, checkout, large)
+        yield ORIGINAL[family], name, FULL[name], large, theirs, original_table(FULL[name])
+
+
+def compare(comparison: Comparison) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    source, name, config, given, theirs, rows = comparison
+    ours = parity_ours.compute(config, given, theirs, rows)
+    if source in ORIGINAL.values():  # their code hands out no inner stages
+        ours["output"] = {key: ours["output"][key] for key in theirs["output"]}
+    found = parity_ours.differences(ours, theirs)
+    if source not in ORIGINAL.values() and max(config.backbone.dilations) == 1:
+        found |= parity_export.differences(config, given, theirs["state"], rows)
+    return [
+        {
+            "source": source,
+            "model": name,
+            "stage": stage,
+            "max_abs_diff": float(f"{value:.2g}"),
+            "tolerance": tolerance(stage, name),
+        }
+        for stage, value in found.items()
+    ]
+
+
+def main() -> None:
+    """Prints and keeps the table; rows of models that were not run stay."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--detr", type=Path)
+    parser.add_argument("--deformable", type=Path)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    # One step a model: XLA's expensive passes would take most of the time.
+    jax.config.update("jax_disable_most_optimizations", True)
+    kept = read_json(options.out)["rows"] if options.out.is_file() else []
+    failed = []
+    for comparison in comparisons(options):
+        rows = compare(comparison)
+        key = comparison[:2]
+        print(f"\n{key[1]} against {key[0]}")
+        for row in rows:
+            bad = not row["max_abs_diff"] <= row["tolerance"]
+            failed += [f"{key[1]} {row['stage']}"] * bad
+            note = "  EXCEEDED" if bad else ""
+            print(f"  {row['stage']:26} {row['max_abs_diff']:8.1e} of {row['tolerance']:g}{note}")
+        sys.stdout.flush()
+        kept = [row for row in kept if (row["source"], row["model"]) != key] + rows
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        write_json_atomic(options.out, {"versions": versions, "rows": kept})
+    if failed:
+        sys.exit(f"over the tolerance: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
