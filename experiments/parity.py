@@ -115,6 +115,9 @@ def main() -> None:
     parser.add_argument("--deformable", type=Path)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    unknown = set(options.only.split(",")) - {"", *TINY, *FULL}
+    if unknown:
+        parser.error(f"--only knows {', '.join([*TINY, *FULL])}; not {', '.join(sorted(unknown))}")
     # One step a model: XLA's expensive passes would take most of the time.
     jax.config.update("jax_disable_most_optimizations", True)
     kept = read_json(options.out)["rows"] if options.out.is_file() else []
