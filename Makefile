@@ -8,16 +8,13 @@ PARITY_VENV ?= .venv-parity
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test test-slow test-parity lint typecheck check install lock clean
+.PHONY: quickstart test test-parity lint typecheck check install lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/aqdetr quickstart --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m "not slow"
-
-test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2
 
 # The comparison with torch and transformers live, not with what they once computed.
 test-parity: $(PARITY_VENV)/.installed

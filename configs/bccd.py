@@ -4,7 +4,8 @@ aqdetr pretrain --config=configs/bccd.py:pretrain --workdir=runs/bccd_pretrain
 aqdetr train    --config=configs/bccd.py:teacher  --workdir=runs/bccd_teacher
 aqdetr train    --config=configs/bccd.py:VARIANT  --workdir=runs/bccd_VARIANT
 
-VARIANT as in configs/shapes_w4a4.py: "lsq", "auxiliary", "distill" or "aqdetr" (all 4-bit).
+VARIANT as in configs/shapes_w4a4.py: "lsq", "auxiliary", "distill" or "aqdetr" (all 4-bit); of
+Deformable DETR "deformable-pretrain", "deformable-teacher", "deformable-aqdetr" and so on.
 Add --config.data.root=FOLDER. Training images are the trainval split, numbers are on test.
 """
 
@@ -17,29 +18,33 @@ AUXILIARY = 120
 
 def get_config(variant: str = "teacher") -> ConfigDict:
     """``variant``: "pretrain", "teacher", or a student variant of ``shapes_w4a4``."""
-    if variant in shapes_w4a4.VARIANTS:
+    family, _, kind = variant.rpartition("-")
+    family = family or "detr"
+    prefix = "bccd" if family == "detr" else f"bccd_{family}"
+    if kind in shapes_w4a4.VARIANTS:
         config = shapes_w4a4.get_config(variant)
-        config.init_from = "runs/bccd_teacher"
+        config.init_from = f"runs/{prefix}_teacher"
         config.auxiliary.repeats = 3
         config.model.num_auxiliary = AUXILIARY if config.model.num_auxiliary else 0
         config.train.update(steps=1200, eval_every=400)
     else:
-        config = shapes_base.get_config()
+        config = shapes_base.get_config(family)
         config.auxiliary = ConfigDict(dict(weight=1.0, repeats=3, start="random"))
         config.train.update(steps=3000, eval_every=500)
-        if variant == "pretrain":
+        if kind == "pretrain":
             config.task = "pretrain"
             config.model.backbone.norm = "batch"
             config.optimizer.update(lr=2e-3, lr_backbone=2e-3)
             config.train.update(steps=1500, eval_every=0)
-        elif variant == "teacher":
-            config.init_from = "runs/bccd_pretrain"
+        elif kind == "teacher":
+            config.init_from = f"runs/{prefix}_pretrain"
             config.model.num_auxiliary = AUXILIARY
         else:
             raise ValueError(
-                f"unknown variant {variant!r}: pretrain, teacher, or a student variant"
+                f"unknown variant {variant!r}: pretrain, teacher, a student variant, "
+                "or deformable- and one of these"
             )
-    config.name = f"bccd_{variant}"
+    config.name = f"{prefix}_{kind}"
     config.data = ConfigDict(
         dict(
             kind="voc",
@@ -61,8 +66,13 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     )
     # Cells are large: output stride 16 (192 tokens) is enough, and four times as fast as 8.
     config.model.backbone.update(widths=(32, 64, 128), strides=(1, 2, 2), dilations=(1, 1, 1))
-    # Three encoder layers, so that "layer by layer" says something; 13 cells an image, 60 queries.
+    # More encoder layers, so that "layer by layer" says something; 13 cells an image, 60 queries.
     config.model.update(num_queries=60, encoder_layers=3)
     config.loss = ConfigDict(dict(eos=0.35))
+    if family == "deformable":
+        # Strides 16 and 32: 240 tokens.
+        config.model.deformable.update(levels=2, stages=1)
+        config.model.encoder_layers = 2
+        config.loss = ConfigDict(dict(kind="focal"))
     config.train.update(batch_size=16, eval_batch_size=24)
     return config

@@ -226,5 +226,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    host.prepare()
+    host.prepare(compilation_cache=False)  # what is compiled for a TPU cannot be read back here
     main()

@@ -107,15 +107,15 @@ def randomize(model: torch.nn.Module) -> None:
             continue
         if "running_var" in name:
             new = rng.uniform(0.5, 2.0, shape)
-        elif value.ndim == 1 and ("norm" in name or ".1.weight" in name) and "weight" in name:
+        elif value.ndim == 1 and name.endswith(".weight"):  # of a norm
             new = 1 + 0.3 * rng.normal(size=shape)
         elif "sampling_offsets.bias" in name:
             new = rng.normal(0, 1.5, shape)  # in cells: between them, and past the edge
         elif "sampling_offsets.weight" in name:
             new = 0.3 * rng.normal(size=shape) / np.sqrt(shape[1])
-        elif value.ndim > 1 and "embed" not in name.split(".")[-2]:
+        elif value.ndim > 1 and "query" not in name:
             new = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
-        elif value.ndim > 1:
+        elif value.ndim > 1:  # an embedding of queries
             new = rng.normal(size=shape)
         else:
             new = 0.3 * rng.normal(size=shape)

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ COMMON = {
     "dropout": 0.1,
     "aux_loss": True,
     "dataset_file": "coco",
-    "set_cost_class": 1,
     "set_cost_bbox": 5,
     "set_cost_giou": 2,
     "bbox_loss_coef": 5,
@@ -39,7 +39,14 @@ COMMON = {
     "backbone": "resnet50",
     "dilation": False,
 }
-DETR = {**COMMON, "dim_feedforward": 2048, "num_queries": 100, "pre_norm": False, "eos_coef": 0.1}
+DETR = {
+    **COMMON,
+    "dim_feedforward": 2048,
+    "num_queries": 100,
+    "pre_norm": False,
+    "set_cost_class": 1,
+    "eos_coef": 0.1,
+}
 DEFORMABLE = {
     **COMMON,
     "dim_feedforward": 1024,
@@ -49,6 +56,7 @@ DEFORMABLE = {
     "dec_n_points": 4,
     "with_box_refine": False,
     "two_stage": False,
+    "set_cost_class": 2,
     "cls_loss_coef": 2,
     "focal_alpha": 0.25,
 }
@@ -88,9 +96,10 @@ def build(name: str, checkout: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
         models = importlib.import_module("models")
         # Else it downloads ImageNet's weights.
         importlib.import_module("models.backbone").is_main_process = lambda: False
-        model, criterion, _ = models.build_model(
-            argparse.Namespace(**MODELS[name][1], device=torch.get_default_device())
-        )
+        options = argparse.Namespace(**MODELS[name][1], device=torch.get_default_device())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old arguments to torchvision
+            model, criterion, _ = models.build_model(options)
         if MODELS[name][0] == "deformable":
             _use_formula()
     finally:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import warnings
 from pathlib import Path
 
 import torch
@@ -26,7 +25,6 @@ def main() -> None:
     parser.add_argument("--deformable", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=FIXTURES / "original_names.json.gz")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
     found = {}
     for name, (family, _) in MODELS.items():
         with torch.device("meta"):

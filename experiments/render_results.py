@@ -75,8 +75,8 @@ def quickstart_table() -> str:
     return "\n".join(lines)
 
 
-def ablation_table(name: str, title: str) -> str:
-    """The four variants of one data set."""
+def ablation_table(name: str, title: str, bits: int = 4) -> str:
+    """The variants of one data set at one number of bits."""
     result = load(name)
     if result is None or not result.get("teacher"):
         return f"**{title}**: not run."
@@ -86,9 +86,9 @@ def ablation_table(name: str, title: str) -> str:
     head = " | ".join(f"seed {s}" for s in seeds)
     lines = [
         f"**{title}**: AP; float teacher {reference:.4f} (AP50 {result['teacher']['AP50']:.4f}), "
-        f"4-bit by calibration only {result['calibrated']['AP']:.4f}.",
+        f"{bits}-bit by calibration only {result['calibrated']['AP']:.4f}.",
         "",
-        f"| 4-bit (4-4-4) | {head} | mean | of the teacher |",
+        f"| {bits}-bit ({bits}-{bits}-{bits}) | {head} | mean | of the teacher |",
         "|---|" + "---|" * (len(seeds) + 2),
     ]
     for key in rows:
@@ -112,22 +112,30 @@ def step_time_table() -> str:
     if result is None:
         return "**Step time**: not run."
     lines = [
-        f"**Step time**, config `{result['config']}`, batch {result['batch']}, "
-        f"{result['image'][0]}x{result['image'][1]}, device {result['device']}, commit "
-        f"`{short(result['commit'])}`, side by side in one process:",
+        f"**Step time**, device {result['device']}, commit `{short(result['commit'])}`, side by "
+        "side in one process:",
         "",
-        "| variant | ratio to float | median ms | compile s | temporaries MiB |",
-        "|---|---|---|---|---|",
+        "| config | variant | ratio to float | ratio to the first model's | median ms | compile s "
+        "| temporaries MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, row in result["variants"].items():
-        lines.append(
-            f"| {name} | {row['ratio_to_float']:.2f} | {row['median_seconds'] * 1e3:.0f} | "
-            f"{row['compile_seconds']:.0f} | {row['temporary_bytes'] / 2**20:.0f} |"
+    notes = []
+    for found in result["configs"]:
+        height, width = found["image"]
+        for name, row in found["variants"].items():
+            lines.append(
+                f"| {found['config']} | {name} | {row['ratio_to_float']:.2f} | "
+                f"{row['ratio_to_first']:.2f} | {row['median_seconds'] * 1e3:.0f} | "
+                f"{row['compile_seconds']:.0f} | {row['temporary_bytes'] / 2**20:.0f} |"
+            )
+        shares = ", ".join(f"{k} {v:.1%}" for k, v in found["share_of_whole_step"].items())
+        notes.append(
+            f"`{found['config']}`: batch {found['batch']}, {height}x{width}; shares of the whole "
+            f"step: {shares}."
         )
-    shares = ", ".join(f"{k} {v:.1%}" for k, v in result["share_of_whole_step"].items())
     peak = result["peak_resident_bytes"] / 2**30
-    lines += ["", f"Shares of the whole step: {shares}; peak {peak:.1f} GiB resident for all."]
-    return "\n".join(lines)
+    notes.append(f"Peak {peak:.1f} GiB resident for all.")
+    return "\n".join([*lines, "", *notes])
 
 
 def full_size_table() -> str:
@@ -164,6 +172,14 @@ def main() -> None:
         ablation_table("full_shapes.json", "Embedded set, the full configuration (8000 steps)"),
         ablation_table(
             "ablation_shapes.json", "Embedded set, the quickstart's schedule (1200 steps)"
+        ),
+        *(
+            ablation_table(
+                f"w{bits}a{bits}_shapes.json",
+                f"Embedded set, the quickstart's schedule at {bits} bits",
+                bits,
+            )
+            for bits in (3, 2)
         ),
         ablation_table("ablation_bccd.json", "BCCD test split"),
         step_time_table(),

@@ -1,13 +1,14 @@
-"""Step time of the method's parts, side by side in one process.
+"""Step time of the method's parts and of the model families, side by side in one process.
 
-python experiments/step_time.py [--config=shapes_w4a4] [--rounds=12] [--out=FILE] [a.b=value ...]
+python experiments/step_time.py [--config=shapes_w4a4,shapes_w4a4:deformable-aqdetr] [--rounds=12]
+    [--out=FILE] [a.b=value ...]
 
 Variants: float (no quantization), lsq (4-bit), auxiliary (+ auxiliary queries), aqdetr (+ teacher
 and distillation). They run in turn, round after round, on the same batch, so that a drift of the
-machine's speed hits all alike; ratios are medians over rounds. Every step is compiled over the mesh
-as the training loop does it. Shares of the whole step: the
-matcher (timed alone on the same predictions), the teacher's forward pass (timed alone), and the
-quantizers (lsq minus float).
+machine's speed hits all alike; ratios are medians over rounds, to the same model's float step and,
+where several configurations are given, to the first one's. Every step is compiled over the mesh as
+the training loop does it. Shares of the whole step: the matcher (timed alone on the same
+predictions), the teacher's forward pass (timed alone), and the quantizers (lsq minus float).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -60,7 +63,7 @@ def variant_config(base, name):
 
 
 def build(config, batch, batches, teacher_variables, mesh):
-    """Compiled step, first state, and what compiling took."""
+    """Compiled step, first state, seconds of compiling, bytes of temporaries."""
     module = setup.build_module(config)
     variables, _ = initial.initial_variables(config, module, None, batches)
     arguments = (variables["params"], config.optimizer)
@@ -77,7 +80,7 @@ def build(config, batch, batches, teacher_variables, mesh):
     compiled = jit_train_step(step, state, mesh).lower(state, teacher_variables, batch).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    return compiled, state, module, seconds, memory.temp_size_in_bytes
+    return compiled, state, seconds, memory.temp_size_in_bytes
 
 
 def timed(function, *arguments) -> tuple[float, object]:
@@ -87,112 +90,149 @@ def timed(function, *arguments) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
+class Bench:
+    """The steps of one configuration, compiled, and what they took."""
+
+    def __init__(self, name: str, overrides: tuple[str, ...], mesh: jax.sharding.Mesh):
+        base = load_experiment(name, overrides)
+        dataset = setup.open_dataset(base.data, train=True)
+        self.base = base = setup.with_data(base, dataset)
+        batches = make_train_pipeline(dataset, setup.pipeline_config(base, train=True))
+        first = next(batches)
+        self.batch = put_batch({k: first[k] for k in TRAINED_KEYS}, mesh)
+        plain = dataclasses.replace(base.model, num_auxiliary=0, auxiliary_groups=1)
+        self.teacher = build_detector(plain)
+        self.teacher_variables = jax.jit(self.teacher.init, out_shardings=replicated(mesh))(
+            jax.random.key(1), *setup.example_input(base.data.buckets[0])
+        )
+        self.steps: dict[str, Any] = {}
+        self.states: dict[str, TrainState] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        for variant in VARIANTS:
+            config = variant_config(base, variant)
+            compiled, state, seconds, temporary = build(
+                config, self.batch, batches, self.teacher_variables, mesh
+            )
+            self.steps[variant], self.states[variant] = compiled, state
+            self.rows[variant] = {
+                "compile_seconds": round(seconds, 2),
+                "temporary_bytes": int(temporary),
+            }
+            print(
+                f"{base.name}, {variant}: compiled in {seconds:.1f} s, "
+                f"temporaries {temporary / 2**20:.0f} MiB"
+            )
+        batches.close()
+        self.parts = self._parts()
+        self.seconds: dict[str, list[float]] = {key: [] for key in (*VARIANTS, *self.parts)}
+
+    def _parts(self) -> dict[str, Callable[[], Any]]:
+        """The matcher and the teacher alone, on the shapes that the whole step gives them."""
+        config = variant_config(self.base, "aqdetr")
+        module, state, batch = setup.build_module(config), self.states["aqdetr"], self.batch
+        output = jax.jit(lambda v: module.apply(v, batch["images"], batch["mask"], auxiliary=True))(
+            {"params": state.params, "batch_stats": state.batch_stats}
+        )
+        targets = targets_of(batch)
+        sets = [
+            QuerySet(
+                Predictions(output.logits, output.boxes),
+                repeat_counts(targets.valid, 1, config.model.num_queries)[0],
+            )
+        ]
+        extra = Predictions(output.auxiliary_logits, output.auxiliary_boxes)
+        groups = config.model.auxiliary_groups
+        size = config.model.num_auxiliary // groups
+        counts = repeat_counts(targets.valid, config.auxiliary.repeats, size)[0]
+        sets += [QuerySet(part, counts) for part in split_groups(extra, groups)]
+        matcher = jax.jit(lambda s, t: match_sets(s, t, config.loss))
+        forward = jax.jit(lambda v, x, m: self.teacher.apply(v, x, m).encoder_attention)
+        parts = {
+            "matcher": lambda: matcher(sets, targets),
+            "teacher": lambda: forward(self.teacher_variables, batch["images"], batch["mask"]),
+        }
+        for part in parts.values():
+            jax.block_until_ready(part())
+        return parts
+
+    def round(self, keep: bool) -> None:
+        """Every step and part once."""
+        for name in VARIANTS:
+            seconds, (self.states[name], _) = timed(
+                self.steps[name], self.states[name], self.teacher_variables, self.batch
+            )
+            if keep:
+                self.seconds[name].append(seconds)
+        for name, part in self.parts.items():
+            seconds, _ = timed(part)
+            if keep:
+                self.seconds[name].append(seconds)
+
+    def result(self, reference: Bench) -> dict[str, Any]:
+        """Medians, ratios to float and to the same variant of ``reference``, and shares."""
+        median = {name: statistics.median(s) for name, s in self.seconds.items()}
+        for name in VARIANTS:
+            times = self.seconds[name]
+            self.rows[name] |= {
+                "seconds": [round(t, 4) for t in times],
+                "median_seconds": round(median[name], 4),
+                "ratio_to_float": round(ratio(times, self.seconds["float"]), 3),
+                "ratio_to_first": round(ratio(times, reference.seconds[name]), 3),
+            }
+        whole = median["aqdetr"]
+        shares = {
+            "matcher": median["matcher"],
+            "teacher": median["teacher"],
+            "quantizers": median["lsq"] - median["float"],
+        }
+        return {
+            "config": self.base.name,
+            "batch": self.base.train.batch_size,
+            "image": list(self.base.data.buckets[0]),
+            "variants": self.rows,
+            "share_of_whole_step": {k: round(v / whole, 4) for k, v in shares.items()},
+        }
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """Median of the ratios round by round."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
 def main() -> None:
     """Measures and writes the JSON file."""
     overrides, rest = split_overrides(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="shapes_w4a4")
+    parser.add_argument("--config", default="shapes_w4a4,shapes_w4a4:deformable-aqdetr")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", default="experiments/results/step_time.json")
     options = parser.parse_args(rest)
-    base = load_experiment(options.config, tuple(overrides))
-    dataset = setup.open_dataset(base.data, train=True)
-    base = setup.with_data(base, dataset)
-    batches = make_train_pipeline(dataset, setup.pipeline_config(base, train=True))
-    first = next(batches)
-    mesh = make_mesh(batch_size=base.train.batch_size)
+    names = options.config.split(",")
+    mesh = make_mesh(batch_size=load_experiment(names[0], tuple(overrides)).train.batch_size)
     jax.set_mesh(mesh)
-    batch = put_batch({k: first[k] for k in TRAINED_KEYS}, mesh)
-
-    teacher = build_detector(dataclasses.replace(base.model, num_auxiliary=0, auxiliary_groups=1))
-    images, mask = setup.example_input(base.data.buckets[0])
-    teacher_variables = jax.jit(teacher.init, out_shardings=replicated(mesh))(
-        jax.random.key(1), images, mask
-    )
-
-    rows, runs = {}, {}
-    for name in VARIANTS:
-        config = variant_config(base, name)
-        compiled, state, module, seconds, temporary = build(
-            config, batch, batches, teacher_variables, mesh
-        )
-        runs[name] = [compiled, state, []]
-        rows[name] = {"compile_seconds": round(seconds, 2), "temporary_bytes": int(temporary)}
-        print(f"{name}: compiled in {seconds:.1f} s, temporaries {temporary / 2**20:.0f} MiB")
-
-    # The matcher and the teacher alone, on the shapes that the whole step gives them.
-    config = variant_config(base, "aqdetr")
-    module = setup.build_module(config)
-    variables = {
-        "params": runs["aqdetr"][1].params,
-        "batch_stats": runs["aqdetr"][1].batch_stats,
-    }
-    output = jax.jit(lambda v: module.apply(v, batch["images"], batch["mask"], auxiliary=True))(
-        variables
-    )
-    targets = targets_of(batch)
-    sets = [
-        QuerySet(
-            Predictions(output.logits, output.boxes),
-            repeat_counts(targets.valid, 1, config.model.num_queries)[0],
-        )
-    ]
-    extra = Predictions(output.auxiliary_logits, output.auxiliary_boxes)
-    size = config.model.num_auxiliary // config.model.auxiliary_groups
-    counts = repeat_counts(targets.valid, config.auxiliary.repeats, size)[0]
-    sets += [QuerySet(part, counts) for part in split_groups(extra, config.model.auxiliary_groups)]
-    matcher = jax.jit(lambda s, t: match_sets(s, t, config.loss))
-    forward = jax.jit(lambda v, x, m: teacher.apply(v, x, m).encoder_attention)
-    parts = {"matcher": [], "teacher": []}
-    timed(matcher, sets, targets)
-    timed(forward, teacher_variables, batch["images"], batch["mask"])
-
+    # Deformable students have no packaged teacher: every model here starts from random weights.
+    benches = [Bench(name, ("init_from=unused", *overrides), mesh) for name in names]
     for number in range(options.rounds + 2):  # the first two rounds warm up
-        for name in VARIANTS:
-            run = runs[name]
-            seconds, (run[1], _) = timed(run[0], run[1], teacher_variables, batch)
-            if number >= 2:
-                run[2].append(seconds)
-        for name, seconds in (
-            ("matcher", timed(matcher, sets, targets)[0]),
-            ("teacher", timed(forward, teacher_variables, batch["images"], batch["mask"])[0]),
-        ):
-            if number >= 2:
-                parts[name].append(seconds)
-
-    plain = runs["float"][2]
-    for name in VARIANTS:
-        times = runs[name][2]
-        ratios = [a / b for a, b in zip(times, plain, strict=True)]
-        rows[name] |= {
-            "seconds": [round(t, 4) for t in times],
-            "median_seconds": round(statistics.median(times), 4),
-            "ratio_to_float": round(statistics.median(ratios), 3),
-        }
-    whole = rows["aqdetr"]["median_seconds"]
-    quantizers = rows["lsq"]["median_seconds"] - rows["float"]["median_seconds"]
+        for bench in benches:
+            bench.round(keep=number >= 2)
     result = {
-        "config": base.name,
-        "batch": base.train.batch_size,
-        "image": list(base.data.buckets[0]),
         "commit": git_commit(),
         "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
         "versions": package_versions(),
         "rounds": options.rounds,
-        "variants": rows,
-        "share_of_whole_step": {
-            "matcher": round(statistics.median(parts["matcher"]) / whole, 4),
-            "teacher": round(statistics.median(parts["teacher"]) / whole, 4),
-            "quantizers": round(quantizers / whole, 4),
-        },
+        "configs": [bench.result(benches[0]) for bench in benches],
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(options.out, result)
-    for name in VARIANTS:
-        row = rows[name]
-        print(f"{name:10s} {row['median_seconds'] * 1e3:8.1f} ms  x{row['ratio_to_float']:.2f}")
-    print(result["share_of_whole_step"])
+    for found in result["configs"]:
+        print(found["config"])
+        for name, row in found["variants"].items():
+            print(
+                f"{name:10s} {row['median_seconds'] * 1e3:8.1f} ms  x{row['ratio_to_float']:.2f}  "
+                f"x{row['ratio_to_first']:.2f} of {result['configs'][0]['config']}"
+            )
+        print(found["share_of_whole_step"])
 
 
 if __name__ == "__main__":

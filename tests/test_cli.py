@@ -152,6 +152,7 @@ def test_config_prints_json_that_loads_back(trained, tmp_path, capsys):
         "configs/coco_deformable.py:r50-refine,w4a4 init_from=teacher",
         "configs/coco_deformable.py:r50-single,float",
         "configs/bccd.py:teacher",
+        "configs/bccd.py:deformable-aqdetr",
         "configs/coco.py:r50,float",
         "configs/coco.py:r101-dc5,w4a4-attn8 init_from=teacher",
     ],
