@@ -207,6 +207,41 @@ def evaluate_detections(
       ValueError: inconsistent ground truth (annotation id 0, an unknown image or category, a box
         that is not finite), or results that are not finite or name unknown images.
     """
+    evaluation, names = prepared_evaluation(
+        ground_truth, results, category_ids, class_names, image_ids
+    )
+    # Every print of pycocotools goes to a buffer that nobody reads.
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    metrics: dict[str, Any] = {
+        name: float(value) for name, value in zip(METRIC_NAMES, evaluation.stats, strict=True)
+    }
+    # [IoU thresholds, recall levels, categories, areas, detection limits]: all areas, 100.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    position = {category: k for k, category in enumerate(evaluation.params.catIds)}
+    metrics["per_class"] = {
+        name: {
+            "AP": _mean_defined(precision[:, :, position[category]]),
+            "AP50": _mean_defined(precision[0, :, position[category]]),
+        }
+        for category, name in names.items()
+    }
+    return metrics
+
+
+def prepared_evaluation(
+    ground_truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    category_ids: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    image_ids: Sequence[int | str] | None = None,
+) -> tuple[COCOeval, dict[int, str]]:
+    """Evaluation by pycocotools of checked inputs, nothing computed yet, and the classes' names.
+
+    Arguments and errors are those of ``evaluate_detections``.
+    """
     names = inputs.category_names(ground_truth, category_ids, class_names)
     numbers = inputs.image_numbers(ground_truth)
     if image_ids is None:
@@ -225,28 +260,11 @@ def evaluate_detections(
             f"results have {found}... Were contiguous labels written where category ids belong?"
         )
 
-    # Every print of pycocotools goes to a buffer that nobody reads.
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_index(ground_truth, truth), _index(ground_truth, detections), "bbox")
-        evaluation.params.imgIds = selected
-        evaluation.params.catIds = sorted(names)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    metrics: dict[str, Any] = {
-        name: float(value) for name, value in zip(METRIC_NAMES, evaluation.stats, strict=True)
-    }
-    # [IoU thresholds, recall levels, categories, areas, detection limits]: all areas, 100.
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    position = {category: k for k, category in enumerate(evaluation.params.catIds)}
-    metrics["per_class"] = {
-        name: {
-            "AP": _mean_defined(precision[:, :, position[category]]),
-            "AP50": _mean_defined(precision[0, :, position[category]]),
-        }
-        for category, name in names.items()
-    }
-    return metrics
+    evaluation.params.imgIds = selected
+    evaluation.params.catIds = sorted(names)
+    return evaluation, names
 
 
 def results_block(
