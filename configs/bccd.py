@@ -6,7 +6,7 @@ aqdetr train    --config=configs/bccd.py:VARIANT  --workdir=runs/bccd_VARIANT
 
 VARIANT as in configs/shapes_w4a4.py: "lsq", "auxiliary", "distill" or "aqdetr" (all 4-bit); of
 Deformable DETR "deformable-pretrain", "deformable-teacher", "deformable-aqdetr" and so on.
-Add --config.data.root=FOLDER. Training images are the trainval split (291), numbers are on test (72).
+Add --config.data.root=FOLDER. Trained on the trainval split (291 images), numbers are on test (72).
 
 Result (seed 0): teacher AP 0.423, AP50 0.701; 4-bit lsq 0.374 (88 %), auxiliary 0.374, distill
 0.369, aqdetr 0.364, which 72 images do not tell apart (docs/results.md); Deformable DETR: not run.
