@@ -18,8 +18,7 @@ test: $(VENV)/.installed
 
 # The comparison with torch and transformers live, not with what they once computed.
 test-parity: $(PARITY_VENV)/.installed
-	AQDETR_PARITY=live $(PARITY_VENV)/bin/python -m pytest \
-		tests/models/test_detr_parity.py tests/models/test_deformable_parity.py
+	AQDETR_PARITY=live $(PARITY_VENV)/bin/python -m pytest tests/models/test_parity.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

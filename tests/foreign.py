@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parity_cases
+import parity_store
 import torch_bytes as tb
 from safetensors.numpy import save_file
-
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import parity_cases  # noqa: E402
-import parity_store  # noqa: E402
 
 VARIANTS = tuple(parity_cases.TINY)
 """The models that are recorded."""

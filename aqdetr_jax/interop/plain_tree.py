@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from aqdetr_jax.interop.restricted_pickle import Attributes
+from aqdetr_jax.interop.pickle_values import Attributes
 from aqdetr_jax.interop.source import Malformed
 
 MAX_DEPTH = 64

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aqdetr_jax.interop.restricted_pickle import Global, key_of
+from aqdetr_jax.interop.pickle_values import Global, key_of
 from aqdetr_jax.interop.source import Malformed, shown
 from aqdetr_jax.interop.torch_names import DTYPE_NAMES, STORAGES, Storage, Tensor
 

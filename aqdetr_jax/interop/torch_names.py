@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from aqdetr_jax.interop.restricted_pickle import Attributes, Function, Ordered, key_of
+from aqdetr_jax.interop.pickle_values import Attributes, Function, Ordered, key_of
 from aqdetr_jax.interop.source import Malformed
 
 

@@ -35,6 +35,12 @@ class AttentionMaps(NamedTuple):
     probabilities: Array
     output: Array
 
+    def of_first(self, n: int) -> AttentionMaps:
+        """The maps of the first ``n`` queries."""
+        return AttentionMaps(
+            self.scores[:, :, :n], self.probabilities[:, :, :n], self.output[:, :n]
+        )
+
 
 def split_heads(x: Array, heads: int) -> Array:
     """[B, S, H*D] -> [B, H, S, D]."""

@@ -115,3 +115,13 @@ class DetrConfig:
             return (self.num_queries,)
         size = self.num_auxiliary // self.auxiliary_groups
         return (self.num_queries, *(size,) * self.auxiliary_groups)
+
+    def active_sets(self, auxiliary: bool, initializing: bool) -> tuple[int, ...]:
+        """The query sets of one call; all of them where parameters are made.
+
+        Raises:
+          ValueError: auxiliary queries are asked for that the model has not.
+        """
+        if auxiliary and not self.num_auxiliary:
+            raise ValueError("auxiliary=True, but the model has num_auxiliary=0")
+        return self.query_sets if auxiliary or initializing else (self.num_queries,)

@@ -40,6 +40,15 @@ class DeformableMaps(NamedTuple):
     sizes: Array
     output: Array
 
+    def of_first(self, n: int) -> DeformableMaps:
+        """The maps of the first ``n`` queries."""
+        return self._replace(
+            scores=self.scores[:, :, :n],
+            probabilities=self.probabilities[:, :, :n],
+            locations=self.locations[:, :n],
+            output=self.output[:, :n],
+        )
+
 
 def offset_bias_init(heads: int, levels: int, points: int) -> nn.initializers.Initializer:
     """Head m looks in direction ``2 pi m / M``; point k is k + 1 cells away, on a square's edge."""

@@ -63,10 +63,7 @@ class DeformableDetr(nn.Module):
             proposals wanted.
         """
         c, policy, options = self.config, self.policy, self.config.deformable
-        if auxiliary and not c.num_auxiliary:
-            raise ValueError("auxiliary=True, but the model has num_auxiliary=0")
-        auxiliary = c.num_auxiliary > 0 and (auxiliary or self.is_initializing())
-        sets = c.query_sets if auxiliary else (c.num_queries,)
+        sets = c.active_sets(auxiliary, self.is_initializing())
 
         # --- encoder --------------------------------------------------------------------------
         encoded = encode_levels(self, c, policy, images, mask, train)
@@ -90,7 +87,7 @@ class DeformableDetr(nn.Module):
             proposal_boxes = jax.nn.sigmoid(coordinates)
             target, query, reference = self._best(proposal_logits, coordinates, sum(sets))
         else:
-            target, query, reference = self._learned(images.shape[0], auxiliary)
+            target, query, reference = self._learned(images.shape[0], auxiliary=len(sets) > 1)
 
         # --- decoder --------------------------------------------------------------------------
         decoded, boxes, self_maps, cross_maps = DeformableDecoder(c, policy, name="decoder")(
@@ -152,7 +149,7 @@ class DeformableDetr(nn.Module):
             pairs = [pair(f"_{i}", zeros if i else first) for i in range(count)]
         return [x for x, _ in pairs], [x for _, x in pairs]
 
-    def _learned(self, batch: int, auxiliary: bool) -> tuple[Array, Array, Array]:
+    def _learned(self, batch: int, *, auxiliary: bool) -> tuple[Array, Array, Array]:
         """Targets, query embeddings [B, Q, d] and reference points [B, Q, 2] as parameters."""
         c = self.config
         start = nn.initializers.normal(1.0)

@@ -50,8 +50,12 @@ class Detr(nn.Module):
 
         Returns:
           See ``DetrOutput``.
+
+        Raises:
+          ValueError: auxiliary queries are asked for that the model has not.
         """
         c, policy = self.config, self.policy
+        sets = c.active_sets(auxiliary, self.is_initializing())
         x = normalize_images(images, mask, c)
         features = ResNet(c.backbone, policy, jnp.dtype(c.dtype), name="backbone")(x, train=train)
         x = features[-1]
@@ -75,14 +79,11 @@ class Detr(nn.Module):
 
         queries = self.param("query_embed", query_start(c, 0), (c.num_queries, c.dim))
         record(OpRecord("query_embed", "embedding", parameters=queries.size, note=FLOAT))
-        sets: tuple[int, ...] = (c.num_queries,)
-        if c.num_auxiliary and (auxiliary or self.is_initializing()):
+        if len(sets) > 1:
             more = self.param(
                 "auxiliary_queries", query_start(c, c.num_queries), (c.num_auxiliary, c.dim)
             )
-            queries, sets = jnp.concatenate([queries, more]), c.query_sets
-        elif auxiliary:
-            raise ValueError("auxiliary=True, but the model has num_auxiliary=0")
+            queries = jnp.concatenate([queries, more])
         query = jnp.broadcast_to(queries, (batch, *queries.shape))
         decoded, self_maps, cross_maps = Decoder(c, policy, name="decoder")(
             query, memory, position, valid, sets, train

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +16,6 @@ from aqdetr_jax.losses.dense import dense_assignment, dense_loss
 from aqdetr_jax.losses.distillation import DistillationWeights, layer_by_layer_loss
 from aqdetr_jax.losses.proposals import proposal_loss
 from aqdetr_jax.losses.targets import Predictions, Targets
-from aqdetr_jax.models.deformable_attention import DeformableMaps
 from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detector import Detector
 from aqdetr_jax.models.output import DetrOutput
@@ -72,8 +71,8 @@ def distillation_loss(
     if weights.decoder_cross:
         terms["loss_distill_decoder_cross"] = layer_by_layer_loss(
             weights.kind,
-            _of_objects(teacher.decoder_cross_attention, num_queries),
-            _of_objects(student.decoder_cross_attention, num_queries),
+            [maps.of_first(num_queries) for maps in teacher.decoder_cross_attention],
+            [maps.of_first(num_queries) for maps in student.decoder_cross_attention],
             None,
             weights.locations,
         )
@@ -83,21 +82,6 @@ def distillation_loss(
         "loss_distill_decoder_cross": weights.decoder_cross,
     }
     return sum((scale[k] * v for k, v in terms.items()), jnp.float32(0.0)), terms
-
-
-def _of_objects(maps: Sequence[Any], num_queries: int) -> list[Any]:
-    """The maps of the object queries only; they come before the auxiliary ones."""
-    n, chosen = num_queries, []
-    for m in maps:
-        part = m._replace(
-            scores=m.scores[:, :, :n],
-            probabilities=m.probabilities[:, :, :n],
-            output=m.output[:, :n],
-        )
-        if isinstance(part, DeformableMaps):
-            part = part._replace(locations=m.locations[:, :n])
-        chosen.append(part)
-    return chosen
 
 
 def detection_loss_fn(

@@ -377,29 +377,3 @@ def test_text_table_shows_percent_and_undefined():
     assert lines[-2].split() == ["circle", "100.0", "100.0"]
     assert lines[-1].split() == ["square", "-", "-"]
     assert coco.format_results(_block()).startswith("shapes  seed 0  commit abc  12 images  1.2 s")
-
-
-def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
-    path = write_json_atomic(tmp_path / "r.json", {"a": np.float32(0.5), "b": jnp.arange(3)})
-    assert read_json(path) == {"a": 0.5, "b": [0, 1, 2]}
-    with pytest.raises(ValueError, match=r"r\.json: \$\.a\[1\]\.b is nan"):
-        write_json_atomic(path, {"a": [1, {"b": np.float32("nan")}]})
-    with pytest.raises(TypeError, match=r"\$\.f"):
-        write_json_atomic(path, {"f": print})
-    assert read_json(path) == {"a": 0.5, "b": [0, 1, 2]}
-    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
-
-
-def test_json_reading_names_the_fault(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none"):
-        read_json(tmp_path / "none.json")
-    for text, message in [
-        ('{"a": NaN}', "NaN is not a JSON number"),
-        ('{"a": 1', "line 1"),
-        (b"\xff", "UTF-8"),
-        ("[1, 2, 3, 4]", "above the limit"),
-    ]:
-        path = tmp_path / "bad.json"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(ValueError, match=message):
-            read_json(path, max_bytes=11)

@@ -11,12 +11,12 @@ import gzip
 import json
 import math
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity_cases
+import parity_store
 import pytest
 from flax import traverse_util
 
@@ -24,12 +24,6 @@ from aqdetr_jax.interop import names
 from aqdetr_jax.interop.names import Row
 from aqdetr_jax.interop.tables import TABLES, huggingface
 from aqdetr_jax.models.detector import build_detector
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import parity_cases  # noqa: E402
-import parity_store  # noqa: E402
 
 ORIGINAL = json.loads(
     gzip.decompress((parity_cases.FIXTURES / "original_names.json.gz").read_bytes())

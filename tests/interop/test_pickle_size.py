@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch_bytes as tb
 
-from aqdetr_jax.interop import plain_tree, restricted_pickle
+from aqdetr_jax.interop import pickle_values, plain_tree, restricted_pickle
 
 
 def layers(first: bytes, layer: bytes, levels: int) -> bytes:
@@ -115,8 +115,8 @@ def test_calls_that_copy_again_and_again(refuse):
 
 def test_long_texts_are_no_keys(accept, refuse):
     """Two that are equal but not the same are compared to their end, whenever one is set."""
-    most = tb.text("x" * restricted_pickle.MAX_KEY_LENGTH)
-    more = tb.text("x" * (restricted_pickle.MAX_KEY_LENGTH + 1))
+    most = tb.text("x" * pickle_values.MAX_KEY_LENGTH)
+    more = tb.text("x" * (pickle_values.MAX_KEY_LENGTH + 1))
     assert len(accept(tb.zip_file(b"}" + most + b"Ns"))) == 1
     refuse(tb.zip_file(b"}" + more + b"Ns"), "more than 1024 characters")
     refuse(tb.zip_file(b"}B\xff\xff\x00\x00" + bytes(0xFFFF) + b"Ns"), "more than 1024 char")

@@ -1,55 +1,21 @@
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from checkpoint_states import assert_bit_equal, make_state
 
 from aqdetr_jax.training import checkpoint as checkpoint_module
 from aqdetr_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
-    load_params,
-    save_params,
 )
-from aqdetr_jax.training.trees import ParameterMismatchError, check_parameters, flatten, nest
-
-
-class State(NamedTuple):
-    step: int
-    params: dict
-    optimizer: tuple
-    ema_decay: float
-    key_data: jax.Array
-
-
-def make_state(seed: int = 0) -> State:
-    rng = np.random.default_rng(seed)
-    params = {
-        "dense": {
-            "kernel": jnp.asarray(rng.normal(size=(3, 5)), jnp.float32),
-            "half": jnp.asarray(rng.normal(size=(7,)), jnp.bfloat16),
-        },
-        "packed": jnp.asarray(rng.integers(-128, 127, size=(4, 2)), jnp.int8),
-        "step_size": jnp.float32(rng.uniform()),
-    }
-    optimizer = optax.adamw(1e-3).init(params)
-    return State(seed, params, optimizer, 0.1 + seed, jax.random.key_data(jax.random.key(seed)))
-
-
-def assert_bit_equal(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for (path, a), (_, b) in zip(flatten(left), flatten(right), strict=True):
-        assert type(a) is type(b), path
-        assert np.asarray(a).dtype == np.asarray(b).dtype, path
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+from aqdetr_jax.training.trees import ParameterMismatchError, check_parameters, nest
 
 
 def data_file(directory: Path, step: int) -> Path:
@@ -345,65 +311,6 @@ def test_nest_refuses_colliding_names():
         nest({("a",): 1, ("a", "b"): 2})
     with pytest.raises(ValueError, match="two leaves are named"):
         nest({("a", "b"): 1, ("a",): 2})
-
-
-# --- parameters for inference --------------------------------------------------------------------
-
-
-@pytest.fixture
-def params_folder(tmp_path) -> Path:
-    save_params(tmp_path / "final", make_state(3).params, {"classes": ["a", "b"], "ap": 0.25})
-    return tmp_path / "final"
-
-
-def test_params_round_trip(params_folder):
-    params, metadata = load_params(params_folder)
-    expected = make_state(3).params
-    assert metadata == {"classes": ["a", "b"], "ap": 0.25}
-    assert_bit_equal(params, jax.tree.map(np.asarray, expected))
-    check_parameters(params, expected, source="final")
-    # Saving again replaces the folder, and leaves nothing beside it.
-    save_params(params_folder, make_state(4).params, {})
-    assert_bit_equal(load_params(params_folder)[0], jax.tree.map(np.asarray, make_state(4).params))
-    assert [path.name for path in params_folder.parent.iterdir()] == ["final"]
-
-
-def test_params_say_nothing_of_where_they_were_saved(params_folder):
-    notes = list(params_folder.rglob("commit_success.txt"))
-    assert [note.read_text() for note in notes] == ["committed\n"]
-    where = str(params_folder.parent).encode()
-    for file in params_folder.rglob("*"):
-        assert not file.is_file() or where not in file.read_bytes(), file
-
-
-def test_params_with_slashes_and_dots_in_names(tmp_path):
-    tree = {"a/b": np.ones(2), "a": {"b": np.zeros(3)}, "c.d": np.int32(4)}
-    save_params(tmp_path / "p", tree, {})
-    loaded, _ = load_params(tmp_path / "p")
-    assert loaded["a/b"].shape == (2,)
-    assert loaded["a"]["b"].shape == (3,)
-    assert loaded["c.d"] == 4
-
-
-def test_damaged_params_are_refused(params_folder):
-    metadata = params_folder / "metadata.json"
-    metadata.write_text(json.dumps({"classes": ["b", "a"], "ap": 0.25}))
-    with pytest.raises(CheckpointError, match=r"metadata\.json"):
-        load_params(params_folder)
-
-
-def test_wrong_folders_say_what_they_are(params_folder, three, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nothing"):
-        load_params(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="It holds training checkpoints"):
-        load_params(three)
-    with pytest.raises(FileNotFoundError, match="Parameter folders inside it: final"):
-        load_params(tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"should hold manifest\.json"):
-        load_params(tmp_path / "empty")
-    with pytest.raises(FileExistsError, match="is not a parameter folder"):
-        save_params(tmp_path / "empty", {"a": np.ones(1)}, {})
 
 
 # --- several devices -----------------------------------------------------------------------------

@@ -1,6 +1,8 @@
-"""What both tests of parity share: recorded results, our own, and the checks of each stage.
+"""Both families against transformers' own: every stage, losses and gradients.
 
-With ``AQDETR_PARITY=live`` (``make test-parity``) transformers' results are computed anew.
+The fixtures are written by ``experiments/record_parity.py``: tiny models whose parameters and
+statistics are all random, one batch of two images of unequal size. With ``AQDETR_PARITY=live``
+(``make test-parity``) transformers' results are computed anew.
 """
 
 from __future__ import annotations
@@ -8,27 +10,23 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
+import parity_cases
+import parity_ours
+import parity_store
+import pytest
 from flax import traverse_util
 
 from aqdetr_jax.interop import names
 from aqdetr_jax.models.detector import build_detector
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import parity_cases  # noqa: E402
-import parity_ours  # noqa: E402
-import parity_store  # noqa: E402
-
 FIXTURES = parity_cases.FIXTURES
 ATOL = 1e-5
-DETR = tuple(name for name, c in parity_cases.TINY.items() if c.family == "detr")
-DEFORMABLE = tuple(name for name, c in parity_cases.TINY.items() if c.family == "deformable")
+
+each = pytest.mark.parametrize("name", parity_cases.TINY)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @functools.cache
@@ -54,7 +52,8 @@ def table(name):
     return parity_cases.table_of(parity_cases.TINY[name])
 
 
-def check_names_and_shapes(name):
+@each
+def test_every_parameter_is_named_and_has_its_shape(name):
     """Every foreign array is one of our parameters, and every parameter has one."""
     module, given = build_detector(parity_cases.TINY[name]), batch()
     shapes = jax.eval_shape(module.init, jax.random.key(0), given["images"], given["mask"])
@@ -64,7 +63,8 @@ def check_names_and_shapes(name):
         assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
 
 
-def check_stages(name):
+@each
+def test_stages(name):
     """Every stage that is recorded, and that all are."""
     own, want = ours(name)["output"], theirs(name)["output"]
     config = parity_cases.TINY[name]
@@ -83,7 +83,8 @@ def check_stages(name):
         assert key == "valid" or np.ptp(want[key]) > 0.1, key
 
 
-def check_losses(name):
+@each
+def test_losses(name):
     own, want = ours(name)["loss"], theirs(name)["loss"]
     two_stage = parity_cases.TINY[name].deformable.two_stage
     groups = ("", "aux_layers/", *(("proposals/",) if two_stage else ()))
@@ -93,7 +94,8 @@ def check_losses(name):
         np.testing.assert_allclose(own[key], want[key], rtol=1e-5, err_msg=key)
 
 
-def check_gradients(name):
+@each
+def test_gradients(name):
     """Norm, and product with a fixed random direction, of the gradient of every parameter."""
     own, want = ours(name)["gradient"], theirs(name)["gradient"]
     assert own.keys() == want.keys()
@@ -104,3 +106,14 @@ def check_gradients(name):
         atol = 1e-3 * norm + rounding
         np.testing.assert_allclose(own[key][0], norm, rtol=0, atol=atol, err_msg=key)
         np.testing.assert_allclose(own[key][1], product, rtol=0, atol=4 * atol, err_msg=key)
+
+
+def test_variants_differ_as_they_should():
+    """DC5 has four times the tokens of the same images; basic blocks have two convolutions."""
+    tokens = {name: theirs(name)["output"]["valid"].shape[1] for name in ("detr_dc5", "detr_basic")}
+    assert tokens == {"detr_dc5": 48, "detr_basic": 12}
+    state = theirs("detr_basic")["state"]
+    assert not [key for key in state if "layer.2.convolution" in key]
+    dilated = theirs("detr_dc5")["output"]["backbone_4"]
+    assert dilated.shape[1:3] == (6, 8)
+    assert np.isfinite(dilated).all()
