@@ -75,14 +75,15 @@ def quickstart_table() -> str:
     return "\n".join(lines)
 
 
-def ablation_table(name: str, title: str, bits: int = 4) -> str:
-    """The variants of one data set at one number of bits."""
+def ablation_table(name: str, title: str, bits: int = 4, family: str = "") -> str:
+    """The variants of one data set at one number of bits; ``family``: "" or "deformable-"."""
     result = load(name)
     if result is None or not result.get("teacher"):
         return f"**{title}**: not run."
     reference = result["teacher"]["AP"]
-    rows = [key for key in VARIANTS if any(run.startswith(f"{key}_seed") for run in result["runs"])]
-    seeds = sorted({int(key.rsplit("seed", 1)[1]) for key in result["runs"]})
+    runs = {key.removeprefix(family): block for key, block in result["runs"].items()}
+    rows = [key for key in VARIANTS if any(run.startswith(f"{key}_seed") for run in runs)]
+    seeds = sorted({int(key.rsplit("seed", 1)[1]) for key in runs})
     head = " | ".join(f"seed {s}" for s in seeds)
     lines = [
         f"**{title}**: AP; float teacher {reference:.4f} (AP50 {result['teacher']['AP50']:.4f}), "
@@ -92,13 +93,13 @@ def ablation_table(name: str, title: str, bits: int = 4) -> str:
         "|---|" + "---|" * (len(seeds) + 2),
     ]
     for key in rows:
-        found = [result["runs"].get(f"{key}_seed{s}", {}).get("AP") for s in seeds]
+        found = [runs.get(f"{key}_seed{s}", {}).get("AP") for s in seeds]
         done = [x for x in found if x is not None]
         cells = " | ".join("not run" if x is None else f"{x:.4f}" for x in found)
         mean = statistics.mean(done) if done else None
         tail = f"{mean:.4f} | {mean / reference:.1%}" if mean is not None else "not run | "
         lines.append(f"| {VARIANTS[key]} | {cells} | {tail} |")
-    commits = sorted({short(block["commit"]) for block in result["runs"].values()})
+    commits = sorted({short(block["commit"]) for block in runs.values()})
     lines += [
         "",
         f"`{result['command']}`; commits {', '.join(commits)}; `experiments/results/{name}`.",
@@ -138,11 +139,70 @@ def step_time_table() -> str:
     return "\n".join([*lines, "", *notes])
 
 
-def full_size_table() -> str:
-    """The full-size step."""
-    result = load("full_size_step.json")
+def per_minute_table() -> str:
+    """AP and training time of both families."""
+    result = load("deformable_per_minute.json")
     if result is None:
-        return "**Full-size step**: not run."
+        return "**AP per minute of training**: not run."
+    lines = [
+        f"**AP per minute of training**, embedded set, device {result['device']}, commit "
+        f"`{short(result['commit'])}`, all steps side by side in one process:",
+        "",
+        "| family | model | AP | steps x batch | ms a step | minutes | AP a minute |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['family']} | {row['model']} | {row['AP']:.3f} | {row['steps']} x "
+            f"{row['batch']} | {row['median_seconds'] * 1e3:.0f} | {row['minutes']:.1f} | "
+            f"{row['AP_per_minute']:.4f} |"
+        )
+    return "\n".join(
+        [*lines, "", "`python experiments/per_minute.py`; a student starts from its float teacher."]
+    )
+
+
+def sampling_table() -> str:
+    """Ways to sample for deformable attention."""
+    result = load("deformable_sampling.json")
+    if result is None:
+        return "**Deformable sampling**: not run."
+    lines = [
+        f"**Deformable sampling**, {result['cores']} cores of {result['device']}, commit "
+        f"`{short(result['commit'])}`, side by side in one process; ratios are to the plain "
+        "gather, bytes are temporaries of forward plus gradient:",
+        "",
+        "| case | way | forward ms | ratio | with gradient ms | ratio | MiB here | MiB on a v5e | "
+        "GB moved on a v5e |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, found in result["cases"].items():
+        for way, row in found["methods"].items():
+            if isinstance(row, str):
+                lines.append(f"| {case} | {way} | {row} | | | | | | |")
+                continue
+            times = " | ".join(
+                f"{statistics.median(row[f'{kind}_seconds']) * 1e3:.1f} | "
+                f"{row[f'{kind}_ratio_to_gather']:.2f}"
+                for kind in ("forward", "gradient")
+            )
+            here = row.get("gradient_temporary_bytes")
+            cells = "–" if here is None else f"{here / 2**20:.0f}"
+            chip = row.get("v5e")
+            if isinstance(chip, dict):
+                cells += f" | {chip['temporary_bytes'] / 2**20:.0f} | "
+                cells += f"{chip['bytes_accessed'] / 1e9:.2f}"
+            else:
+                cells += " | – | –"
+            lines.append(f"| {case} | {way} | {times} | {cells} |")
+    return "\n".join([*lines, "", "`python experiments/deformable_sampling.py`."])
+
+
+def full_size_table(name: str) -> str:
+    """A full-size step."""
+    result = load(name)
+    if result is None:
+        return f"**Full-size step** (`{name}`): not run."
     seconds = result["seconds"]
     return (
         f"**Full size**: one training step of `{result['config']}` at "
@@ -150,7 +210,8 @@ def full_size_table() -> str:
         f"{result['auxiliary_queries']} auxiliary queries, on this CPU: {seconds['step']} s, "
         f"compiled in {seconds['compile']} s, "
         f"peak {result['peak_resident_bytes'] / 2**30:.1f} GiB resident "
-        f"(`python experiments/full_size_step.py`, commit `{short(result['commit'])}`). Trainable "
+        f"(`experiments/full_size_step.py`, `experiments/results/{name}`, commit "
+        f"`{short(result['commit'])}`). Trainable "
         f"parameters in the official recipe: {result['trainable_parameters_official_recipe']:,}."
     )
 
@@ -182,8 +243,19 @@ def main() -> None:
             for bits in (3, 2)
         ),
         ablation_table("ablation_bccd.json", "BCCD test split"),
+        ablation_table(
+            "deformable_shapes.json",
+            "Deformable DETR, embedded set, the quickstart's schedule (900 steps)",
+            family="deformable-",
+        ),
+        ablation_table(
+            "deformable_bccd.json", "Deformable DETR, BCCD test split", family="deformable-"
+        ),
+        per_minute_table(),
         step_time_table(),
-        full_size_table(),
+        sampling_table(),
+        full_size_table("full_size_step.json"),
+        full_size_table("deformable_full_size_step.json"),
     ]
     replace(ROOT / "docs" / "results.md", "ablation", "\n\n".join(parts))
 

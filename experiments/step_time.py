@@ -49,10 +49,14 @@ from aqdetr_jax.training.step import (
 from aqdetr_jax.training.workdir import git_commit, package_versions
 
 VARIANTS = ("float", "lsq", "auxiliary", "aqdetr")
+AS_IT_IS = "as it is"
+"""The variant that leaves a configuration alone."""
 
 
 def variant_config(base, name):
     """The experiment with parts of the method switched off."""
+    if name == AS_IT_IS:
+        return base
     model, distill = base.model, base.distill
     if name in ("float", "lsq"):
         model = dataclasses.replace(model, num_auxiliary=0, auxiliary_groups=1)
@@ -93,7 +97,13 @@ def timed(function, *arguments) -> tuple[float, object]:
 class Bench:
     """The steps of one configuration, compiled, and what they took."""
 
-    def __init__(self, name: str, overrides: tuple[str, ...], mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        name: str,
+        overrides: tuple[str, ...],
+        mesh: jax.sharding.Mesh,
+        variants: tuple[str, ...] = VARIANTS,
+    ):
         base = load_experiment(name, overrides)
         dataset = setup.open_dataset(base.data, train=True)
         self.base = base = setup.with_data(base, dataset)
@@ -108,7 +118,7 @@ class Bench:
         self.steps: dict[str, Any] = {}
         self.states: dict[str, TrainState] = {}
         self.rows: dict[str, dict[str, Any]] = {}
-        for variant in VARIANTS:
+        for variant in variants:
             config = variant_config(base, variant)
             compiled, state, seconds, temporary = build(
                 config, self.batch, batches, self.teacher_variables, mesh
@@ -123,8 +133,8 @@ class Bench:
                 f"temporaries {temporary / 2**20:.0f} MiB"
             )
         batches.close()
-        self.parts = self._parts()
-        self.seconds: dict[str, list[float]] = {key: [] for key in (*VARIANTS, *self.parts)}
+        self.parts = self._parts() if variants == VARIANTS else {}
+        self.seconds: dict[str, list[float]] = {key: [] for key in (*variants, *self.parts)}
 
     def _parts(self) -> dict[str, Callable[[], Any]]:
         """The matcher and the teacher alone, on the shapes that the whole step gives them."""
@@ -157,7 +167,7 @@ class Bench:
 
     def round(self, keep: bool) -> None:
         """Every step and part once."""
-        for name in VARIANTS:
+        for name in self.steps:
             seconds, (self.states[name], _) = timed(
                 self.steps[name], self.states[name], self.teacher_variables, self.batch
             )
