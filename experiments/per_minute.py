@@ -1,16 +1,18 @@
 """What a minute of training buys: both families, the float teachers and the 4-bit students.
 
-python experiments/per_minute.py [--rounds=12] [--out=FILE]
+python experiments/per_minute.py [--rounds=12] [--out=FILE] [--runs=DIR,...]
 
 The AP is what the ablations kept (``ablation_shapes.json``, ``deformable_shapes.json``: the float
 teacher's, and AQ-DETR's mean over seeds). Minutes are the steps of the configuration times the
 median step, all four steps measured here in turn in one process, round after round; compiling,
-evaluation and the pretraining of the backbone are not in them.
+evaluation and the pretraining of the backbone are not in them. Of training runs that are given,
+the evaluations on the way are added.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +60,18 @@ def average_precision(model: Model) -> float:
     return statistics.mean(block["AP"] for block in runs)
 
 
-def rows(rounds: int) -> list[dict[str, Any]]:
+def curves(runs: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """(step, AP) of the evaluations of each run, by the name of its configuration."""
+    found = {}
+    for run in runs:
+        lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        name = read_json(Path(run) / "config.json")["name"]
+        found[name] = [(r["step"], round(r["eval/AP"], 4)) for r in records if "eval/AP" in r]
+    return found
+
+
+def rows(rounds: int, on_the_way: dict[str, list[tuple[int, float]]]) -> list[dict[str, Any]]:
     """Measures and combines."""
     configs = [load_experiment(m.config, ("init_from=unused",)) for m in MODELS]
     mesh = make_mesh(batch_size=configs[0].train.batch_size)
@@ -70,7 +83,12 @@ def rows(rounds: int) -> list[dict[str, Any]]:
     found = []
     for model, config, bench in zip(MODELS, configs, benches, strict=True):
         seconds = bench.seconds[AS_IT_IS]
-        ap, minutes = average_precision(model), statistics.median(seconds) * config.train.steps / 60
+        a_minute = 60 / statistics.median(seconds)
+        ap, minutes = average_precision(model), config.train.steps / a_minute
+        curve = [
+            {"step": step, "minutes": round(step / a_minute, 2), "AP": value}
+            for step, value in on_the_way.get(config.name, [])
+        ]
         found.append(
             {
                 **model._asdict(),
@@ -81,6 +99,7 @@ def rows(rounds: int) -> list[dict[str, Any]]:
                 "median_seconds": round(statistics.median(seconds), 4),
                 "minutes": round(minutes, 2),
                 "AP_per_minute": round(ap / minutes, 4),
+                "curve": curve,
             }
         )
     return found
@@ -91,8 +110,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", default=str(RESULTS / "deformable_per_minute.json"))
+    parser.add_argument("--runs", default="", help="work directories, for AP on the way")
     options = parser.parse_args()
-    found = rows(options.rounds)
+    found = rows(options.rounds, curves([run for run in options.runs.split(",") if run]))
     result = {
         "commit": git_commit(),
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",

@@ -157,6 +157,10 @@ def per_minute_table() -> str:
             f"{row['batch']} | {row['median_seconds'] * 1e3:.0f} | {row['minutes']:.1f} | "
             f"{row['AP_per_minute']:.4f} |"
         )
+    for row in result["rows"]:
+        if row["curve"]:
+            points = ", ".join(f"{p['AP']:.3f} ({p['minutes']:.0f} min)" for p in row["curve"])
+            lines += ["", f"{row['family']}, {row['model']}, on the way: {points}."]
     return "\n".join(
         [*lines, "", "`python experiments/per_minute.py`; a student starts from its float teacher."]
     )
