@@ -18,8 +18,11 @@ from aqdetr_jax.training.loop import train
 from aqdetr_jax.training.model_io import load_model
 from aqdetr_jax.training.workdir import git_commit
 
-TEACHERS: dict[str, str | Path] = {"detr": "packaged:shapes_teacher", "deformable": ""}
-"""The float teachers of the embedded set that come with the package; "" = none yet."""
+TEACHERS: dict[str, str | Path] = {
+    "detr": "packaged:shapes_teacher",
+    "deformable": "packaged:shapes_deformable_teacher",
+}
+"""The float teachers of the embedded set that come with the package."""
 
 
 def quickstart(
@@ -49,11 +52,7 @@ def quickstart(
     workdir.mkdir(parents=True, exist_ok=True)
     if model not in TEACHERS:
         raise ValueError(f"unknown model {model!r}: one of {', '.join(TEACHERS)}")
-    teacher_path: str | Path = TEACHERS[model]
-    if not teacher_path and not from_scratch:
-        raise ValueError(
-            f"no float {model!r} teacher comes with the package yet: --from-scratch trains it"
-        )
+    teacher_path = TEACHERS[model]
     prefix = "" if model == "detr" else f"{model}-"
     # Another model or teacher, another run: several may be in the same folder.
     runs = {name: f"{prefix}{name}" for name in ("student", "baseline")}
