@@ -1,7 +1,8 @@
-"""Dense pretraining of backbone and encoder on the embedded set: stands in for ImageNet.
+r"""Dense pretraining of backbone and encoder on the embedded set: stands in for ImageNet.
 
 aqdetr train --config=configs/shapes_pretrain.py --workdir=runs/shapes_pretrain
-aqdetr train --config=configs/shapes_pretrain.py:deformable --workdir=runs/shapes_deformable_pretrain
+aqdetr train --config=configs/shapes_pretrain.py:deformable \
+    --workdir=runs/shapes_deformable_pretrain
 
 Result: features, no detector. Cost: 20 minutes on two CPU cores, Deformable DETR's 30.
 """

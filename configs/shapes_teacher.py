@@ -1,4 +1,4 @@
-"""The float teacher of the embedded set.
+r"""The float teacher of the embedded set.
 
 aqdetr train --config=configs/shapes_teacher.py --workdir=runs/shapes_teacher
 aqdetr train --config=configs/shapes_teacher.py:deformable --workdir=runs/shapes_deformable_teacher
