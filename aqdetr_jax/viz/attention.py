@@ -32,12 +32,13 @@ def attention_grid(
     The columns are the image with the position marked, the teacher's map, the student's map, and
     student minus teacher. The maps of a row share one scale, from 0 to their common maximum; the
     difference has its own, whose end is written below it, beside KL(teacher || student) in nats,
-    the mean over the heads, as the distillation loss measures it.
+    the mean over the heads.
 
     Args:
       image: the unpadded picture, see ``detections.to_image``.
       teacher_map: float [N, N] or [heads, N, N] with N = height * width of ``grid_size``, rows are
-        queries and sum to 1. Heads are averaged for the picture.
+        queries and sum to 1, or to less where a deformable attention samples outside the grid.
+        Heads are averaged for the picture.
       student_map: as ``teacher_map``.
       grid_size: (height, width) of the encoder's cells, padding included.
       queries: (row, column) cells; by default three on which the teacher is most focused.
@@ -150,9 +151,14 @@ def _maps(value: Any, grid_size: tuple[int, int], who: str) -> np.ndarray:
 
 
 def _kl(teacher: np.ndarray, student: np.ndarray) -> float:
-    """KL(teacher || student) of distributions [heads, N], the mean over the heads."""
-    ratio = np.log(teacher + _EPSILON) - np.log(student + _EPSILON)
-    return float((teacher * ratio).sum(-1).mean())
+    """KL(teacher || student) of [heads, N], the mean over the heads; outside is one more cell."""
+
+    def closed(maps: np.ndarray) -> np.ndarray:
+        outside = np.maximum(1 - maps.sum(-1, keepdims=True), 0)
+        return np.concatenate([maps, outside], axis=-1) + _EPSILON
+
+    teacher, student = closed(teacher), closed(student)
+    return float((teacher * (np.log(teacher) - np.log(student))).sum(-1).mean())
 
 
 def _enlarge(

@@ -150,6 +150,11 @@ def test_kl_of_the_caption_against_scipy():
     teacher, student = _softmax_map(rng, 3, 10)[:, 0], _softmax_map(rng, 3, 10)[:, 0]
     expected = rel_entr(teacher, student).sum(-1).mean()
     assert attention._kl(teacher, student) == pytest.approx(expected, rel=1e-9)
+    # What a deformable attention takes from outside the grid is a cell of its own: never negative.
+    teacher, student = 0.5 * teacher, 0.9 * student
+    expected = rel_entr(teacher, student).sum(-1).mean() + rel_entr(0.5, 0.1)
+    assert attention._kl(teacher, student) == pytest.approx(expected, rel=1e-9)
+    assert attention._kl(student, student) == 0
 
 
 @pytest.mark.parametrize(
