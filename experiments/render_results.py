@@ -35,11 +35,11 @@ def short(commit: str) -> str:
     return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
-def quickstart_table() -> str:
-    """The quickstart's blocks."""
-    result = load("quickstart.json")
+def quickstart_table(name: str, command: str) -> str:
+    """The blocks of a quickstart."""
+    result = load(name)
     if result is None:
-        return "Quickstart figures: not run."
+        return f"`{command}`: not run."
     lines = [
         "| embedded validation set | AP | AP50 | APs | APm | APl | of the teacher |",
         "|---|---|---|---|---|---|---|",
@@ -51,28 +51,36 @@ def quickstart_table() -> str:
         "student": "4-bit AQ-DETR",
     }
     reference = result["teacher"]["AP"]
-    for key, name in names.items():
+    for key, text in names.items():
         if key in result:
             block = result[key]
             cells = " | ".join(f"{block[k]:.3f}" for k in ("AP", "AP50", "APs", "APm", "APl"))
-            lines.append(f"| {name} | {cells} | {block['AP'] / reference:.1%} |")
+            lines.append(f"| {text} | {cells} | {block['AP'] / reference:.1%} |")
     block = result["student"]
     lines.append("")
     lines.append(
-        f"`aqdetr quickstart{' --baseline' if 'baseline' in result else ''}`, config "
+        f"`{command}{' --baseline' if 'baseline' in result else ''}`, config "
         f"`{block['config']}`, seed {block['seed']}, {block['images']} images, commit "
-        f"`{short(block['commit'])}`, from `experiments/results/quickstart.json`."
+        f"`{short(block['commit'])}`, from `experiments/results/{name}`."
     )
+    return "\n".join(lines)
+
+
+def results_of_readme() -> str:
+    """Both families' quickstarts, and DETR's student that was trained to the end."""
+    text = quickstart_table("quickstart.json", "aqdetr quickstart")
     full = load("full_shapes.json")
     if full is not None and "aqdetr_seed0" in full["runs"]:
         block = full["runs"]["aqdetr_seed0"]
         kept = block["AP"] / full["teacher"]["AP"]
-        lines[-1] += (
+        text += (
             " The same student trained to the end (`configs/shapes_w4a4.py`, 8000 steps, an hour): "
             f"AP {block['AP']:.3f}, {kept:.1%} of the teacher "
             "(`experiments/results/full_shapes.json`)."
         )
-    return "\n".join(lines)
+    command = "aqdetr quickstart --model deformable"
+    other = quickstart_table("quickstart_deformable.json", command)
+    return f"{text}\n\nDeformable DETR:\n\n{other}"
 
 
 def ablation_table(name: str, title: str, bits: int = 4, family: str = "") -> str:
@@ -232,7 +240,7 @@ def replace(path: Path, name: str, text: str) -> None:
 
 def main() -> None:
     """Renders every table."""
-    replace(ROOT / "README.md", "results", quickstart_table())
+    replace(ROOT / "README.md", "results", results_of_readme())
     parts = [
         ablation_table("full_shapes.json", "Embedded set, the full configuration (8000 steps)"),
         ablation_table(
