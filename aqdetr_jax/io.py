@@ -1,8 +1,8 @@
 """Reading and writing the small JSON files of a run (results, manifests, reports), and folders.
 
 A file or folder is either complete or absent: it is written beside its target and renamed (a file
-is flushed to the disk first). NaN and infinity are refused both ways, because they are not JSON and because a NaN in a
-results file is a failed run that looks like a finished one.
+is flushed to the disk first). NaN and infinity are refused both ways, because they are not JSON and
+because a NaN in a results file is a failed run that looks like a finished one.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from aqdetr_jax.quant import lsq
@@ -42,17 +43,22 @@ def dequantized_parameters(
     }
     for path, spec in weight_specs(rows).items():
         kernel, step = out[path], np.asarray(parameters[f"{path}_step"])
+        grid = np.float32(spec.lower), np.float32(spec.upper)
         layer = path.removesuffix("kernel")
         if f"{layer}input_scale" not in parameters:
-            out[path] = _on_grid(kernel, step, spec.lower, spec.upper)
+            out[path] = np.asarray(_on_grid(kernel, step, *grid))
             continue
         scale = np.asarray(parameters[f"{layer}input_scale"])[:, None]
         shift = np.asarray(parameters[f"{layer}input_shift"])
-        out[path] = _on_grid(kernel * scale, step, spec.lower, spec.upper) / scale
+        out[path] = np.asarray(_on_grid(kernel * scale, step, *grid)) / scale
         out[f"{layer}bias"] = out[f"{layer}bias"] + shift @ (kernel - out[path])
     return out
 
 
-def _on_grid(kernel: np.ndarray, step: np.ndarray, lower: int, upper: int) -> np.ndarray:
+@jax.jit
+def _on_grid(kernel, step, lower, upper):
     """``[..., N]`` on the grids of its N output channels."""
-    return np.asarray(lsq.fake_quantize(kernel, step, float(lower), float(upper)))
+    # Compiled and broadcast as in the forward pass: XLA multiplies by 1 / s, and a weight half-way
+    # between two codes may go to another one than by division.
+    step = step.reshape((1,) * (kernel.ndim - 1) + (-1,))
+    return lsq.fake_quantize(kernel, step, lower, upper)

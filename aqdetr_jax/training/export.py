@@ -16,11 +16,13 @@ from aqdetr_jax.interop.checkpoints import write_safetensors
 from aqdetr_jax.interop.labels import GAP
 from aqdetr_jax.io import check_folder, whole_folder, write_json_atomic
 from aqdetr_jax.models.config import DetrConfig
+from aqdetr_jax.quant.calibrate import weight_specs
 from aqdetr_jax.quant.dequantize import dequantized_parameters
 from aqdetr_jax.quant.record import OpRecord
 from aqdetr_jax.quant.report import bit_report
 from aqdetr_jax.quant.spec import GRID_PARAMETERS
 from aqdetr_jax.training import huggingface
+from aqdetr_jax.training.config import QuantConfig
 from aqdetr_jax.training.convert import LONG_SIDE, SHORT_SIDE, first_variables
 from aqdetr_jax.training.model_io import ModelBundle, load_model, without_auxiliary
 from aqdetr_jax.training.setup import record_ops
@@ -129,7 +131,7 @@ def export_bundle(bundle: ModelBundle, source: str, *, fake_quantized: bool = Fa
     report = {
         "format": "huggingface",
         "name": bundle.info.get("name", ""),
-        "weights": _weights(rows, bundle),
+        "weights": _weights(rows, bundle.quant),
         "written": {
             "arrays": len(state),
             "parameters": sum(value.size for value in once.values()),
@@ -144,7 +146,7 @@ def export_bundle(bundle: ModelBundle, source: str, *, fake_quantized: bool = Fa
 
 
 def _check_complete(config: DetrConfig, params: Flat, stats: Flat, source: str) -> None:
-    """transformers starts at random what a file lacks, so nothing may be missing.
+    """Nothing may be missing: transformers starts at random what a file lacks.
 
     Raises:
       ValueError: the parameters are not those of the float model; names the first that differ.
@@ -165,12 +167,13 @@ def _check_complete(config: DetrConfig, params: Flat, stats: Flat, source: str) 
             )
 
 
-def _weights(rows: list[OpRecord], bundle: ModelBundle) -> str:
+def _weights(rows: list[OpRecord], quant: QuantConfig) -> str:
     """What the written weights are, in words."""
-    if not bundle.quant.quantized:
+    if not quant.quantized:
         return "float, as they are"
-    count = sum(row.weight is not None for row in rows)
-    return f"{count} kernels of {bundle.quant.policy!r} dequantized (integers times step)"
+    bits = [spec.bits for spec in weight_specs(rows).values()]
+    kinds = ", ".join(f"{bits.count(b)} kernels of {b} bits" for b in sorted(set(bits)))
+    return f"{kinds or 'no kernel'} dequantized (integers times step)"
 
 
 def _left_out(given: Flat) -> list[dict[str, Any]]:
@@ -221,10 +224,11 @@ def _notes(bundle: ModelBundle) -> list[str]:
     notes = []
     if huggingface.is_dilated(config.backbone):
         notes.append("transformers builds a dilated backbone with timm, which must be installed")
-    if config.family == "deformable" and config.deformable.box_refine:
+    options = config.deformable
+    if config.family == "deformable" and options.box_refine and not options.two_stage:
         notes.append(
-            "transformers warns that class heads of layers are not tied: so it must be, every "
-            "layer has its own"
+            "transformers 5 warns that it does not tie class_embed: that is right, every layer has "
+            "its own (leave tie_word_embeddings as it is)"
         )
     if config.backbone.norm == "batch":
         notes.append("batch norms are frozen in transformers: they use the running statistics")

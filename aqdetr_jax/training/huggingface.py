@@ -70,7 +70,7 @@ def _strides(backbone: BackboneConfig) -> tuple[tuple[tuple[int, ...], ...], ...
 
 
 def timm_name(backbone: BackboneConfig) -> str | None:
-    """timm's name of a ResNet of bottleneck blocks, None = it has no such one.
+    """The name in timm of a ResNet of bottleneck blocks, None = it has no such one.
 
     Basic blocks are left out: timm dilates both convolutions of a stage's first block unlike.
     """
@@ -120,7 +120,7 @@ def with_copies(names: Sequence[str], config: DetrConfig) -> list[str]:
 
 
 def config_json(config: DetrConfig, class_names: Sequence[str]) -> dict[str, Any]:
-    """transformers' ``config.json``.
+    """The ``config.json`` of transformers.
 
     Args:
       config: a model without anything ``unsupported``.
@@ -167,7 +167,7 @@ def _deformable(config: DetrConfig) -> dict[str, Any]:
 
 
 def _backbone(config: DetrConfig) -> dict[str, Any]:
-    """transformers' own ResNet, which needs no timm; timm's where it must be dilated."""
+    """The ResNet of transformers itself, which needs no timm; timm's where it must be dilated."""
     backbone, options = config.backbone, config.deformable
     if is_dilated(backbone):
         return {
@@ -201,7 +201,7 @@ def _backbone(config: DetrConfig) -> dict[str, Any]:
 
 
 def preprocessor_json(config: DetrConfig, rule: InputRule) -> tuple[Mapping[str, Any], list[str]]:
-    """transformers' ``preprocessor_config.json``, and notes on what it does not say."""
+    """The ``preprocessor_config.json`` of transformers, and notes on what it does not say."""
     notes = [
         "transformers pads to the largest image of a batch, here images are padded to one of "
         f"{len(rule.buckets)} sizes"
