@@ -100,10 +100,10 @@ def export_bundle(bundle: ModelBundle, source: str, *, fake_quantized: bool = Fa
     reasons = huggingface.unsupported(config)
     if reasons:
         raise ValueError(f"{source}: transformers has no such model: {'; '.join(reasons)}")
-    policy = bundle.quant.policy
+    policy = f"quant.policy={bundle.quant.policy!r}" + ", quant.rules" * bool(bundle.quant.rules)
     if bundle.quant.quantized and not fake_quantized:
         raise ValueError(
-            f"{source}: is quantized (quant.policy={policy!r}), and its float weights are no model "
+            f"{source}: is quantized ({policy}), and its float weights are no model "
             "without their grids: --fake-quantized writes the values on the grids (activations "
             "and attention stay float), or export the float teacher"
         )
