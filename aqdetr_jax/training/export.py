@@ -59,7 +59,7 @@ class Export:
         """One line for people."""
         title, written = self.settings["architectures"][0], self.report["written"]
         return (
-            f"{title}: {written['parameters']} parameters in {written['arrays']} arrays, "
+            f"{title}: {written['numbers']} numbers in {written['arrays']} arrays, "
             f"{self.report['weights']}"
         )
 
@@ -134,7 +134,8 @@ def export_bundle(bundle: ModelBundle, source: str, *, fake_quantized: bool = Fa
         "weights": _weights(rows, bundle.quant),
         "written": {
             "arrays": len(state),
-            "parameters": sum(value.size for value in once.values()),
+            # Of parameters and running statistics, copies counted once.
+            "numbers": sum(value.size for value in once.values()),
             "copies": sorted(state.keys() - once.keys()),
         },
         "left_out": _left_out(given),
