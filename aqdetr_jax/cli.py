@@ -90,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="the backbone is (not) dilated (DC5), where the source does not say",
     )
+    sub = verb("export", _export, "a model for another library: Hugging Face transformers")
+    sub.add_argument("--model", required=True, metavar="DIR", help="a run or its model folder")
+    sub.add_argument("--to", required=True, metavar="DIR", help="the folder to write")
+    sub.add_argument("--format", choices=("huggingface",), default="huggingface")
+    sub.add_argument(
+        "--fake-quantized",
+        action="store_true",
+        help="weights of a low-bit model as the values on their grids; the rest is float",
+    )
     sub = verb("quickstart", _quickstart, "a float detector becomes a 4-bit one, in minutes")
     sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
     sub.add_argument("--model", choices=("detr", "deformable"), default="detr")
@@ -235,6 +244,18 @@ def _convert(arguments, overrides) -> None:
     for note in made.notes:
         print(f"note: {note}")
     print(f"written to {arguments.to} ({REPORT} has every parameter)")
+
+
+def _export(arguments, overrides) -> None:
+    from aqdetr_jax.training.export import REPORT, export
+
+    if overrides:
+        raise ValueError(f"export takes no configuration overrides, found {overrides[0]!r}")
+    made = export(arguments.model, arguments.to, fake_quantized=arguments.fake_quantized)
+    print(made.summary())
+    for note in made.report["notes"]:
+        print(f"note: {note}")
+    print(f"written to {arguments.to} ({REPORT} says what was left out)")
 
 
 def _quickstart(arguments, overrides) -> None:

@@ -1,16 +1,19 @@
-"""Reading and writing the small JSON files of a run (results, manifests, reports).
+"""Reading and writing the small JSON files of a run (results, manifests, reports), and folders.
 
-A file is either complete or absent: it is written beside its target, flushed to the disk and
-renamed. NaN and infinity are refused both ways, because they are not JSON and because a NaN in a
-results file is a failed run that looks like a finished one.
+A file or folder is either complete or absent: it is written beside its target and renamed (a file
+is flushed to the disk first). NaN and infinity are refused both ways, because they are not JSON and
+because a NaN in a results file is a failed run that looks like a finished one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,54 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return target
+
+
+def check_folder(path: str | os.PathLike[str], mark: str) -> Path:
+    """Whether a folder may be written, as an absolute path.
+
+    Args:
+      path: the folder.
+      mark: name of a file that every folder of its kind holds.
+
+    Raises:
+      FileExistsError: something of another kind is there.
+    """
+    target = Path(path).absolute()
+    if target.exists() and not (target / mark).is_file():
+        raise FileExistsError(
+            f"{target} exists and holds no {mark}, so that it is not replaced; choose another name"
+        )
+    return target
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
+    """An empty folder to fill, which becomes ``path`` when the body ends, and never before.
+
+    An earlier folder of the same kind is replaced; if the body fails, it is left as it was.
+
+    Args:
+      path: the folder.
+      mark: see ``check_folder``.
+
+    Raises:
+      FileExistsError: something of another kind is there.
+    """
+    target = check_folder(path, mark)
+    partial = target.with_name(f".{target.name}.partial")
+    old = target.with_name(f".{target.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(path: str | os.PathLike[str], *, max_bytes: int = 2 * 1024**3) -> Any:

@@ -7,8 +7,9 @@ compute in double precision and we in single. Tiny models of every kind against 
 (minutes); with --full the official sizes at 256 x 320 (half an hour and 8 GB; --only picks some).
 With checkouts of the original repositories, these sizes against their own code instead. Prints the
 greatest difference of every stage and keeps it in experiments/results/parity.json: absolute for
-outputs, relative for losses and gradients; "exported" are outputs of transformers' model with the
-parameters that we write for it, against its own. Fails if a tolerance is exceeded. Needs the extra
+outputs, relative for losses and gradients; "exported" are outputs of transformers' model that it
+loads from a folder of ``aqdetr export``, against its own, "fake_quantized" of one with 4-bit
+weights, against our quantized forward. Fails if a tolerance is exceeded. Needs the extra
 "parity".
 """
 
@@ -38,6 +39,7 @@ from aqdetr_jax.interop.names import Row
 from aqdetr_jax.interop.tables import TABLES
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.models.config import DetrConfig
+from aqdetr_jax.training.huggingface import unsupported
 
 OUT = Path(__file__).resolve().parent / "results" / "parity.json"
 ORIGINAL = {"detr": "facebookresearch/detr", "deformable": "fundamentalvision/Deformable-DETR"}
@@ -88,7 +90,7 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
     if source in ORIGINAL.values():  # their code hands out no inner stages
         ours["output"] = {key: ours["output"][key] for key in theirs["output"]}
     found = parity_ours.differences(ours, theirs)
-    if source not in ORIGINAL.values() and max(config.backbone.dilations) == 1:
+    if source not in ORIGINAL.values() and not unsupported(config):
         found |= parity_export.differences(config, given, theirs["state"], rows)
     return [
         {

@@ -1,8 +1,10 @@
+from contextlib import nullcontext
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.io import read_json, whole_folder, write_json_atomic
 
 
 def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
@@ -14,6 +16,25 @@ def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
         write_json_atomic(path, {"f": print})
     assert read_json(path) == {"a": 0.5, "b": [0, 1, 2]}
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def fill(text):
+        with whole_folder(tmp_path / "out", "mark") as folder:
+            (folder / "mark").write_text(text)
+            assert text != "bad", "bad"
+
+    (tmp_path / ".out.partial").mkdir()  # of a run that was killed
+    (tmp_path / ".out.partial" / "leftover").touch()
+    for text, stays in (("1", "1"), ("bad", "1"), ("2", "2")):
+        with pytest.raises(AssertionError, match="bad") if text == "bad" else nullcontext():
+            fill(text)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["mark"]
+        assert (tmp_path / "out" / "mark").read_text() == stays
+    (tmp_path / "out" / "mark").unlink()
+    with pytest.raises(FileExistsError, match="holds no mark"):
+        fill("3")
 
 
 def test_json_reading_names_the_fault(tmp_path):

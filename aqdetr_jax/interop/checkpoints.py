@@ -1,4 +1,4 @@
-"""Opens a foreign checkpoint: its arrays by name, and what it says of the model they belong to.
+"""Foreign checkpoints as files: arrays by name, and what is said of the model they belong to.
 
 A source is a file of ``torch.save`` (``.pth``, ``.pt``, ``.bin``), a ``.safetensors`` file, or a
 model folder of Hugging Face transformers: ``config.json`` beside one weights file or beside several
@@ -8,6 +8,7 @@ and their index. Nothing in a source is run or imported.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from aqdetr_jax.interop.source import shown
 from aqdetr_jax.interop.torch_file import MAX_BYTES, Namespace, parameters, read_torch
@@ -73,6 +75,23 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     where: Literal["args", ""] = "args" if arguments else ""
     hashes = {path.name: _sha256(path)}
     return Checkpoint(str(path), _float32(state, path), arguments, where, {}, hashes)
+
+
+def write_safetensors(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays by foreign name as the file that torch's libraries load.
+
+    Args:
+      path: the file; not yet there.
+      state: arrays, as they are to be stored.
+
+    Raises:
+      ValueError: a number is not finite; the message names the array.
+    """
+    for name, array in state.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinity: it would be no model")
+    # transformers refuses files that do not name the library whose layout they have.
+    save_file(dict(state), path, metadata={"format": "pt"})
 
 
 def _folder(path: Path) -> Checkpoint:

@@ -16,6 +16,9 @@ from aqdetr_jax.quant.record import OpRecord, record
 
 FLOAT = "float by choice"
 
+NORM_EPS = 1e-5
+"""torch's: what norms add to variances."""
+
 
 class LayerNorm(nn.Module):
     """Layer norm over the last axis, eps 1e-5 as in torch; stays float."""
@@ -28,7 +31,7 @@ class LayerNorm(nn.Module):
         record(OpRecord(module_path(self), "norm", parameters=2 * x.shape[-1], note=FLOAT))
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        return centred * (lax.rsqrt(variance + 1e-5) * scale) + bias
+        return centred * (lax.rsqrt(variance + NORM_EPS) * scale) + bias
 
 
 class GroupNorm(nn.Module):
@@ -50,14 +53,26 @@ class GroupNorm(nn.Module):
         axes = (1, 2, 4)
         centred = grouped - jnp.mean(grouped, axes, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
-        return (centred * lax.rsqrt(variance + 1e-5)).reshape(x.shape) * scale + bias
+        return (centred * lax.rsqrt(variance + NORM_EPS)).reshape(x.shape) * scale + bias
+
+
+def norm_affine(scale: Array, bias: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+    """A batch norm as an affine of every channel, ``(x - mean) scale / sqrt(var + eps) + bias``.
+
+    Args: [C] each.
+
+    Returns:
+      (factor, bias), [C] each: ``factor x + bias``.
+    """
+    factor = scale * lax.rsqrt(var + NORM_EPS)
+    return factor, bias - mean * factor
 
 
 class BatchNorm(nn.Module):
     """Batch norm over [B, H, W], eps 1e-5: frozen as in DETR, or learning.
 
     Frozen, it is a constant per-channel affine ``(x - mean) * scale / sqrt(var + eps) + bias`` that
-    folds into the convolution's output scale at export; no gradient reaches its four vectors.
+    folds into the convolution before it (``models.fold``); no gradient reaches its four vectors.
     Learning, it normalises by the statistics of the global batch (under a global-view jit the mean
     over the batch axis is global without a word) and updates the running ones in the collection
     ``batch_stats``. Both have the same variables, so a backbone pretrained with a learning norm is
@@ -87,16 +102,16 @@ class BatchNorm(nn.Module):
         if self.frozen:
             scale, bias = lax.stop_gradient(scale), lax.stop_gradient(bias)
         if self.frozen or not train:
-            factor = scale * lax.rsqrt(var.value + 1e-5)
-            return x * factor + (bias - mean.value * factor)
+            factor, bias = norm_affine(scale, bias, mean.value, var.value)
+            return x * factor + bias
         batch_mean = jnp.mean(x, axis=(0, 1, 2))
         batch_var = jnp.mean(jnp.square(x - batch_mean), axis=(0, 1, 2))
         if not self.is_initializing():
             m = self.momentum
             mean.value = m * mean.value + (1 - m) * lax.stop_gradient(batch_mean)
             var.value = m * var.value + (1 - m) * lax.stop_gradient(batch_var)
-        factor = scale * lax.rsqrt(batch_var + 1e-5)
-        return x * factor + (bias - batch_mean * factor)
+        factor, bias = norm_affine(scale, bias, batch_mean, batch_var)
+        return x * factor + bias
 
 
 class FeedForward(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -248,10 +248,11 @@ def _input_rule(preprocessing: Mapping[str, Any]) -> tuple[InputRule, dict[str, 
     """How images become input: as a folder's image processor says, else the official way."""
     short, long = SHORT_SIDE, LONG_SIDE
     notes = []
+    resize = preprocessing.get("do_resize", True)
     size = preprocessing.get("size")
     if isinstance(size, int):  # as old versions wrote it
         size = {"shortest_edge": size, "longest_edge": preprocessing.get("max_size", LONG_SIDE)}
-    if isinstance(size, dict):
+    if isinstance(size, dict) and resize:
         edges = (size.get("shortest_edge"), size.get("longest_edge"))
         sides = [edge for edge in edges if isinstance(edge, int) and edge > 0]
         if len(sides) == 2:
@@ -268,7 +269,8 @@ def _input_rule(preprocessing: Mapping[str, Any]) -> tuple[InputRule, dict[str, 
         for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std"))
         if isinstance(preprocessing.get(theirs), list)
     }
-    return InputRule(buckets, short, long), pixels, notes
+    rule = InputRule(buckets, short, long) if resize else InputRule(buckets)
+    return rule, pixels, notes
 
 
 def _resnet_name(backbone: BackboneConfig) -> str:
@@ -321,7 +323,7 @@ def _fitted(
     Raises:
       ValueError: anything but a class head that is made anew does not fit.
     """
-    init = _init_function(config, kind.family)
+    init = first_variables(config, kind.family)
     own, own_stats = jax.eval_shape(init)
     merged, report = merge(own, params)
     merged_stats, stats_report = merge(own_stats, stats)
@@ -356,8 +358,8 @@ def _fitted(
     return variables, LoadReport(loaded, report.new, dropped, report.mismatched), shapes
 
 
-def _init_function(config: DetrConfig, family: variant.Family):
-    """A function of nothing that gives the model's first parameters and statistics, flat."""
+def first_variables(config: DetrConfig, family: variant.Family) -> Callable[[], tuple[Flat, Flat]]:
+    """A function of nothing that gives the float model's first parameters and statistics, flat."""
     bucket = SHORT_SIDE, LONG_SIDE  # a two-stage model needs as many tokens as proposals
     images, mask = example_input(bucket)
 
