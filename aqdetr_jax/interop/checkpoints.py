@@ -253,8 +253,8 @@ def _float32(state: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
                 array = np.asarray(array, np.float32)
             if not np.isfinite(array).all():
                 raise ValueError(
-                    f"{path}: {name} holds NaN, infinity or more than float32 can: the file is "
-                    "damaged, or of a run that diverged"
+                    f"{path}: {name} holds NaN or infinity as float32: the file is damaged, or of "
+                    "a run that diverged"
                 )
         result[name] = array
     return result
