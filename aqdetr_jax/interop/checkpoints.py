@@ -153,7 +153,7 @@ def _indexed(index: Path) -> dict[Path, list[str]]:
     for name, file in mapping.items():
         if not isinstance(file, str) or not _is_file_name(file):
             raise ValueError(
-                f"{index}: {shown(str(file))!r} is not the name of a weights file beside it"
+                f"{index}: {shown(repr(file))} is not the name of a weights file beside it"
             )
         files.setdefault(index.parent / file, []).append(name)
     for file in files:
