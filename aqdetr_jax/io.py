@@ -147,7 +147,7 @@ def read_json(path: str | os.PathLike[str], *, max_bytes: int = 2 * 1024**3) -> 
         raise ValueError(f"{source}: {size} bytes is above the limit of {max_bytes}")
 
     def refuse(name: str) -> Any:
-        raise ValueError(f"{source}: {name} is not a JSON number; the file was not written by us")
+        raise ValueError(f"{name} is not a JSON number; the file was not written by us")
 
     try:
         text = source.read_text(encoding="utf-8")
@@ -159,6 +159,10 @@ def read_json(path: str | os.PathLike[str], *, max_bytes: int = 2 * 1024**3) -> 
         raise ValueError(
             f"{source}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
+    except RecursionError:
+        raise ValueError(f"{source}: nested too deeply to be read") from None
+    except ValueError as error:  # ours, or Python's for a number of thousands of digits
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _umask() -> int:

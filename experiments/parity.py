@@ -7,10 +7,11 @@ compute in double precision and we in single. Tiny models of every kind against 
 (minutes); with --full the official sizes at 256 x 320 (half an hour and 8 GB; --only picks some).
 With checkouts of the original repositories, these sizes against their own code instead. Prints the
 greatest difference of every stage and keeps it in experiments/results/parity.json: absolute for
-outputs, relative for losses and gradients; "exported" are outputs of transformers' model that it
-loads from a folder of ``aqdetr export``, against its own, "fake_quantized" of one with 4-bit
-weights, against our quantized forward. Fails if a tolerance is exceeded. Needs the extra
-"parity".
+outputs, relative for losses and gradients. Beside it stands "theirs_single", how far their own
+single precision is from their double: what rounding alone makes of the stage. "exported" are
+outputs of transformers' model that it loads from a folder of ``aqdetr export``, against its own,
+"fake_quantized" of one with 4-bit weights, against our quantized forward. Fails if a tolerance is
+exceeded. Needs the extra "parity".
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # single precision, as stated
 
@@ -43,8 +45,26 @@ from aqdetr_jax.training.huggingface import unsupported
 
 OUT = Path(__file__).resolve().parent / "results" / "parity.json"
 ORIGINAL = {"detr": "facebookresearch/detr", "deformable": "fundamentalvision/Deformable-DETR"}
-Comparison = tuple[str, str, DetrConfig, dict[str, np.ndarray], Groups, tuple[Row, ...]]
-"""(source, model, our configuration, batch, their results, table of their names)."""
+
+
+class Comparison(NamedTuple):
+    """One model of one source.
+
+    Attributes:
+      source: whose code.
+      model: key in TINY or FULL.
+      config: our configuration.
+      given: the batch.
+      theirs: computes their results in a precision.
+      rows: the table of their names.
+    """
+
+    source: str
+    model: str
+    config: DetrConfig
+    given: dict[str, np.ndarray]
+    theirs: Callable[[torch.dtype], Groups]
+    rows: tuple[Row, ...]
 
 
 def tolerance(stage: str, model: str) -> float:
@@ -62,7 +82,7 @@ def original_table(config: DetrConfig) -> tuple[Row, ...]:
 
 
 def comparisons(options: argparse.Namespace) -> Iterator[Comparison]:
-    """One after the other: a full model takes gigabytes."""
+    """What is to be compared; nothing is computed yet."""
     only = set(options.only.split(",")) if options.only else None
     given = batch()
     large = batch(FULL_BUCKET, FULL_SIZES, classes=91)
@@ -72,36 +92,46 @@ def comparisons(options: argparse.Namespace) -> Iterator[Comparison]:
         if originals or (only is not None and name not in only):
             continue
         seen = given if name in TINY else large
-        theirs = parity_theirs.compute(config, seen)
+        theirs = partial(parity_theirs.compute, config, seen)
         source = f"transformers {transformers.__version__}"
-        yield source, name, config, seen, theirs, table_of(config)
+        yield Comparison(source, name, config, seen, theirs, table_of(config))
     for name, (family, _) in parity_original.MODELS.items():
         checkout = checkouts[family]
         if checkout is None or (only is not None and name not in only):
             continue
-        theirs = parity_original.compute(name, checkout, large)
-        yield ORIGINAL[family], name, FULL[name], large, theirs, original_table(FULL[name])
+        theirs = partial(parity_original.compute, name, checkout, large)
+        rows = original_table(FULL[name])
+        yield Comparison(ORIGINAL[family], name, FULL[name], large, theirs, rows)
 
 
-def compare(comparison: Comparison) -> list[dict[str, Any]]:
+def compare(c: Comparison) -> list[dict[str, Any]]:
     """The rows of one model."""
-    source, name, config, given, theirs, rows = comparison
-    ours = parity_ours.compute(config, given, theirs, rows)
-    if source in ORIGINAL.values():  # their code hands out no inner stages
-        ours["output"] = {key: ours["output"][key] for key in theirs["output"]}
-    found = parity_ours.differences(ours, theirs)
-    if source not in ORIGINAL.values() and not unsupported(config):
-        found |= parity_export.differences(config, given, theirs["state"], rows)
+    # One model after the other: a full one takes gigabytes.
+    truth = c.theirs(torch.float64)
+    single = parity_ours.differences(c.theirs(torch.float32), truth)
+    ours = parity_ours.compute(c.config, c.given, truth, c.rows)
+    if c.source in ORIGINAL.values():  # their code hands out no inner stages
+        ours["output"] = {key: ours["output"][key] for key in truth["output"]}
+    found = parity_ours.differences(ours, truth)
+    if c.source not in ORIGINAL.values() and not unsupported(c.config):
+        found |= parity_export.differences(c.config, c.given, truth["state"], c.rows)
     return [
         {
-            "source": source,
-            "model": name,
+            "source": c.source,
+            "model": c.model,
             "stage": stage,
-            "max_abs_diff": float(f"{value:.2g}"),
-            "tolerance": tolerance(stage, name),
+            "max_abs_diff": short(value),
+            # Of what we export, both sides are double.
+            "theirs_single": short(single[stage]) if stage in single else None,
+            "tolerance": tolerance(stage, c.model),
         }
         for stage, value in found.items()
     ]
+
+
+def short(value: float) -> float:
+    """Two digits."""
+    return float(f"{value:.2g}")
 
 
 def main() -> None:
@@ -127,7 +157,9 @@ def main() -> None:
         for row in rows:
             bad = not row["max_abs_diff"] <= row["tolerance"]
             failed += [f"{key[1]} {row['stage']}"] * bad
-            note = "  EXCEEDED" if bad else ""
+            own = row["theirs_single"]
+            note = "" if own is None else f"  theirs in single {own:.1e}"
+            note += "  EXCEEDED" * bad
             print(f"  {row['stage']:26} {row['max_abs_diff']:8.1e} of {row['tolerance']:g}{note}")
         sys.stdout.flush()
         kept = [row for row in kept if (row["source"], row["model"]) != key] + rows

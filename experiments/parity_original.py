@@ -121,14 +121,16 @@ def _use_formula() -> None:
     importlib.import_module("models.ops.modules.ms_deform_attn").MSDeformAttnFunction = Operator
 
 
-def compute(name: str, checkout: Path, given: dict[str, np.ndarray]) -> Groups:
+def compute(
+    name: str, checkout: Path, given: dict[str, np.ndarray], dtype: torch.dtype = torch.float64
+) -> Groups:
     """State, outputs, losses and gradients of one of ``MODELS``, with random parameters."""
     model, criterion = build(name, checkout)
     randomize(model)
     state = {k: v.numpy().copy() for k, v in model.state_dict().items()}
-    model.double().eval().requires_grad_()
+    model.to(dtype).eval().requires_grad_()
     nested = importlib.import_module("util.misc").NestedTensor
-    pixels = torch.from_numpy(normalized(given))
+    pixels = torch.from_numpy(normalized(given)).to(dtype)
     output = model(nested(pixels, torch.from_numpy(~given["mask"])))
     layers = [*output["aux_outputs"], output]
     stages = {
@@ -138,8 +140,8 @@ def compute(name: str, checkout: Path, given: dict[str, np.ndarray]) -> Groups:
     if "enc_outputs" in output:
         stages["proposal_logits"] = output["enc_outputs"]["pred_logits"]
         stages["proposal_boxes"] = output["enc_outputs"]["pred_boxes"]
-    targets = [{"boxes": t["boxes"], "labels": t["class_labels"]} for t in targets_of(given)]
-    losses = criterion.double()(output, targets)
+    targets = [{"boxes": t["boxes"], "labels": t["class_labels"]} for t in targets_of(given, dtype)]
+    losses = criterion.to(dtype)(output, targets)
     terms, total = total_loss(losses, criterion.weight_dict)
     total.backward()
     return {

@@ -1,4 +1,4 @@
-"""What transformers computes: every stage, loss terms and gradients, in double precision."""
+"""What transformers computes: every stage, loss terms and gradients, in either precision."""
 
 from __future__ import annotations
 
@@ -23,24 +23,33 @@ DEFORMABLE_WEIGHTS = dict(zip(LAYER, (2.0, 5.0, 2.0), strict=True))
 DETR_WEIGHTS = dict(zip(LAYER, (1.0, 5.0, 2.0), strict=True))
 
 
-def compute(config: DetrConfig, given: dict[str, np.ndarray]) -> Groups:
+def compute(
+    config: DetrConfig, given: dict[str, np.ndarray], dtype: torch.dtype = torch.float64
+) -> Groups:
     """State, outputs, losses and gradients of transformers' model of a configuration.
 
     What stands at padded tokens is zeroed: nothing depends on it. Of every gradient the
     norm and the product with a fixed random direction is kept.
+
+    Args:
+      config: sizes.
+      given: the batch.
+      dtype: in double precision it is the truth, so that only the rounding of what is compared
+        with it counts; in single precision it shows what rounding alone makes of a stage.
     """
     model = parity_models.build(config)
     state = {k: v.numpy().copy() for k, v in model.state_dict().items()}
-    model.double()  # what is recorded is the truth; only the reader's rounding counts
+    model.to(dtype)
     seen = _watch(model)
+    targets = targets_of(given, dtype)
     output = model(
-        pixel_values=torch.from_numpy(normalized(given)),
+        pixel_values=torch.from_numpy(normalized(given)).to(dtype),
         pixel_mask=torch.from_numpy(given["mask"].astype(np.int64)),
-        labels=targets_of(given) if config.family == "deformable" else None,
+        labels=targets if config.family == "deformable" else None,
         output_attentions=True,
     )
     family = _detr if config.family == "detr" else _deformable
-    stages, terms, total = family(model, output, seen, targets_of(given), config)
+    stages, terms, total = family(model, output, seen, targets, config)
     total.backward()
     stages = {**seen, **_maps(output, config), **stages}
     return {
@@ -57,11 +66,11 @@ def normalized(given: dict[str, np.ndarray]) -> np.ndarray:
     return np.where(given["mask"][..., None], pixels, 0).transpose(0, 3, 1, 2).copy()
 
 
-def targets_of(given: dict[str, np.ndarray]) -> list[dict[str, torch.Tensor]]:
+def targets_of(given: dict[str, np.ndarray], dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
     """The targets of each image."""
     return [
         {
-            "boxes": torch.from_numpy(given["boxes"][i][given["valid"][i]].astype("f8")),
+            "boxes": torch.from_numpy(given["boxes"][i][given["valid"][i]]).to(dtype),
             "class_labels": torch.from_numpy(given["labels"][i][given["valid"][i]].astype("i8")),
         }
         for i in range(len(given["boxes"]))
@@ -73,7 +82,7 @@ def gradients(model: torch.nn.Module) -> dict[str, np.ndarray]:
     found = {}
     for key, value in model.named_parameters():
         if value.grad is not None:
-            x = value.grad.numpy()
+            x = value.grad.numpy().astype(np.float64)
             found[key] = np.array([np.linalg.norm(x), np.sum(direction(key, x.shape) * x)])
     return found
 
@@ -133,7 +142,7 @@ def _detr(model, output, seen, targets, config: DetrConfig):
     torch.testing.assert_close(boxes[-1], output.pred_boxes)
     # The matcher's weights and "no object"'s are the original's, as transformers' defaults are.
     matcher = HungarianMatcher(*DETR_WEIGHTS.values())
-    criterion = ImageLoss(matcher, config.num_classes, 0.1, ["labels", "boxes"]).double()
+    criterion = ImageLoss(matcher, config.num_classes, 0.1, ["labels", "boxes"]).to(logits.dtype)
     layers = [{"logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
     losses = criterion({**layers[-1], "auxiliary_outputs": layers[:-1]}, targets)
     stages = {"decoded": decoded, "logits": logits, "boxes": boxes}

@@ -13,10 +13,13 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import pathlib
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.utils.serialization import config as torch_config
 
 OUT = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "torch"
 
@@ -108,6 +111,31 @@ def training() -> dict:
     }
 
 
+def extras() -> dict:
+    """What else training scripts leave in their files: paths, numbers of NumPy, attributes."""
+    marked = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    marked.note = "hung on by a library"
+    return {
+        "model": {"marked": marked},
+        "best": np.float64(0.42),
+        "numbers": [
+            *(np.float32(-0.1), np.float16(2), np.float64("inf"), np.bool_(True), np.bool_(False)),
+            *(np.int8(-3), np.int16(-300), np.int32(7), np.int64(-(2**62)), np.uint8(200)),
+            *(np.uint16(60_000), np.uint32(2**32 - 1), np.uint64(2**64 - 1)),
+            np.arange(3, dtype=">f8")[1],
+        ],
+        "args": argparse.Namespace(
+            output_dir=pathlib.PurePosixPath("/runs/first one"),
+            resume=pathlib.PurePosixPath("runs/a.pth"),
+            here=pathlib.PurePosixPath("."),
+            root=pathlib.PurePosixPath("/"),
+            share=pathlib.PureWindowsPath("C:/runs/a"),
+            best=np.int64(3),
+        ),
+        "types": [torch.complex64, torch.float8_e4m3fn, torch.uint16],
+    }
+
+
 def storages() -> dict:
     """Storages themselves, with and without a type."""
     return {
@@ -140,8 +168,10 @@ def described(value: object) -> object:
         return {"bytes": value.hex()}
     if isinstance(value, float):
         return {"float": value.hex()}
-    if isinstance(value, torch.device | torch.dtype):
+    if isinstance(value, torch.device | torch.dtype | pathlib.PurePath):
         return str(value)
+    if isinstance(value, np.generic):
+        return described(value.item())
     if value is None or isinstance(value, bool | int | str):
         return value
     raise TypeError(f"{type(value)} is not described")
@@ -189,7 +219,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
 
-    for name, value in (("dtypes", dtypes()), ("views", views()), ("training", training())):
+    made = (("dtypes", dtypes), ("views", views), ("training", training), ("extras", extras))
+    for name, value in ((name, make()) for name, make in made):
         torch.save(value, out / f"{name}_zip.pth")
         torch.save(value, out / f"{name}_stream.pth", _use_new_zipfile_serialization=False)
     torch.save(storages(), out / "storages_zip.pth")
@@ -209,6 +240,10 @@ def main() -> None:
     torch.serialization.set_crc32_options(False)
     torch.save(training()["model"], out / "unchecked_zip.pth")
     torch.serialization.set_crc32_options(True)
+    before = torch_config.save.storage_alignment
+    torch_config.save.storage_alignment = 4096
+    torch.save({"a": torch.arange(3.0), "b": torch.arange(4)}, out / "aligned_zip.pth")
+    torch_config.save.storage_alignment = before
     deflated(out / "training_zip.pth", out / "deflated_zip.pth")
     # The storages are numbered in the order of the tensors.
     sizes = {str(k): tensor.element_size() for k, tensor in enumerate(dtypes().values())}

@@ -108,7 +108,8 @@ class Evaluator:
             * pipeline.process_count
             // math.gcd(mesh.shape["data"], pipeline.process_count)
         )
-        size = -(-pipeline.batch_size // unit) * unit
+        # A batch of nothing but fillers beyond the set would take memory for nothing.
+        size = -(-min(pipeline.batch_size, len(dataset) or 1) // unit) * unit
         self._batches = make_eval_pipeline(dataset, dataclasses.replace(pipeline, batch_size=size))
         self._mesh = mesh
         self._predict = make_predict_fn(module, mesh, len(self._category_ids))

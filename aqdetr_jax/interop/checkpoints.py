@@ -3,6 +3,10 @@
 A source is a file of ``torch.save`` (``.pth``, ``.pt``, ``.bin``), a ``.safetensors`` file, or a
 model folder of Hugging Face transformers: ``config.json`` beside one weights file or beside several
 and their index. Nothing in a source is run or imported.
+
+A source is not believed about its size: its arrays have at most MAX_BYTES and MAX_GROWTH bytes for
+each byte of their files, each array counted as if it had its own memory, and at most MAX_PARAMETERS
+names. Names are one short printable line, so that they can stand in messages.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from aqdetr_jax.interop.source import shown
-from aqdetr_jax.interop.torch_file import MAX_BYTES, Namespace, parameters, read_torch
+from aqdetr_jax.interop.torch_file import MAX_BYTES, MAX_PATH, Namespace, parameters, read_torch
 from aqdetr_jax.io import read_json
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
@@ -29,6 +33,21 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 MAX_JSON = 16 * 1024**2
 """Bytes of a JSON file in a model folder."""
+
+MAX_PARAMETERS = 10_000
+"""Arrays of a source: every name is tried with every row of the tables."""
+
+MAX_NAME = 200
+"""Characters of an array's name; the longest official one has 70."""
+
+MAX_GROWTH = 32
+"""Bytes of a file's arrays for each of its own: a compressed file may have 20, a tensor that is
+expanded to a larger shape without memory of its own any number."""
+
+SAFETENSORS_TYPES = frozenset(
+    {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+)
+"""Types of arrays that are read, in the names of safetensors."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
       ValueError: a file is not what its name says; the message names it and what to do.
     """
     path = Path(path)
+    if not str(path).isprintable():
+        raise ValueError(f"{shown(str(path), MAX_PATH)}: has a line break or the like: rename it")
     if path.is_dir():
         return _folder(path)
     if not path.exists():
@@ -111,11 +132,15 @@ def _folder(path: Path) -> Checkpoint:
         found, _ = _weights(file)
         missing = [name for name in wanted if name not in found]
         if missing:
-            raise ValueError(f"{file}: lacks {missing[0]}, which the folder's index says it holds")
+            raise ValueError(
+                f"{file}: lacks {shown(missing[0])}, which the folder's index says it holds: fetch "
+                "the whole folder again"
+            )
         twice = [name for name in found if name in state]
         if twice:
             raise ValueError(f"{file}: holds {twice[0]}, as another file of the folder does")
         state |= found
+    _check_names(list(state), path)
     return Checkpoint(
         str(path),
         _float32(state, path),
@@ -134,7 +159,7 @@ def _weight_files(path: Path) -> dict[Path, list[str]]:
             return {path / name: []}
         if index.is_file():
             return _indexed(index)
-    there = ", ".join(sorted(child.name for child in path.iterdir())[:10])
+    there = shown(", ".join(sorted(child.name for child in path.iterdir())[:10]), 400)
     raise FileNotFoundError(f"{path} holds neither {' nor '.join(WEIGHTS)}; it holds: {there}")
 
 
@@ -145,8 +170,10 @@ def _indexed(index: Path) -> dict[Path, list[str]]:
         raise ValueError(f"{index}: holds no weight_map, which says what is in which file")
     files: dict[Path, list[str]] = {}
     for name, file in mapping.items():
-        if not isinstance(file, str) or file != Path(file).name or file in ("", ".."):
-            raise ValueError(f"{index}: {shown(str(file))!r} is not the name of a file beside it")
+        if not isinstance(file, str) or not _is_file_name(file):
+            raise ValueError(
+                f"{index}: {shown(repr(file))} is not the name of a weights file beside it"
+            )
         files.setdefault(index.parent / file, []).append(name)
     for file in files:
         if not file.is_file():
@@ -158,14 +185,22 @@ def _indexed(index: Path) -> dict[Path, list[str]]:
     return files
 
 
+def _is_file_name(text: str) -> bool:
+    """Whether a text names a weights file of a folder, and nothing elsewhere."""
+    known = text.endswith((*TORCH_SUFFIXES, SAFETENSORS))
+    return known and text == Path(text).name and text.isprintable() and len(text) <= MAX_NAME
+
+
 def _weights(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of one file by name, and the run arguments in it (empty = none)."""
     _refuse_other_things(path)
     if path.suffix == SAFETENSORS:
         return _safetensors(path), {}
     if path.suffix in TORCH_SUFFIXES:
-        value = read_torch(path)
+        most = min(MAX_BYTES, MAX_GROWTH * path.stat().st_size)
+        value = read_torch(path, max_bytes=most)
         state = parameters(value, path)
+        _check_names(list(state), path)
         arguments = value.get("args") if state is not value else None
         return state, arguments.attributes if isinstance(arguments, Namespace) else {}
     raise ValueError(
@@ -175,7 +210,11 @@ def _weights(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _refuse_other_things(path: Path) -> None:
-    """Errors for what a failed download leaves behind."""
+    """Errors for what no weights file is, and for what a failed download leaves behind."""
+    if not path.is_file():  # to open a pipe would wait for its writer
+        raise ValueError(f"{path}: is not a regular file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: has more than {MAX_BYTES} bytes, which no detector needs")
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
@@ -189,13 +228,35 @@ def _refuse_other_things(path: Path) -> None:
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file."""
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: has more than {MAX_BYTES} bytes")
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            _check_names(names, path)
+            for name in names:
+                kind = file.get_slice(name).get_dtype()
+                if kind not in SAFETENSORS_TYPES:
+                    raise ValueError(
+                        f"{path}: {name} is of the type {kind}, which is not read: save it as F32"
+                    )
+            return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: is no safetensors file, or is damaged ({error})") from error
+        raise ValueError(
+            f"{path}: is no safetensors file, or is damaged ({shown(str(error))}): fetch it again"
+        ) from error
+
+
+def _check_names(names: list[str], path: Path) -> None:
+    """Bounds the number and the form of names."""
+    if len(names) > MAX_PARAMETERS:
+        raise ValueError(
+            f"{path}: holds {len(names)} arrays; a detector has at most {MAX_PARAMETERS}"
+        )
+    for name in names:
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise ValueError(
+                f"{path}: holds an array of the name {shown(name)}; names are of up to {MAX_NAME} "
+                "printable characters"
+            )
 
 
 def _float32(state: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
@@ -207,9 +268,13 @@ def _float32(state: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
     result = {}
     for name, array in state.items():
         if np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16:
-            array = np.asarray(array, np.float32)
+            with np.errstate(over="ignore"):  # said by what follows
+                array = np.asarray(array, np.float32)
             if not np.isfinite(array).all():
-                raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged")
+                raise ValueError(
+                    f"{path}: {name} holds NaN or infinity as float32: the file is damaged, or of "
+                    "a run that diverged"
+                )
         result[name] = array
     return result
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from aqdetr_jax.interop.source import shown
+
 GAP = "N/A"
 """Name of an output that stands for no category."""
+
+MAX_LABEL = 200
+"""Characters of a class's name."""
 
 COCO_OUTPUTS = 91
 """Classes of the official heads: COCO's ids 0 to 90, of which 80 are categories."""
@@ -54,15 +59,21 @@ def class_names(settings: Mapping[str, Any], count: int, where: str) -> tuple[st
       Names in the order of the outputs, or None if there are none.
 
     Raises:
-      ValueError: ``id2label`` does not name exactly the head's classes.
+      ValueError: ``id2label`` does not name exactly the head's classes, each by a short line.
     """
     labels = settings.get("id2label")
     if not labels:
         return None
     try:
-        names = {int(number): str(name) for number, name in labels.items()}
+        names = {int(number): name for number, name in labels.items()}
     except (AttributeError, ValueError):
         raise ValueError(f"{where}: id2label in config.json maps no numbers to names") from None
+    for number, name in names.items():
+        if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_LABEL:
+            raise ValueError(
+                f"{where}: id2label in config.json names class {number} {shown(repr(name), 80)}; a "
+                f"name is a line of up to {MAX_LABEL} characters"
+            )
     if sorted(names) != list(range(count)):
         raise ValueError(
             f"{where}: its parameters have {count} classes, but id2label in config.json names "

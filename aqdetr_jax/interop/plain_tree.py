@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from aqdetr_jax.interop.pickle_values import Attributes
+from aqdetr_jax.interop.pickle_values import Attributes, is_number
 from aqdetr_jax.interop.source import Malformed
 
 MAX_DEPTH = 64
@@ -20,6 +20,9 @@ MAX_VALUES = 500_000
 
 VALUES_PER_BYTE = 4
 """Values in the result for each byte of its pickle: sharing may repeat, but not endlessly."""
+
+MAX_NUMBER_KEYS = 40_000
+"""Numbers as keys and elements in the result, counted alike: numbers can be made to collide."""
 
 
 class _Level(NamedTuple):
@@ -67,11 +70,11 @@ def expand(
 
     Raises:
       Malformed: the tree is deeper than MAX_DEPTH, as that of a value that holds itself is, or has
-        more than MAX_VALUES or VALUES_PER_BYTE * ``size`` values, a container that is used twice
-        counted twice.
+        more than MAX_VALUES or VALUES_PER_BYTE * ``size`` values or MAX_NUMBER_KEYS numbers as
+        keys, a container that is used twice counted twice.
     """
     most = min(MAX_VALUES, VALUES_PER_BYTE * size)
-    count = 0
+    count = numbers = 0
     levels = [_Level(lambda done: done[0], iter([root]), [])]
     while True:
         current = levels[-1]
@@ -88,6 +91,10 @@ def expand(
                 continue
             if len(levels) > MAX_DEPTH:
                 raise Malformed(f"holds values nested deeper than {MAX_DEPTH}, or in themselves")
+            if isinstance(value, dict | set | frozenset):
+                numbers += sum(map(is_number, value))
+                if numbers > MAX_NUMBER_KEYS:
+                    raise Malformed(f"holds more than {MAX_NUMBER_KEYS} numbers as keys")
             levels.append(inner)
             break
         else:

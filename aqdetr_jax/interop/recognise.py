@@ -71,7 +71,7 @@ def recognise(state: Mapping[str, np.ndarray], name: str) -> tuple[str, Kind]:
             "read"
         )
     shared = kind.family == "deformable" and shares_heads(state)
-    check_ranks(state, kind.table + SHARED * shared, name)
+    check_arrays(state, kind.table + SHARED * shared, name)
     return kind.table + SHARED * shared, kind
 
 
@@ -86,20 +86,30 @@ def _unexplained(state: Mapping[str, np.ndarray], table: str) -> list[str]:
     return unknown
 
 
-def check_ranks(state: Mapping[str, np.ndarray], table: str, source: str) -> None:
-    """Every kernel must have the number of axes that its layout turns around.
+def check_arrays(state: Mapping[str, np.ndarray], table: str, source: str) -> None:
+    """Every array that becomes ours must hold floating-point numbers, along the axes we expect.
+
+    A kernel has as many axes as its layout turns around; all else that is ours has one or two.
 
     Raises:
       ValueError: one has not; the message names it.
     """
-    axes = {"conv": 4, "dense": 2}
+    axes = {"conv": (4,), "dense": (2,), "same": (1, 2)}
     for name, array in state.items():
         place = names.find(name, TABLES[table])
-        wanted = axes.get(place.layout)
-        if place.paths and wanted is not None and array.ndim != wanted:
+        if not place.paths:
+            continue
+        wanted = axes[place.layout]
+        if array.ndim not in wanted:
             raise ValueError(
-                f"{source}: {name} of shape {list(array.shape)} should have {wanted} axes: it is "
-                "another model, or a variant that is not read"
+                f"{source}: {name} of shape {list(array.shape)} should have "
+                f"{' or '.join(map(str, wanted))} axes: it is another model, or a variant that is "
+                "not read"
+            )
+        if array.dtype != np.float32:
+            raise ValueError(
+                f"{source}: {name} holds {array.dtype} and should hold floating-point numbers: it "
+                "is another model, or quantized"
             )
 
 

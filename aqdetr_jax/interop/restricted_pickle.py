@@ -17,7 +17,16 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from aqdetr_jax.interop.pickle_values import Attributes, Function, Global, Ordered, key_of
+from aqdetr_jax.interop.pickle_values import (
+    REFUSED_OPCODES,
+    Attributes,
+    Function,
+    Global,
+    NumberType,
+    Ordered,
+    is_number,
+    key_of,
+)
 from aqdetr_jax.interop.source import Malformed, Source, shown
 
 MAX_OPCODES = 1_000_000
@@ -38,11 +47,17 @@ MAX_MEMO = 500_000
 MAX_INT_BYTES = 64
 """Bytes of an integer."""
 
+MAX_NUMBER_KEYS = 10_000
+"""Keys of dicts and elements of sets that are numbers. Their hashes are no secret, so that a file
+can choose them to collide, and then a dict takes time quadratic in them. Optimizers number their
+parameters."""
+
 
 def load(
     source: Source,
     functions: Mapping[str, Function],
     persistent: Callable[[Any], Any] | None = None,
+    refused: Mapping[str, str] | None = None,
 ) -> Any:
     """Runs one pickle.
 
@@ -52,18 +67,19 @@ def load(
         function takes the pickle's arguments, of any number and type, answers in time and memory
         proportional to their length, and raises Malformed for those it does not accept.
       persistent: called for persistent ids; without it they are refused.
+      refused: what some of the names that are refused stand for, for messages.
 
     Returns:
       The value: None, bool, int, float, str, bytes, list, tuple, set, frozenset, dict, Ordered,
-      Attributes, Global and what ``functions`` and ``persistent`` return. It may share parts and
-      hold itself; see :func:`aqdetr_jax.interop.plain_tree.expand`.
+      Attributes, NumberType, Global and what ``functions`` and ``persistent`` return. It may share
+      parts and hold itself; see :func:`aqdetr_jax.interop.plain_tree.expand`.
 
     Raises:
       Malformed: the pickle is cut short or corrupt, uses an opcode or a name outside the lists, or
-        passes MAX_OPCODES, MAX_STACK, MAX_MARKS, MAX_MEMO, MAX_INT_BYTES, MAX_COPIED or the
-        limits of keys.
+        passes MAX_OPCODES, MAX_STACK, MAX_MARKS, MAX_MEMO, MAX_INT_BYTES, MAX_COPIED,
+        MAX_NUMBER_KEYS or the limits of keys.
     """
-    return _Machine(source, functions, persistent).run()
+    return _Machine(source, functions, persistent, refused or {}).run()
 
 
 class _Machine:
@@ -74,14 +90,17 @@ class _Machine:
         source: Source,
         functions: Mapping[str, Function],
         persistent: Callable[[Any], Any] | None,
+        refused: Mapping[str, str],
     ):
         self.source = source
         self.functions = functions
         self.persistent = persistent
+        self.refused = refused
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.copied = 0
+        self.number_keys = 0
         self.frame_end = 0
 
     def run(self) -> Any:
@@ -96,7 +115,7 @@ class _Machine:
                 return value
             action = ACTIONS.get(opcode)
             if action is None:
-                name = REFUSED.get(opcode, f"0x{opcode.hex()}")
+                name = REFUSED_OPCODES.get(opcode, f"0x{opcode.hex()}")
                 self.fail(f"uses the opcode {name}, which no checkpoint of tensors needs")
             action(self)
             if self.frame_end:
@@ -183,8 +202,17 @@ class _Machine:
         target = self.top(dict)
         if len(items) % 2:
             self.fail("has a key without a value")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[key_of(key)] = value
+        for key, value in zip(self.keys(items[::2]), items[1::2], strict=True):
+            target[key] = value
+
+    def keys(self, values: list[Any]) -> list[Any]:
+        self.count_numbers(values)
+        return [key_of(value) for value in values]
+
+    def count_numbers(self, keys: list[Any]) -> None:
+        self.number_keys += sum(map(is_number, keys))
+        if self.number_keys > MAX_NUMBER_KEYS:
+            self.fail(f"has more than {MAX_NUMBER_KEYS} numbers as keys")
 
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()
@@ -200,10 +228,10 @@ class _Machine:
 
     def add_items(self) -> None:
         items = self.since_mark()
-        self.top(set).update([key_of(item) for item in items])
+        self.top(set).update(self.keys(items))
 
     def frozen(self) -> None:
-        self.stack.append(frozenset([key_of(item) for item in self.since_mark()]))
+        self.stack.append(frozenset(self.keys(self.since_mark())))
 
     def tuple_of(self, count: int) -> None:
         items = [self.pop() for _ in range(count)]
@@ -212,6 +240,10 @@ class _Machine:
     # Memo.
 
     def remember(self, index: int) -> None:
+        # Writers number what they remember, from 0 or (Python 2) from 1. Numbers of a file's
+        # choice could be made to collide in the memo.
+        if index > len(self.memo) + 1:
+            self.fail("remembers a value out of order")
         value = self.pop()
         self.stack.append(value)
         self.memo[index] = value
@@ -229,8 +261,10 @@ class _Machine:
         full = f"{module}.{name}"
         function = self.functions.get(full)
         if function is None:
+            meaning = f" ({self.refused[full]})" if full in self.refused else ""
             raise Malformed(
-                f"refuses to call {shown(full)}: only tensors and plain containers are read"
+                f"refuses to call {shown(full)}{meaning}: only tensors and plain containers are "
+                "read; if you trust the file, save its state dict alone"
             )
         self.stack.append(Global(full, function))
 
@@ -254,6 +288,12 @@ class _Machine:
                 self.copied += len(value)
         if self.copied > min(self.source.size, MAX_COPIED):
             self.fail("copies more values than it has bytes")
+        for value in arguments:
+            if isinstance(value, list):  # elements of a set, or pairs for an OrderedDict
+                pair = list | tuple
+                self.count_numbers([v[0] if isinstance(v, pair) and v else v for v in value])
+            elif isinstance(value, dict):  # counts
+                self.count_numbers(list(value))
         self.stack.append(function.function(arguments))
 
     def persist(self) -> None:
@@ -263,9 +303,11 @@ class _Machine:
 
     def build(self) -> None:
         state, target = self.pop(), self.pop()
-        if not isinstance(state, dict):
+        if isinstance(target, NumberType):
+            target.set_order(state)
+        elif not isinstance(state, dict):
             self.fail("sets the state of an object from something else than a dict")
-        if isinstance(target, Ordered):
+        elif isinstance(target, Ordered):
             # torch hangs the versions of modules on a state dict.
             if len(state) > 1 or (state and "_metadata" not in state):
                 self.fail("sets attributes of an OrderedDict other than _metadata")
@@ -333,29 +375,3 @@ ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
     b"b": _Machine.build,
     b"Q": _Machine.persist,
 }
-
-REFUSED = {
-    b"i": "INST",
-    b"o": "OBJ",
-    b"\x92": "NEWOBJ_EX",
-    b"\x82": "EXT1",
-    b"\x83": "EXT2",
-    b"\x84": "EXT4",
-    b"P": "PERSID",
-    b"0": "POP",
-    b"1": "POP_MARK",
-    b"2": "DUP",
-    b"I": "INT",
-    b"L": "LONG",
-    b"F": "FLOAT",
-    b"S": "STRING",
-    b"V": "UNICODE",
-    b"d": "DICT",
-    b"l": "LIST",
-    b"p": "PUT",
-    b"g": "GET",
-    b"\x96": "BYTEARRAY8",
-    b"\x97": "NEXT_BUFFER",
-    b"\x98": "READONLY_BUFFER",
-}
-"""Opcodes that exist and are not read, for messages; those of protocols 0 and 1 among them."""

@@ -8,7 +8,8 @@ there; every other name is refused, and there is no fallback.
 
 Two formats are read: the zip file of torch 1.6 and later, and the stream of pickles before it. The
 tar file before torch 0.1.10 is refused. Of PyTorch's more special tensors none is read: sparse,
-quantized, complex, negated, of unsigned integers over 8 bits, of subclasses; nor are NumPy arrays.
+quantized, complex, negated, of float8 or unsigned integers over 8 bits, of subclasses; nor are
+NumPy arrays.
 
 Nothing a file says about sizes is believed before it is compared with the file's own size:
 
@@ -39,7 +40,7 @@ from aqdetr_jax.interop.plain_tree import expand
 from aqdetr_jax.interop.restricted_pickle import load
 from aqdetr_jax.interop.source import Malformed, Source, shown
 from aqdetr_jax.interop.torch_arrays import Arrays, Storages
-from aqdetr_jax.interop.torch_names import NAMES, Storage
+from aqdetr_jax.interop.torch_names import NAMES, REFUSED, Storage
 from aqdetr_jax.interop.zip_members import (
     Member,
     check,
@@ -93,10 +94,11 @@ def read_torch(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> A
 
     Returns:
       What was saved: dict (also for OrderedDict and Counter), list, tuple (also for torch.Size),
-      set, frozenset, str (also for torch.device and torch.dtype), bytes, int, float, bool, None,
-      :class:`Namespace`, and NumPy arrays for tensors, parameters and storages: float16, float32,
-      float64, bfloat16 (of ml_dtypes), int8, int16, int32, int64, uint8 or bool, in the machine's
-      byte order, of the tensor's shape and strides. Arrays are read-only: they share memory where
+      set, frozenset, str (also for torch.device, torch.dtype and paths of pathlib), bytes, int,
+      float, bool (these three also for single numbers of NumPy), None, :class:`Namespace`, and
+      NumPy arrays for tensors, parameters and storages: float16, float32, float64, bfloat16 (of
+      ml_dtypes), int8, int16, int32, int64, uint8 or bool, in the machine's byte order, of the
+      tensor's shape and strides. Arrays are read-only: they share memory where
       the tensors did. Attributes of containers and tensors are dropped.
 
     Raises:
@@ -223,7 +225,7 @@ def _read_zip(file: BinaryIO, file_size: int, max_bytes: int) -> Any:
     program = read_member(file, file_size, member)
     storages = Storages(fields=5)
     source = Source(io.BytesIO(program), len(program), "the pickle")
-    root = load(source, NAMES, storages.named)
+    root = load(source, NAMES, storages.named, REFUSED)
 
     def fetch(storage: Storage, size: int) -> np.ndarray:
         member = members.get(f"{prefix}data/{storage.key}")
@@ -265,7 +267,7 @@ def _read_stream(file: BinaryIO, file_size: int, max_bytes: int) -> Any:
         raise Malformed("was not written by a little-endian machine")
     begin = source.position
     storages = Storages(fields=6)
-    root = load(source, NAMES, storages.named)
+    root = load(source, NAMES, storages.named, REFUSED)
     size = source.position - begin
     keys = load(source, {})
     if not isinstance(keys, list):

@@ -12,8 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from aqdetr_jax.interop.pickle_values import Attributes, Function, Ordered, key_of
-from aqdetr_jax.interop.source import Malformed
+from aqdetr_jax.interop.pickle_values import Attributes, Function, NumberType, Ordered, key_of
+from aqdetr_jax.interop.source import Malformed, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,9 @@ def _tensor_v2(arguments: tuple[Any, ...]) -> Tensor:
 
 
 def _parameter(arguments: tuple[Any, ...]) -> Tensor:
+    # Then come requires_grad, hooks, and what Python code has hung on it.
     match arguments:
-        case (Tensor() as tensor, _, _):
+        case (Tensor() as tensor, _, _) | (Tensor() as tensor, _, _, _):
             return tensor
     raise _arguments("_rebuild_parameter")
 
@@ -131,6 +132,36 @@ def _no_bytes(arguments: tuple[Any, ...]) -> bytes:
     return b""
 
 
+def _path(separator: str) -> Function:
+    """Paths of :mod:`pathlib`, which are written as their parts."""
+
+    def joined(parts: tuple[Any, ...]) -> str:
+        if not all(isinstance(part, str) for part in parts):
+            raise _arguments("a path of pathlib")
+        if not parts:
+            return "."
+        root = parts[0] if len(parts) == 1 or parts[0].endswith(separator) else parts[0] + separator
+        return root + separator.join(parts[1:])
+
+    return joined
+
+
+def _number_type(arguments: tuple[Any, ...]) -> NumberType:
+    match arguments:
+        case (str(code), _, _) if code in NumberType.CODES:
+            return NumberType(code)
+        case (str(code), _, _):
+            raise Malformed(f"holds a NumPy value of the type {shown(code)}, no plain number")
+    raise _arguments("numpy.dtype")
+
+
+def _number(arguments: tuple[Any, ...]) -> int | float | bool:
+    match arguments:
+        case (NumberType() as kind, bytes(data)):
+            return kind.value(data)
+    raise _arguments("numpy's scalar")
+
+
 def _namespace(arguments: tuple[Any, ...]) -> Attributes:
     if arguments:
         raise _arguments("Namespace")
@@ -157,6 +188,7 @@ DTYPE_NAMES = frozenset(
     for name in (
         *("float16", "float32", "float64", "bfloat16"),
         *("int8", "int16", "int32", "int64", "uint8", "bool"),
+        *("uint16", "uint32", "uint64", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2"),
     )
 )
 """Types as values, for example among the arguments of a run; they become these names."""
@@ -165,11 +197,22 @@ FUNCTIONS: Mapping[str, Function] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
     "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.Size": _size,
     "torch.device": _device,
     "collections.OrderedDict": _ordered,
     "collections.Counter": _counter,
     "argparse.Namespace": _namespace,
+    **{
+        f"{module}.{pure}{kind}Path": _path(separator)
+        for module in ("pathlib", "pathlib._local")  # of Python 3.13
+        for pure in ("", "Pure")
+        for kind, separator in (("Posix", "/"), ("Windows", "\\"))
+    },
+    # NumPy 2 has moved it.
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,
+    "numpy.dtype": _number_type,
     "_codecs.encode": _encoded,
     # Protocol 2 names the built-in types as Python 2 did.
     "__builtin__.bytes": _no_bytes,
@@ -185,3 +228,19 @@ NAMES: Mapping[str, Function] = {
     **FUNCTIONS,
     **dict.fromkeys((*STORAGES, *DTYPE_NAMES), _unusable),
 }
+
+_SPARSE, _OTHER = "a sparse tensor", "a tensor with attributes, or of a class of its own"
+REFUSED: Mapping[str, str] = {
+    "torch.ComplexFloatStorage": "a complex tensor",
+    "torch.ComplexDoubleStorage": "a complex tensor",
+    "torch._utils._rebuild_tensor_v3": "a tensor of float8, of large unsigned integers or the like",
+    "torch._utils._rebuild_qtensor": "a quantized tensor",
+    "torch._utils._rebuild_sparse_tensor": _SPARSE,
+    "torch._utils._rebuild_sparse_csr_tensor": _SPARSE,
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values",
+    "torch._tensor._rebuild_from_type_v2": _OTHER,
+    "numpy.core.multiarray._reconstruct": "a NumPy array",
+    "numpy._core.multiarray._reconstruct": "a NumPy array",
+}
+"""What some names outside the list stand for, for messages."""

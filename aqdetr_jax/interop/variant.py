@@ -13,10 +13,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
+from aqdetr_jax.interop.source import shown
+
 Family = Literal["detr", "deformable", "backbone"]
 
 OFFICIAL_HEADS = 8
 OFFICIAL_PROPOSALS = 300
+
+FLAGS = frozenset({"pre_norm", "dilation", "box_refine", "two_stage"})
+"""Facts that are true or false; all that are declared besides ``depths`` are whole numbers."""
+
+MAX_DECLARED = 100_000
+"""Size of a declared number: proposals are declared, and seen nowhere else."""
 
 # (fact, key): what a source may declare. Two keys of one fact must agree: ours has one number.
 CONFIG_JSON = (
@@ -91,33 +99,43 @@ def seen_facts(shapes: Mapping[str, tuple[int, ...]], family: Family, name: str)
       name: the source, for messages.
 
     Raises:
-      ValueError: a parameter without which no variant can be told is missing; names it.
+      ValueError: a parameter without which no variant can be told is missing, or of no size;
+        names it. Or layers are missing in between.
     """
 
-    def shape(path: str) -> tuple[int, ...]:
+    def shape(path: str, axes: int = 2) -> tuple[int, ...]:
         if path not in shapes:
             raise ValueError(
                 f"{name}: lacks what is our {path!r}: it is cut short, or it is another model"
             )
-        return shapes[path]
+        found = shapes[path]
+        if len(found) != axes or 0 in found:
+            raise ValueError(
+                f"{name}: what is our {path!r} should have {axes} axes of at least 1, and has the "
+                f"shape {list(found)}: it is another model"
+            )
+        return found
 
-    facts = _backbone_facts(shapes, shape)
-    if family == "backbone":
-        return facts
-    layers = {part: _count(shapes, rf"{part}/layer_(\d+)/") for part in ("encoder", "decoder")}
-    facts |= {f"{part}_layers": count for part, count in layers.items()}
+    try:
+        facts = _backbone_facts(shapes, shape)
+        if family == "backbone":
+            return facts
+        for part in ("encoder", "decoder"):
+            facts[f"{part}_layers"] = _count(shapes, f"{part}/layer_", "/")
+    except _GapError as gap:
+        raise ValueError(f"{name}: {gap}: it is cut short, or it is another model") from None
     facts["ffn"] = shape("encoder/layer_0/feed_forward/linear1/kernel")[-1]
     facts["pre_norm"] = "encoder/norm/scale" in shapes
     if "query_embed" in shapes:
-        facts["num_queries"] = shapes["query_embed"][0]
+        facts["num_queries"] = shape("query_embed")[0]
     for head in ("class_head/kernel", "class_head_0/kernel"):
         if head in shapes:  # DETR's last output is "no object"
-            facts["classes"] = shapes[head][-1] - (family == "detr")
+            facts["classes"] = shape(head)[-1] - (family == "detr")
     if family == "detr":
-        return facts | {"dim": shape("input_proj/kernel")[-1]}
+        return facts | {"dim": shape("input_proj/kernel", 4)[-1]}
     facts["levels"], facts["dim"] = shape("level_embed")
     projections = (f"input_proj_{level}/kernel" for level in range(facts["levels"]))
-    facts["stages"] = sum(shape(path)[0] == 1 for path in projections)
+    facts["stages"] = sum(shape(path, 4)[0] == 1 for path in projections)
     facts["samples"] = (
         shape("encoder/layer_0/self_attention/attention_weights/kernel")[-1] // facts["levels"]
     )
@@ -126,20 +144,33 @@ def seen_facts(shapes: Mapping[str, tuple[int, ...]], family: Family, name: str)
     return facts
 
 
-def _count(shapes: Mapping[str, Any], pattern: str) -> int:
-    """One more than the highest number that a pattern finds."""
-    numbers = [int(match[1]) for path in shapes if (match := re.match(pattern, path))]
-    return max(numbers, default=-1) + 1
+class _GapError(ValueError):
+    """Numbers that do not follow each other: a model of so many layers is not to be built."""
+
+
+def _count(shapes: Mapping[str, Any], before: str, after: str, first: int = 0) -> int:
+    """How many numbers stand between two texts at the beginning of the paths.
+
+    Raises:
+      _GapError: they do not count from ``first`` without a gap.
+    """
+    pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
+    numbers = {int(match[1]) for path in shapes if (match := pattern.match(path))}
+    if numbers and (min(numbers), max(numbers)) != (first, first + len(numbers) - 1):
+        odd = shown(f"{before}{max(numbers)}")
+        raise _GapError(f"has what is our {odd!r}, but not all that come before it")
+    return len(numbers)
 
 
 def _backbone_facts(shapes, shape) -> dict[str, Any]:
-    stem = shape("backbone/stem/kernel")
+    stem = shape("backbone/stem/kernel", 4)
     bottleneck = "backbone/layer1_0/conv3/kernel" in shapes
-    stages = range(1, _count(shapes, r"backbone/layer(\d+)_"))
+    # Every stage begins with block 0.
+    stages = range(1, 1 + _count(shapes, "backbone/layer", "_0/conv1/", first=1))
     return {
         "block": "bottleneck" if bottleneck else "basic",
-        "depths": tuple(_count(shapes, rf"backbone/layer{i}_(\d+)/") for i in stages),
-        "widths": tuple(shape(f"backbone/layer{i}_0/conv1/kernel")[-1] for i in stages),
+        "depths": tuple(_count(shapes, f"backbone/layer{i}_", "/") for i in stages),
+        "widths": tuple(shape(f"backbone/layer{i}_0/conv1/kernel", 4)[-1] for i in stages),
         "stem_width": stem[-1],
         "stem_kernel": stem[0],
     }
@@ -165,27 +196,33 @@ def declared_facts(
         if MODEL_TYPES.get(str(kind)) != family:
             known = " and ".join(MODEL_TYPES)
             raise ValueError(
-                f"{name}: config.json says model_type={kind!r}, its parameters are those of a "
+                f"{name}: config.json says model_type={said(kind)}, its parameters are those of a "
                 f"{family} model; model types that are read: {known}"
             )
         _only(settings, ONLY_CONFIG_JSON, f"{name}: config.json")
         backbone = settings.get("backbone_config") or {}
+        if not isinstance(backbone, Mapping):
+            raise ValueError(
+                f"{name}: config.json says backbone_config={said(backbone)}, which is no object"
+            )
         _only(backbone, ONLY_BACKBONE, f"{name}: backbone_config in config.json")
         facts = _read(settings, CONFIG_JSON, f"{name}: config.json")
         # timm's backbones say it by their stride.
-        if backbone.get("output_stride"):
-            dilation = Declared(backbone["output_stride"] == 16, "backbone_config.output_stride")
-            _add(facts, "dilation", dilation, f"{name}: config.json")
-        if settings.get("two_stage"):
-            facts["num_queries"] = Declared(
-                settings.get("two_stage_num_proposals", OFFICIAL_PROPOSALS),
-                "two_stage_num_proposals",
+        stride = backbone.get("output_stride")
+        if stride not in (None, 16, 32):
+            raise ValueError(
+                f"{name}: config.json says backbone_config.output_stride={said(stride)}: that "
+                "variant is not read"
             )
-        elif "num_queries" in settings:
-            facts["num_queries"] = Declared(settings["num_queries"], "num_queries")
+        if stride is not None:
+            dilation = Declared(stride == 16, "backbone_config.output_stride")
+            _add(facts, "dilation", dilation, f"{name}: config.json")
+        queries = "two_stage_num_proposals" if settings.get("two_stage") else "num_queries"
+        facts |= _read(settings, [("num_queries", queries)], f"{name}: config.json")
         depths = backbone.get("depths")
         if depths:
-            facts["depths"] = Declared(tuple(depths), "backbone_config.depths")
+            depths = tuple(depths) if isinstance(depths, list) else depths
+            facts["depths"] = Declared(depths, "backbone_config.depths")
         elif isinstance(settings.get("backbone"), str):
             _add_backbone(facts, settings["backbone"])
     elif where == "args":
@@ -209,7 +246,19 @@ def _read(settings, keys: Iterable[tuple[str, str]], where: str) -> dict[str, De
     return facts
 
 
+def said(value: Any) -> str:
+    """A declared value for messages."""
+    return shown(repr(value), 80)
+
+
 def _add(facts: dict[str, Declared], fact: str, new: Declared, where: str) -> None:
+    if fact in FLAGS:
+        fits, wanted = type(new.value) is bool, "true or false"
+    else:
+        fits = type(new.value) is int and 1 <= new.value <= MAX_DECLARED
+        wanted = f"a whole number from 1 to {MAX_DECLARED}"
+    if not fits:
+        raise ValueError(f"{where} says {new.key}={said(new.value)}, which should be {wanted}")
     old = facts.setdefault(fact, new)
     if old.value != new.value:
         raise ValueError(
@@ -228,8 +277,8 @@ def _add_backbone(facts: dict[str, Declared], backbone: str) -> None:
 def _only(settings: Mapping[str, Any], rules, where: str) -> None:
     for key, allowed in rules:
         value = settings.get(key, allowed[0])
-        if value not in allowed:
-            raise ValueError(f"{where} says {key}={value!r}: that variant is not read")
+        if not isinstance(value, str | bool | int) or value not in allowed:
+            raise ValueError(f"{where} says {key}={said(value)}: that variant is not read")
 
 
 def agreed_facts(
@@ -260,7 +309,7 @@ def agreed_facts(
         if fact in seen and seen[fact] != value:
             raise ValueError(
                 f"{name}: its parameters have {fact}={seen[fact]!r}, but its {where} says "
-                f"{key}={value!r}"
+                f"{key}={said(value)}"
             )
     facts = {**{fact: value for fact, (value, _) in declared.items()}, **seen}
     notes: list[str] = []

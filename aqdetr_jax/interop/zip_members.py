@@ -243,6 +243,8 @@ def _decoded(name: bytes, flags: int) -> str:
 def _check_name(name: str) -> None:
     """Refuses names that would mean another place to a program that writes members to disk."""
     parts = name.removesuffix("/").split("/")
-    odd = not name.isprintable() or "\\" in name or ":" in parts[0]
+    # torch names the outermost folder after the file, which may be called "run 12:30".
+    drive = len(parts[0]) == 2 and parts[0].endswith(":")
+    odd = not name.isprintable() or "\\" in name or drive
     if odd or any(part in ("", ".", "..") for part in parts):
         raise Malformed(f"has a member of the forbidden name {shown(name)}")

@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from aqdetr_jax.interop import labels, names, recognise, variant
 from aqdetr_jax.interop.checkpoints import Checkpoint, read_checkpoint
+from aqdetr_jax.interop.preprocessing import LONG_SIDE, SHORT_SIDE, ImageRule, image_rule
 from aqdetr_jax.interop.tables import TABLES
 from aqdetr_jax.models.config import DeformableConfig, DetrConfig
 from aqdetr_jax.models.detector import build_detector
@@ -29,9 +30,6 @@ Flat = dict[str, Any]
 
 REPORT = "load_report.json"
 """File of a converted model's folder that says what became of every parameter."""
-
-SHORT_SIDE, LONG_SIDE = 800, 1333
-"""The official evaluation resize, pixels."""
 
 UNIT = 32
 """Sides of image buckets are multiples of it, pixels."""
@@ -143,8 +141,8 @@ def import_checkpoint(
 
     # --- our model of it --------------------------------------------------------------------
     class_names, more = _class_names(checkpoint, kind.family, facts.get("classes"), num_classes)
-    rule, pixels, others = _input_rule(checkpoint.preprocessing)
-    notes = notes + more + others
+    rule, pixels = _input_rule(image_rule(checkpoint.preprocessing, source))
+    notes = notes + more
     config = dataclasses.replace(model_config(facts, kind.family, source), **pixels)
     config = dataclasses.replace(config, num_classes=len(class_names))
     if config.deformable.box_refine and table.startswith("huggingface"):
@@ -244,33 +242,14 @@ def _class_names(
     return labels.placeholders(count), [*kept, f"the names of its {count} classes are not known"]
 
 
-def _input_rule(preprocessing: Mapping[str, Any]) -> tuple[InputRule, dict[str, Any], list[str]]:
-    """How images become input: as a folder's image processor says, else the official way."""
-    short, long = SHORT_SIDE, LONG_SIDE
-    notes = []
-    resize = preprocessing.get("do_resize", True)
-    size = preprocessing.get("size")
-    if isinstance(size, int):  # as old versions wrote it
-        size = {"shortest_edge": size, "longest_edge": preprocessing.get("max_size", LONG_SIDE)}
-    if isinstance(size, dict) and resize:
-        edges = (size.get("shortest_edge"), size.get("longest_edge"))
-        sides = [edge for edge in edges if isinstance(edge, int) and edge > 0]
-        if len(sides) == 2:
-            short, long = sides
-        else:
-            notes.append(
-                f"the image size {size} of its preprocessor_config.json is not one of shortest "
-                f"and longest edge: taken as the official {short} and {long}"
-            )
-    rounded = [-(-side // UNIT) * UNIT for side in (short, long)]
+def _input_rule(rule: ImageRule) -> tuple[InputRule, dict[str, Any]]:
+    """Buckets for the rule, and what it says of the pixels."""
+    sides = (rule.short_side or SHORT_SIDE, rule.long_side or LONG_SIDE)
+    rounded = [-(-side // UNIT) * UNIT for side in sides]
     buckets = ((rounded[0], rounded[1]), (rounded[1], rounded[0]))
-    pixels = {
-        ours: tuple(float(x) for x in preprocessing[theirs])
-        for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std"))
-        if isinstance(preprocessing.get(theirs), list)
-    }
-    rule = InputRule(buckets, short, long) if resize else InputRule(buckets)
-    return rule, pixels, notes
+    pixels = {"pixel_mean": rule.mean, "pixel_std": rule.std}
+    given = {key: values for key, values in pixels.items() if values is not None}
+    return InputRule(buckets, rule.short_side, rule.long_side), given
 
 
 def _resnet_name(backbone: BackboneConfig) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -86,3 +88,13 @@ def test_non_finite_parameters_are_reported_with_the_image(evaluated):
     broken["params"]["class_head"]["bias"][:] = np.nan
     with pytest.raises(ValueError, match=r"image .* not finite; look for NaN in the parameters"):
         evaluator.evaluate(broken)
+
+
+def test_a_batch_is_never_larger_than_the_set(evaluated):
+    """The official batch of 64 large images would take all memory for a folder of four."""
+    bundle, dataset, _, _, detections = evaluated
+    pipeline = dataclasses.replace(setup.pipeline_config(tiny.FLOAT, train=False), batch_size=64)
+    evaluator = Evaluator(bundle.module(), dataset, pipeline, make_mesh())
+    found = evaluator.detect(bundle.variables)
+    assert [len(batch["images"]) for batch in evaluator._batches] == [len(dataset)]
+    assert [r["image_id"] for r in found.results] == [r["image_id"] for r in detections.results]

@@ -123,6 +123,36 @@ def test_long_texts_are_no_keys(accept, refuse):
     refuse(tb.zip_file(tb.storage(1, key="x" * 2000)), "more than 1024 characters")
 
 
+def test_numbers_as_keys_are_few(accept, refuse, monkeypatch):
+    """Their hashes are known: smaller numbers can be chosen to collide as well."""
+    for module in (restricted_pickle, plain_tree):
+        monkeypatch.setattr(module, "MAX_NUMBER_KEYS", 300)
+    many = b"(" + b"".join(tb.number(k) for k in range(301))
+    pairs = b"(" + b"".join(tb.number(k) + b"N" for k in range(301)) + b"u"
+    listed = b"](" + b"".join(tb.number(k) + b"N\x86" for k in range(301)) + b"e"
+    for body in (
+        *(b"}" + pairs, b"\x8f" + many + b"\x90", many + b"\x91"),
+        tb.call("builtins.set", b"]" + many + b"e"),
+        tb.call("collections.OrderedDict", listed),
+        tb.call("collections.Counter", b"}" + pairs),
+        b"}" + b"".join(b"G" + struct.pack(">d", k) + b"Ns" for k in range(301)),
+    ):
+        refuse(tb.zip_file(body), "more than 300 numbers as keys")
+    # Counted over the whole pickle, and once more where the result repeats them.
+    few = b"}(" + b"".join(tb.number(k) + b"N" for k in range(200)) + b"u"
+    assert len(accept(tb.zip_file(few))) == 200
+    refuse(tb.zip_file(b"(" + few + few + b"t"), "numbers as keys")
+    refuse(tb.zip_file(b"(" + few + b"q\x00h\x00t"), "holds more than 300 numbers as keys")
+
+
+def test_the_memo_is_in_order(accept, refuse):
+    """Its numbers are the file's choice as well; Python 2 began at 1."""
+    assert accept(tb.zip_file(b"K\x07q\x01h\x01\x86"))[1] == 7
+    assert accept(tb.zip_file(b"K\x07q\x00q\x01h\x01\x86"))[1] == 7
+    refuse(tb.zip_file(b"K\x07q\x02"), "out of order")
+    refuse(tb.zip_file(b"K\x07r\xff\xff\xff\x7f"), "out of order")
+
+
 def test_integers_that_collide_are_no_keys(refuse):
     """Multiples of 2 ** 61 - 1 have the same hash; a dict of them takes quadratic time."""
     keys = b"".join(tb.number(k * (2**61 - 1)) + b"N" for k in range(1, 2000))

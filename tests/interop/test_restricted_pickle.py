@@ -77,7 +77,8 @@ def test_no_pickle_of_the_stream_is_trusted(part, tmp_path, refuse):
         *("torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_qtensor"),
         *("torch._tensor._rebuild_from_type_v2", "torch.jit._pickle.build_intlist"),
         *("torch.nn.modules.linear.Linear", "torch.FloatTensor", "torch.ComplexFloatStorage"),
-        *("numpy.core.multiarray._reconstruct", "numpy.dtype", "pathlib.PosixPath"),
+        *("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.load", "pathlib.Path"),
+        *("numpy.core.multiarray.scalar.__self__", "pathlib.os.system", "struct.unpack"),
         *("collections.OrderedDict.__class__", "collections.defaultdict", "codecs.encode"),
         *("argparse.Namespace.__init__.__globals__", "argparse.ArgumentParser"),
         *("aqdetr_jax.interop.torch_file.read_torch", "torch_file.Namespace", "."),
@@ -89,7 +90,7 @@ def test_names_outside_the_list_are_refused(name, refuse):
     module, _, last = name.rpartition(".")
     # Named by parts that are put on the stack, and by what was remembered of them.
     refuse(tb.zip_file(tb.text(module) + tb.text(last) + b"\x93"), full)
-    parts = tb.text(module) + b"q\x05" + tb.text(last) + b"\x94h\x05h\x01\x93\x87"
+    parts = tb.text(module) + b"q\x01" + tb.text(last) + b"q\x02h\x01h\x02\x93\x87"
     refuse(tb.zip_file(parts), full)
 
 
@@ -126,6 +127,8 @@ def test_calls_of_what_is_no_function(refuse):
         *("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"),
         *("torch.Size", "torch.device", "OrderedDict", "Counter", "Namespace"),
         *("_codecs.encode", "builtins.bytes", "builtins.set", "builtins.frozenset"),
+        *("_rebuild_parameter_with_state", "numpy.dtype", "numpy.core.multiarray.scalar"),
+        *("pathlib.PosixPath", "pathlib.PureWindowsPath"),
     ],
 )
 def test_arguments_of_calls_are_checked(name, refuse):
@@ -158,6 +161,48 @@ def test_state_of_objects(accept, refuse):
     refuse(tb.zip_file(tb.name("argparse.Namespace") + b"}b"), "of type Global")
     array = tb.tensor(tb.storage(6), 0, (6,), (1,))
     refuse(tb.zip_file(array + b"}b", {"0": FLOATS}), "of type Tensor")
+
+
+def number_type(code: str, order: str = "<", *, state: bytes | None = None) -> bytes:
+    """A type of NumPy, as protocol 2 has it."""
+    made = tb.call("numpy.dtype", tb.text(code), b"\x89", b"\x88")
+    whole = tb.group(b"K\x03", tb.text(order), b"N", b"N", b"N", *[tb.number(-1)] * 2, b"K\x00")
+    return made + (whole if state is None else state) + b"b"
+
+
+def numpy_number(kind: bytes, data: bytes) -> bytes:
+    return tb.call("numpy._core.multiarray.scalar", kind, b"C" + bytes([len(data)]) + data)
+
+
+def test_numbers_of_numpy(accept, refuse):
+    big = numpy_number(number_type("u8", ">"), b"\0" * 7 + b"\5")
+    assert accept(tb.zip_file(big)) == 5
+    half = numpy_number(number_type("f2"), struct.pack("<e", -0.5))
+    assert accept(tb.zip_file(half)) == -0.5
+    yes = accept(tb.zip_file(numpy_number(number_type("b1", "|"), b"\1")))
+    assert yes is True
+    refuse(tb.zip_file(numpy_number(number_type("f8"), bytes(7))), "7 bytes, whose type is f8")
+    for code in ("O", "V8", "U1", "c8", "M8", "f16", "f8,f8", "x" * 999):
+        refuse(tb.zip_file(numpy_number(number_type(code), bytes(8))), "no plain number")
+    for state in (b"N", b"}", b")", tb.group(b"K\x03", tb.text("=")), tb.text("<")):
+        refuse(tb.zip_file(number_type("f8", state=state)), "none of a plain number")
+    # Fields and an object to build them of.
+    fields = tb.group(b"K\x03", tb.text("<"), b"N", b")", b"}", *[b"K\x00"] * 3)
+    refuse(tb.zip_file(number_type("f8", state=fields)), "none of a plain number")
+    refuse(tb.zip_file(number_type("f8")), "itself")
+
+
+def test_paths_become_text(accept):
+    for kind, parts, text in (
+        ("PosixPath", ("/", "runs", "a b"), "/runs/a b"),
+        ("PosixPath", ("runs", "..", "a"), "runs/../a"),
+        ("PurePosixPath", (), "."),
+        ("PosixPath", ("/",), "/"),
+        ("WindowsPath", ("C:\\", "runs", "a"), "C:\\runs\\a"),
+    ):
+        for module in ("pathlib", "pathlib._local"):
+            body = tb.call(f"{module}.{kind}", *map(tb.text, parts))
+            assert accept(tb.zip_file(body)) == text
 
 
 def test_opcodes_outside_the_list(refuse):

@@ -87,7 +87,7 @@ def write(tmp_path):
 
 
 def test_fixtures_are_there():
-    assert len(NAMES) == 14
+    assert len(NAMES) == 17
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 import zipfile
@@ -20,6 +21,15 @@ def test_names_of_members(refuse):
         *("../up", "a/../../up", "/etc/passwd", "a\\b", "C:/x", "a//b", "a/./b", "x\ny", ".."),
     ):
         refuse(tb.zip_file(b"N", members={name: b""}), "forbidden name")
+
+
+def test_folders_are_named_after_files(accept):
+    """torch takes the file's name, whatever it is."""
+    for name in ("run 12:30", "Größe 大", "~", " "):
+        data = io.BytesIO()
+        with zipfile.ZipFile(data, "w") as file:
+            file.writestr(f"{name}/data.pkl", tb.program(b"K\x07"))
+        assert accept(data.getvalue()) == 7
 
 
 def test_duplicate_names(refuse):

@@ -109,9 +109,15 @@ def test_an_earlier_model_stays_when_a_conversion_fails(tmp_path):
     ("index", "reasons"),
     [
         ({}, ["holds no weight_map"]),
-        ({"weight_map": {"a": "../elsewhere.safetensors"}}, ["is not the name of a file beside"]),
-        ({"weight_map": {"a": ".."}}, ["is not the name of a file beside"]),
-        ({"weight_map": {"a": 7}}, ["is not the name of a file beside"]),
+        (
+            {"weight_map": {"a": "../elsewhere.safetensors"}},
+            ["is not the name of a weights file beside"],
+        ),
+        ({"weight_map": {"a": ".."}}, ["is not the name of a weights file beside"]),
+        ({"weight_map": {"a": 7}}, ["is not the name of a weights file beside"]),
+        ({"weight_map": {"a": "config.json"}}, ["is not the name of a weights file beside"]),
+        ({"weight_map": {"a": "x\ny.safetensors"}}, [r"x\ny.safetensors' is not the name of a w"]),
+        ({"weight_map": {"a": "x" * 10_000 + ".bin"}}, ["is not the name of a weights file"]),
     ],
 )
 def test_indexes(refuse, tmp_path, index, reasons):
@@ -159,6 +165,13 @@ def test_almost_nothing_matches(refuse, tmp_path):
         ),
         ({"model.encoder.layers.1.self_attn.value_proj.weight": None}, ["1 missing", "layer_1"]),
         ({"model.level_embed": None}, ["lacks what is our 'level_embed'"]),
+        ({"model.level_embed": np.ones(4, np.float32)}, ["2 axes", "has the shape [4]"]),
+        ({"model.level_embed": np.ones((4, 32), np.int8)}, ["holds int8", "or quantized"]),
+        ({"model.level_embed": np.ones((4, 32), np.complex64)}, ["type C64, which is not read"]),
+        ({"model.level_embed": np.full((4, 32), 1e300)}, ["NaN or infinity as float32"]),
+        ({"two\nlines": np.ones(1, np.float32)}, [r"of the name 'two\nlines'"]),
+        ({"\x1b[31m": np.ones(1, np.float32)}, [r"of the name '\x1b[31m'"]),
+        ({"x" * 10_000: np.ones(1, np.float32)}, ["up to 200 printable characters"]),
         (
             {"model.encoder.layers.1.mlp.fc1.bias": np.ones(13, np.float32)},
             ["linear1/bias has shape [13], not [12]"],
@@ -230,6 +243,17 @@ def test_a_missing_class_head_can_be_made(tmp_path):
         ({"backbone_config": {"output_stride": 16}}, ["dilation=False and backbone_config.out"]),
         ({"id2label": {"0": "cell"}}, ["have 5 classes, but id2label", "names 1, 0 to 0"]),
         ({"id2label": {"one": "cell"}}, ["id2label in config.json maps no numbers to names"]),
+        ({"id2label": ["cell"]}, ["id2label in config.json maps no numbers to names"]),
+        ({"id2label": {str(k): "a\nb" for k in range(5)}}, [r"names class 0 'a\nb'"]),
+        ({"id2label": {str(k): ["x"] for k in range(5)}}, ["names class 0 ['x']"]),
+        ({"encoder_attention_heads": 0}, ["says encoder_attention_heads=0, which should be a w"]),
+        ({"encoder_attention_heads": "8"}, ["says encoder_attention_heads='8', which should be"]),
+        ({"encoder_n_points": 2.0}, ["says encoder_n_points=2.0, which should be a whole number"]),
+        ({"dilation": "no"}, ["says dilation='no', which should be true or false"]),
+        ({"d_model": "x" * 10_000}, ["says d_model='xxxx"]),
+        ({"backbone_config": ["resnet"]}, ["says backbone_config=['resnet'], which is no object"]),
+        ({"backbone_config": {"depths": 5}}, ["depths=(1, 1, 2, 1)", "depths=5"]),
+        ({"backbone_config": {"output_stride": 8}}, ["output_stride=8: that variant is not read"]),
     ],
 )
 def test_contradictions_of_a_folder(refuse, tmp_path, change, reasons):
@@ -259,6 +283,54 @@ def test_heads_that_are_not_the_official_number_must_be_declared(refuse, tmp_pat
     assert any("taken as 8, the official one" in note for note in notes)
     source.write_bytes(torch_file(STATE, {"nheads": 3}))
     refuse(source, "have 8 samples a level, which heads=3 (its args) x points=2 are not")
+
+
+def test_a_number_of_a_name_is_no_number_of_layers(refuse, tmp_path):
+    """A name of a thousand million layers is no reason to build them."""
+    source = tmp_path / "weights.pth"
+    for old, new, path in (
+        ("model.encoder.layers.1.", "model.encoder.layers.999999999.", "encoder/layer_999999999"),
+        ("model.decoder.layers.1.", "model.decoder.layers.999999999.", "decoder/layer_999999999"),
+        ("stages.2.layers.1.", "stages.2.layers.999999999.", "backbone/layer3_999999999"),
+        ("encoder.stages.3.", "encoder.stages.999999999.", "backbone/layer1000000000"),
+    ):
+        state = {name.replace(old, new): array for name, array in STATE.items()}
+        source.write_bytes(torch_file(state))
+        refuse(source, f"has what is our '{path}', but not all that come before it")
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ({"do_normalize": False}, "says do_normalize=False; only True is read"),
+        ({"do_rescale": 0}, "says do_rescale=0; only True is read"),
+        ({"rescale_factor": 1.0}, "says rescale_factor=1.0; only 1/255 is read"),
+        ({"resample": 3}, "says resample=3; only 2 is read"),
+        ({"size": {"height": 480, "width": 480}}, "one of shortest_edge and longest_edge is read"),
+        ({"size": "large"}, "says size='large'"),
+        ({"size": {"shortest_edge": 10**9, "longest_edge": 10**9}}, "<= longest edge <= 16384"),
+        ({"size": {"shortest_edge": 800, "longest_edge": 700}}, "shortest edge <= longest edge"),
+        ({"size": 800, "max_size": "big"}, "shortest edge <= longest edge"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean=[0.5, 0.5]; a list of three numbers"),
+        ({"image_std": [0.5, 0.5, 0]}, "deviations above 0"),
+        ({"image_std": "\n" * 1000}, "a list of three numbers"),
+    ],
+)
+def test_images_that_are_made_ready_otherwise(refuse, tmp_path, rule, reason):
+    source = write_folder(tmp_path / "theirs", NAME)
+    (source / "preprocessor_config.json").write_text(json.dumps(rule))
+    refuse(source, "preprocessor_config.json", reason, "change or remove that file")
+
+
+def test_json_that_is_none(refuse, tmp_path):
+    source = write_folder(tmp_path / "theirs", NAME)
+    for text, reason in (
+        ("[" * 100_000, "config.json: nested too deeply to be read"),
+        ('{"d_model": ' + "9" * 5000 + "}", "config.json: Exceeds the limit"),
+        ('{"d_model": NaN}', "config.json: NaN is not a JSON number"),
+    ):
+        (source / "config.json").write_text(text)
+        refuse(source, reason)
 
 
 def test_overrides_are_refused(tmp_path, capsys):
