@@ -75,30 +75,27 @@ def test_recomputing_is_recorded_and_calibrated_alike():
         np.testing.assert_allclose(samples[1][path], wanted, atol=1e-5, err_msg=path)
 
 
-def test_sampling_again_saves_the_memory_of_the_samples():
-    """Of all attentions but the one whose turn it is in the backward pass."""
-    shapes, queries, depth = ((16, 16), (8, 8)), 320, 4
+def test_sampling_again_keeps_no_samples():
+    """What is kept for the backward pass: not the samples, nor the neighbours they are made of."""
+    shapes, queries = ((16, 16), (8, 8)), 320
     arrays = [
         jax.ShapeDtypeStruct(shape, np.float32) for shape in ((1, queries, 32), (1, queries, 2, 2))
     ]
     valid = np.ones((1, queries), bool)
-    sizes = {}
-    for remat in (False, True):
-        layer = DeformableAttention(32, 2, 2, 4, stock_policy("w4a4"), "gather", remat)
-        variables = jax.eval_shape(
-            lambda x, r, m=layer: m.init(jax.random.key(0), x, r, x, valid, shapes), *arrays
-        )
-
-        def loss(variables, x, reference, m=layer):
-            for _ in range(depth):
-                x = m.apply(variables, x, reference, x, valid, shapes)[0]
-            return jnp.sum(x**2)
-
-        program = jax.jit(jax.grad(loss, (0, 1))).lower(variables, *arrays).compile()
-        sizes[remat] = program.memory_analysis().temp_size_in_bytes
     samples = 4 * queries * 32 * 2 * 4  # bytes: queries x channels x levels x points
-    # Their four neighbours, of which a point's gradient is made, are not kept either.
-    assert sizes[False] - sizes[True] > (depth - 1) * 4 * samples
+    kept = {}
+    for method, remat in (("gather", False), ("gather", True), ("auto", True)):
+        layer = DeformableAttention(32, 2, 2, 4, stock_policy("w4a4"), method, remat)
+
+        def apply(x, reference, m=layer):
+            return m.init_with_output(jax.random.key(0), x, reference, x, valid, shapes)[0][0]
+
+        pullback = jax.eval_shape(lambda *x, f=apply: jax.vjp(f, *x)[1], *arrays)
+        sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback)]
+        kept[method, remat] = sum(sizes)
+        assert (max(sizes) >= samples) != remat
+    assert kept["gather", False] > 5 * samples
+    assert max(kept["gather", True], kept["auto", True]) < samples
 
 
 def test_bfloat16_carries_features_and_no_coordinates():
