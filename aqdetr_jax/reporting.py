@@ -15,11 +15,12 @@ from PIL import Image
 from aqdetr_jax.data.dataset import DetectionDataset, Example, ImageReadError
 from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
 from aqdetr_jax.io import read_json
+from aqdetr_jax.ops.boxes import cxcywh_to_xyxy, pairwise_giou
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.loop import RunResult
 from aqdetr_jax.training.model_io import ModelBundle
-from aqdetr_jax.viz.attention import attention_grid
+from aqdetr_jax.viz.attention import attention_grid, attention_rows, focused_cells, real_cells
 from aqdetr_jax.viz.curves import save_figure, training_curves
 from aqdetr_jax.viz.detections import Panel, detection_grid
 from aqdetr_jax.viz.records import read_metrics
@@ -88,8 +89,8 @@ def attention_pictures(
 ) -> list[dict[str, Any]]:
     """Where two models look on the first images with objects.
 
-    The last encoder layer's self-attention; of deformable models its dense map on the finest
-    level, and the sampling points of the best detections in the last decoder layer.
+    The last encoder layer's self-attention; of deformable models the dense map of positions of the
+    finest level, and the sampling points of the best detections in the last decoder layer.
 
     Args:
       dataset: evaluation set.
@@ -136,15 +137,13 @@ def attention_pictures(
         bucket = batch["mask"].shape[1:]
         image = batch["images"][0, :height, :width]
         real = (height / bucket[0], width / bucket[1])
+        name = dataset.file_name(int(batch["image_index"][0]))
         if deformable:
-            columns, cells = outputs[0].encoder_attention[0].sizes[0]
-            grid = (int(cells), int(columns))
-            maps = [_dense_map(output.encoder_attention[0], grid) for output in outputs]
+            picture = _deformable_picture(image, outputs, real, names)
         else:
             maps = [output.encoder_attention[0].probabilities[0] for output in outputs]
             grid = _grid(bucket, student.config.backbone.output_stride, maps[0].shape[-1])
-        name = dataset.file_name(int(batch["image_index"][0]))
-        picture = attention_grid(image, *maps, grid_size=grid, real=real, titles=names)
+            picture = attention_grid(image, *maps, grid_size=grid, real=real, titles=names)
         pictures.append({"image": picture, "title": f"encoder self-attention, {name}"})
         if deformable:
             picture = _sampling_picture(image, outputs, real, student.class_names, names)
@@ -154,10 +153,22 @@ def attention_pictures(
     return pictures
 
 
-def _dense_map(maps: Any, grid: tuple[int, int]) -> np.ndarray:
-    """[heads, cells, cells] of the finest level's tokens of the first image."""
-    cells = grid[0] * grid[1]
-    return splat(maps.locations[0, :cells], maps.probabilities[0, :, :cells], grid)
+def _deformable_picture(
+    image: np.ndarray, outputs: Sequence[Any], real: tuple[float, float], names: tuple[str, str]
+) -> Image.Image:
+    """Where focused positions of the finest level look, on that level's grid."""
+    teacher, student = (output.encoder_attention[0] for output in outputs)
+    columns, rows = (int(x) for x in teacher.sizes[0])
+    weights = teacher.probabilities[0, :, : rows * columns]
+    chosen = focused_cells(weights, (rows, columns), real_cells((rows, columns), real))
+    index = [row * columns + column for row, column in chosen]
+    first, second = (
+        splat(m.locations[0, index], m.probabilities[0][:, index], (rows, columns))
+        for m in (teacher, student)
+    )
+    return attention_rows(
+        image, first, second, chosen, grid_size=(rows, columns), real=real, titles=names
+    )
 
 
 def _sampling_picture(
@@ -168,7 +179,7 @@ def _sampling_picture(
     names: Sequence[str],
     count: int = 3,
 ) -> Image.Image:
-    """Sampling points of the student's best object queries, each model's own beside it."""
+    """Sampling points of the student's best object queries, the other model's beside them."""
     scores = 1 / (1 + np.exp(-outputs[-1].logits[-1, 0]))
     best = np.argsort(-scores.max(-1), kind="stable")[:count]
     scale = np.array([1 / real[1], 1 / real[0]])  # units of the padded image -> of the real one
@@ -176,14 +187,27 @@ def _sampling_picture(
     for query in best:
         row = []
         for output in outputs:
+            same = _same_query(query, output, outputs[-1])
             maps = output.decoder_cross_attention[0]
             heads, levels, points = maps.locations.shape[2:5]
-            weights = maps.probabilities[0, :, query].reshape(heads, levels, points)
-            box = output.boxes[-1, 0, query]
-            row.append(Samples(maps.locations[0, query] * scale, weights, box))
+            weights = maps.probabilities[0, :, same].reshape(heads, levels, points)
+            box = output.boxes[-1, 0, same]
+            row.append(Samples(maps.locations[0, same] * scale, weights, box))
         rows.append(row)
     labels = [f"{class_names[scores[q].argmax()]} {scores[q].max():.2f}" for q in best]
     return sampling_grid(image, rows, titles=names, labels=labels)
+
+
+def _same_query(query: int, output: Any, student: Any) -> int:
+    """The query of another model that stands beside the student's ``query``.
+
+    Learned queries have the same number in both. With two stages a query is a proposal of its own
+    model: there it is the one whose box is nearest to the student's.
+    """
+    if output is student or output.proposal_boxes is None:
+        return query
+    own = cxcywh_to_xyxy(student.boxes[-1, 0, query][None])
+    return int(np.argmax(pairwise_giou(own, cxcywh_to_xyxy(output.boxes[-1, 0]))))
 
 
 def _grid(bucket: tuple[int, int], stride: int, cells: int) -> tuple[int, int]:

@@ -77,6 +77,6 @@ def get_config(variant: str = "teacher") -> ConfigDict:
         # Strides 16 and 32: 240 tokens.
         config.model.deformable.update(levels=2, stages=1)
         config.model.encoder_layers = 2
-        config.loss = ConfigDict(dict(kind="focal"))
+        config.loss = ConfigDict(dict(cls=2.0, kind="focal"))
     config.train.update(batch_size=16, eval_batch_size=24)
     return config

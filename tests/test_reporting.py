@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from aqdetr_jax import reporting
+from aqdetr_jax.losses.criterion import LossWeights
+from aqdetr_jax.models.config import DeformableConfig
+from aqdetr_jax.models.deformable_attention import DeformableMaps
+from aqdetr_jax.ops.deformable import attention_map
 from aqdetr_jax.training import setup
 
 
@@ -67,3 +73,122 @@ def test_attention_maps_stand_under_their_own_titles(dataset, monkeypatch):
         wanted = output.encoder_attention[-1].probabilities[0]
         np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert np.abs(teacher_map - student_map).max() > 1e-4
+
+
+# --- deformable attention ---
+
+HEADS, POINTS, SHAPES = 2, 3, ((4, 6), (2, 3))
+
+
+def output(seed, queries=5, **more):
+    """What the pictures read of a deformable model's output, of one image."""
+    rng = np.random.default_rng(seed)
+
+    def maps(count):
+        locations = rng.uniform(-0.1, 1.1, (1, count, HEADS, 2, POINTS, 2)).astype("f4")
+        weights = rng.dirichlet(np.ones(2 * POINTS), (1, HEADS, count)).astype("f4")
+        sizes = np.array([(w, h) for h, w in SHAPES], "f4")
+        return DeformableMaps(np.log(weights), weights, locations, sizes, np.zeros((1, count, 4)))
+
+    boxes = rng.uniform(0.2, 0.4, (1, 1, queries, 4)).astype("f4")
+    values = {
+        "encoder_attention": (maps(24 + 6),),
+        "decoder_cross_attention": (maps(queries),),
+        "logits": rng.normal(size=(1, 1, queries, 3)).astype("f4"),
+        "boxes": boxes,
+        "proposal_boxes": None,
+    }
+    return SimpleNamespace(**values | more)
+
+
+def test_encoder_pictures_of_deformable_models_are_their_induced_maps(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        reporting, "attention_rows", lambda image, *given, **options: calls.append((given, options))
+    )
+    outputs = [output(0), output(1)]
+    reporting._deformable_picture(np.zeros((8, 9, 3)), outputs, (1.0, 0.75), ("a", "b"))
+    (((first, second, chosen), options),) = calls
+    assert options == {"grid_size": (4, 6), "real": (1.0, 0.75), "titles": ("a", "b")}
+    assert len(chosen) > 1
+    # No position in the padding: 0.75 of six columns are five.
+    assert all(row < 4 and column < 5 for row, column in chosen)
+    for found, one in ((first, outputs[0]), (second, outputs[1])):
+        (maps,) = one.encoder_attention
+        for number, (row, column) in enumerate(chosen):
+            token = 6 * row + column
+            weights = maps.probabilities[0, :, token].reshape(HEADS, 2, POINTS)
+            wanted = sum(
+                attention_map(maps.locations[0, token, :, level], weights[:, level], (4, 6))
+                for level in range(2)
+            )
+            np.testing.assert_allclose(
+                found[:, number], np.asarray(wanted).reshape(HEADS, 24), atol=1e-6
+            )
+    # The teacher's most focused position comes first.
+    weights = outputs[0].encoder_attention[0].probabilities[0, :, :24]
+    entropy = -(weights * np.log(weights)).sum(-1).mean(0).reshape(4, 6)[:, :5]
+    assert chosen[0] == np.unravel_index(entropy.argmin(), entropy.shape)
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_sampling_pictures_show_the_same_query_of_both_models(monkeypatch, two_stage):
+    """Of learned queries the same number; of proposals the one with the same box."""
+    calls = []
+    monkeypatch.setattr(
+        reporting, "sampling_grid", lambda image, rows, **options: calls.append((rows, options))
+    )
+    order = np.array([3, 0, 4, 1, 2])
+    student = output(2, proposal_boxes=np.zeros(0) if two_stage else None)
+    teacher = output(3, proposal_boxes=student.proposal_boxes)
+    if two_stage:
+        teacher.boxes = student.boxes[:, :, order] + 0.01
+    reporting._sampling_picture(
+        np.zeros((4, 4, 3)), [teacher, student], (1.0, 0.5), ("x", "y", "z"), ("a", "b"), count=2
+    )
+    ((rows, options),) = calls
+    best = np.argsort(-student.logits[0, 0].max(-1))[:2]
+    for query, (left, right), label in zip(best, rows, options["labels"], strict=True):
+        other = int(np.flatnonzero(order == query)[0]) if two_stage else query
+        for samples, one, index in ((left, teacher, other), (right, student, query)):
+            (maps,) = one.decoder_cross_attention
+            # Half of the padded width is image.
+            np.testing.assert_allclose(samples.locations, maps.locations[0, index] * [2, 1])
+            np.testing.assert_array_equal(
+                samples.weights.reshape(HEADS, -1), maps.probabilities[0, :, index]
+            )
+            np.testing.assert_array_equal(samples.box, one.boxes[0, 0, index])
+        assert label.startswith("xyz"[student.logits[0, 0, query].argmax()])
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_deformable_models_have_both_pictures_in_the_report(dataset, tmp_path):
+    model = dataclasses.replace(
+        tiny.MODEL,
+        family="deformable",
+        decoder_layers=1,
+        deformable=DeformableConfig(
+            levels=2, stages=2, points=2, norm_groups=8, box_refine=True, two_stage=True
+        ),
+    )
+    config = dataclasses.replace(tiny.FLOAT, model=model, loss=LossWeights(cls=2.0, kind="focal"))
+    bundle = tiny.bundle(config)
+    bundle = dataclasses.replace(bundle, variables=tiny.random_like(bundle.variables))
+    path = reporting.write_run_report(
+        tmp_path,
+        title="both",
+        summary=[],
+        blocks={},
+        curves={},
+        detections={},
+        dataset=dataset,
+        pictures=1,
+        teacher=bundle,
+        student=bundle,
+    )
+    text = path.read_text()
+    assert "encoder self-attention, " in text
+    assert "decoder sampling points, " in text
+    for number in range(2):
+        with Image.open(tmp_path / "pictures" / f"attention_{number}.png") as picture:
+            assert np.ptp(np.asarray(picture)) > 100

@@ -65,7 +65,7 @@ def image_rule(settings: Mapping[str, Any], name: str) -> ImageRule:
     if factor is not None and not (_is_number(factor) and math.isclose(factor, 1 / 255)):
         raise refuse("rescale_factor", "only 1/255")
     resize = settings.get("do_resize")
-    if resize not in (None, True, False) or type(resize) is int:  # 1 is equal to true
+    if resize is not None and type(resize) is not bool:
         raise refuse("do_resize", "only true or false")
     short, long = (None, None) if resize is False else (SHORT_SIDE, LONG_SIDE)
     size = settings.get("size")

@@ -20,6 +20,9 @@ class DeformableConfig:
       box_refine: every decoder layer refines the boxes of the one before it, with its own heads.
       two_stage: the encoder's best proposals are the decoder's queries (needs ``box_refine``).
       sampling: how values are sampled, see ``ops.deformable``.
+      remat: sample again in the backward pass, to save the memory of samples and their neighbours
+        alone (``DetrConfig.remat`` recomputes whole layers; with both, a layer's own backward pass
+        is the smaller one).
       norm_groups: groups of the group norms after the input projections.
     """
 
@@ -29,6 +32,7 @@ class DeformableConfig:
     box_refine: bool = False
     two_stage: bool = False
     sampling: Sampling = "auto"
+    remat: bool = False
     norm_groups: int = 32
 
     def __post_init__(self):

@@ -78,6 +78,7 @@ class DeformableAttention(nn.Module):
       points: K, samples of each head on each level.
       policy: bits by module path.
       sampling: how values are sampled, see ``ops.deformable``.
+      remat: the backward pass samples again instead of keeping samples and their neighbours.
       dtype: carrier dtype of products.
     """
 
@@ -87,6 +88,7 @@ class DeformableAttention(nn.Module):
     points: int
     policy: Policy = Policy()
     sampling: Sampling = "auto"
+    remat: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -134,8 +136,10 @@ class DeformableAttention(nn.Module):
         )
         scores = dense(heads * levels * points, kernel_init=zeros, name="attention_weights")(query)
         scores = scores.reshape(batch, queries, heads, levels * points).transpose(0, 2, 1, 3)
-        core = SamplingCore(self.policy, self.sampling, self.dtype, name="core")
-        mixed, maps = core(values, locations, scores, shapes)
+        core = nn.remat(SamplingCore, static_argnums=(4,)) if self.remat else SamplingCore
+        mixed, maps = core(self.policy, self.sampling, self.dtype, name="core")(
+            values, locations, scores, shapes
+        )
         return dense(self.dim, name="output_proj")(mixed), maps
 
 

@@ -27,6 +27,7 @@ class _DeformableLayer(TransformerLayer):
             c.deformable.points,
             self.policy,
             c.deformable.sampling,
+            c.deformable.remat,
             jnp.dtype(c.dtype),
             name=name,
         )

@@ -22,7 +22,7 @@ from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.product import Conv, Dense, Quantizer, quantized_product
 from aqdetr_jax.quant.record import OpRecord, record
-from aqdetr_jax.quant.spec import QuantSpec, default_step
+from aqdetr_jax.quant.spec import QuantSpec, default_step, weight_size
 
 OBSERVED = "observed"
 """Variable collection that holds what calibration saw; see ``quant.calibrate``."""
@@ -125,10 +125,10 @@ def weight_quantizer(
 
     def init(_key):
         first = lsq.initial_step(kernel, spec.upper, axes).reshape(channels)
-        return jnp.where(first > 0, first, default_step(spec))
+        return jnp.where(first > 0, first, default_step(spec, weight_size(count)))
 
-    step = module.param(f"{name}_step", init)
     count = kernel.size // channels
+    step = module.param(f"{name}_step", init)
     return Quantizer(
         step.reshape((1,) * (kernel.ndim - 1) + (channels,)),
         jnp.float32(spec.lower),

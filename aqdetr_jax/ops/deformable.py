@@ -18,17 +18,23 @@ The same samples can be had in three ways, which agree to rounding, forward and 
 
 Gradients with respect to a location are those of the cell right of (below) a centre where a point
 hits it exactly, in all of them.
+
+Values may be bfloat16. Locations and all sums are float32 still, those over the points that share
+a cell in the backward pass too: a cell of a coarse level is hit by hundreds of points, whose sum a
+bfloat16 does not hold. ("dense" rounds its weights to bfloat16, as operands of a matrix product.)
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 LevelShapes = tuple[tuple[int, int], ...]
 """(height, width) of each level; static."""
@@ -250,11 +256,11 @@ def _neighbours(points: Array, shape: tuple[int, int]):
 
 def _gather(grid: Array, points: Array) -> Array:
     flat = _flat(grid)
-    total = jnp.zeros((), grid.dtype)
+    total = jnp.zeros((), jnp.float32)
     for index, inside, wy, wx in _neighbours(points, _cells(grid)):
         weight = jnp.where(inside, wy * wx, 0.0)
-        total += _rows(flat, index) * weight[..., None].astype(grid.dtype)
-    return total
+        total += _take_rows(flat, index).astype(jnp.float32) * weight[..., None]
+    return total.astype(grid.dtype)
 
 
 def _cells(grid: Array) -> tuple[int, int]:
@@ -276,30 +282,52 @@ def _packed(grid: Array, points: Array) -> Array:
         axis=-1,
     )
     flat = neighbours.reshape(*grid.shape[:2], (height + 1) * (width + 1), 4 * grid.shape[4])
-    found = _rows(flat, (y + 1) * (width + 1) + x + 1)
+    found = _take_rows(flat, (y + 1) * (width + 1) + x + 1).astype(jnp.float32)
     found = found.reshape(*found.shape[:-1], 4, grid.shape[4])
     weights = jnp.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], axis=-1)
-    return jnp.sum(found * weights[..., None].astype(grid.dtype), axis=-2)
+    return jnp.sum(found * weights[..., None], axis=-2).astype(grid.dtype)
 
 
-def _rows(table: Array, index: Array) -> Array:
+def _take_rows(table: Array, index: Array) -> Array:
     """``table [B, M, T, E]`` at ``index [B, M, Q, K]`` -> ``[B, M, Q, K, E]``."""
+    return _rows((table.shape[2], table.dtype), table, index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(kind: tuple[int, DTypeLike], table: Array, index: Array) -> Array:
     batch, heads = index.shape[:2]
     flat = index.reshape(batch, heads, -1)
     take = jax.vmap(jax.vmap(lambda rows, i: rows.at[i].get(mode="promise_in_bounds")))
     return take(table, flat).reshape(*index.shape, table.shape[-1])
 
 
+def _rows_fwd(kind, table, index):
+    return _rows(kind, table, index), index
+
+
+def _rows_bwd(kind, index, cotangent):
+    """Adds up what every row is asked for, in float32 whatever the rows are."""
+    count, dtype = kind
+    (batch, heads), width = index.shape[:2], cotangent.shape[-1]
+    add = jax.vmap(jax.vmap(lambda rows, i, x: rows.at[i].add(x, mode="promise_in_bounds")))
+    total = add(
+        jnp.zeros((batch, heads, count, width), jnp.float32),
+        index.reshape(batch, heads, -1),
+        cotangent.astype(jnp.float32).reshape(batch, heads, -1, width),
+    )
+    return total.astype(dtype), None
+
+
+_rows.defvjp(_rows_fwd, _rows_bwd)
+
+
 def _dense(grid: Array, points: Array) -> Array:
-    matrix = _interpolation_matrix(points, _cells(grid), grid.dtype)
-    return jnp.einsum("bmqks,bmsd->bmqkd", matrix, _flat(grid))
-
-
-def _interpolation_matrix(points: Array, shape: tuple[int, int], dtype: Any) -> Array:
-    """Weights of every cell [..., H * W] at points [..., 2]."""
-    rows, columns = _interpolation(points, shape)
+    rows, columns = _interpolation(points, _cells(grid))
     matrix = rows[..., :, None] * columns[..., None, :]
-    return matrix.reshape(*points.shape[:-1], -1).astype(dtype)
+    matrix = matrix.reshape(*points.shape[:-1], -1).astype(grid.dtype)
+    # Matrix units round float32 operands unless told not to: neither samples nor the gradients of
+    # locations would then be those of the other ways.
+    return jnp.einsum("bmqks,bmsd->bmqkd", matrix, _flat(grid), precision=lax.Precision.HIGHEST)
 
 
 def _interpolation(points: Array, shape: tuple[int, int]) -> tuple[Array, Array]:

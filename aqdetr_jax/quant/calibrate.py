@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from aqdetr_jax.quant.record import OpRecord
-from aqdetr_jax.quant.spec import QuantSpec, default_step
+from aqdetr_jax.quant.spec import QuantSpec, default_step, weight_size
 
 Method = Literal["mse", "lsq", "percentile"]
 
@@ -52,7 +52,7 @@ def merge_samples(batches: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]
 
 
 def first_step(
-    values: np.ndarray, spec: QuantSpec, method: Method = "mse"
+    values: np.ndarray, spec: QuantSpec, method: Method = "mse", size: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Step sizes (and zero points) for rows of values.
 
@@ -62,7 +62,7 @@ def first_step(
       method: "lsq" ``2 mean|v| / sqrt(Qp)``; "percentile" maps the 99.9th percentile of |v| to the
         largest code; "mse" takes the step with the least squared error among fractions of the one
         that covers the whole range. With a zero point the range is searched by "mse" always.
-        A row of zeros gets ``default_step``.
+      size: a row of zeros gets ``default_step`` of this mean|v|.
 
     Returns:
       (steps float32 [R], zero points float32 [R]); zero points are 0 unless the spec has one.
@@ -70,7 +70,8 @@ def first_step(
     values = np.asarray(values, np.float32)
     steps, zeros = _first_step(values, spec, method)
     # Steps move by fractions of themselves: from next to nothing a dead row would never come back.
-    return np.where(np.any(values, axis=1), steps, default_step(spec)).astype(np.float32), zeros
+    steps = np.where(np.any(values, axis=1), steps, default_step(spec, size))
+    return steps.astype(np.float32), zeros
 
 
 def _first_step(
@@ -186,5 +187,6 @@ def calibrated_parameters(
         scales = f"{path.removesuffix('kernel')}input_scale"
         if scales in out:
             kernel = kernel * out[scales][:, None]
-        out[f"{path}_step"] = first_step(kernel.T, spec, method)[0].astype(np.float32)
+        size = weight_size(kernel.shape[0])
+        out[f"{path}_step"] = first_step(kernel.T, spec, method, size)[0].astype(np.float32)
     return out

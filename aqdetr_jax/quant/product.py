@@ -116,7 +116,14 @@ class MixSamples(_Contraction):
         """See the class."""
         b = b.reshape(*a.shape, -1)
         # A product of one row with a small matrix, for every query: no matrix unit is filled.
-        return jnp.sum(a[..., None].astype(out_dtype) * b.astype(out_dtype), axis=3)
+        return jnp.sum(a.astype(out_dtype)[..., None] * b.astype(out_dtype), axis=3)
+
+    def transpose(self, a: Array, b: Array, cotangent: Array) -> tuple[Array, Array]:
+        """See the class. Outside a matrix unit only float32 sums are summed in float32."""
+        a, b = a.astype(self.dtype), b.astype(self.dtype)
+        _, pullback = jax.vjp(lambda x, y: self.contract(x, y, jnp.float32), a, b)
+        da, db = pullback(cotangent)
+        return da.astype(jnp.float32), db.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,6 +63,20 @@ class QuantSpec:
         return text + ("+z" if self.zero_point else "")
 
 
-def default_step(spec: QuantSpec) -> float:
-    """A step where data say nothing (before calibration, or all zeros): LSQ's for mean|v| = 1."""
-    return 2.0 / math.sqrt(spec.upper)
+def default_step(spec: QuantSpec, size: float = 1.0) -> float:
+    """A step where data say nothing (before calibration, or all zeros): LSQ's for mean|v| = size.
+
+    Args:
+      spec: the grid.
+      size: 1 for features; for weights see ``weight_size``.
+    """
+    return 2.0 * size / math.sqrt(spec.upper)
+
+
+def weight_size(fan_in: int) -> float:
+    """mean|w| of a layer's usual start, U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+
+    Layers that start at zero (the sampling offsets of Deformable DETR) will have weights of that
+    size: with a step for features they would round to zero for thousands of updates.
+    """
+    return 0.5 / math.sqrt(fan_in)

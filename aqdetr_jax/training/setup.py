@@ -16,6 +16,8 @@ from flax import traverse_util
 
 from aqdetr_jax.data.dataset import DetectionDataset, load_dataset
 from aqdetr_jax.data.pipeline import PipelineConfig, TrainBatches, make_train_pipeline
+from aqdetr_jax.losses.distillation import DistillationWeights
+from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detector import Detector, build_detector
 from aqdetr_jax.quant.record import OpRecord, recording
@@ -195,7 +197,7 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
     """The float teacher of a distillation, or None.
 
     Raises:
-      ValueError: the teacher is quantized, or its encoder does not match the student's.
+      ValueError: the teacher is quantized, or its attention does not match the student's.
     """
     if not config.distill.weights.active:
         return None
@@ -212,22 +214,31 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
             f"config.{key}={path!r} is quantized ({teacher.quant.policy}) and no teacher: set "
             "config.distill.teacher to a float model"
         )
-    mine, theirs = config.model, teacher.config
-    for name in ("encoder_layers", "decoder_layers", "heads", "dim", "num_queries"):
-        width = name == "dim" and config.distill.weights.kind == "output"
-        needed = (
-            width
-            or name in ("encoder_layers", "heads")
-            or (config.distill.weights.decoder_self + config.distill.weights.decoder_cross > 0)
-        )
-        if needed and getattr(mine, name) != getattr(theirs, name):
+    mine, theirs = (_compared(m, config.distill.weights) for m in (config.model, teacher.config))
+    for name in mine:
+        if mine[name] != theirs.get(name):
             raise ValueError(
-                f"config.{key}={path!r} has {name}={getattr(theirs, name)}, the student has "
-                f"{getattr(mine, name)}: their attention maps cannot be compared"
+                f"config.{key}={path!r} has {name}={theirs.get(name)}, the student has "
+                f"{mine[name]}: their attention maps cannot be compared"
             )
-    if mine.backbone.output_stride != theirs.backbone.output_stride:
-        raise ValueError(
-            f"config.{key}={path!r} has output stride {theirs.backbone.output_stride}, the "
-            f"student {mine.backbone.output_stride}: their attention maps cannot be compared"
-        )
     return teacher
+
+
+def _compared(model: DetrConfig, weights: DistillationWeights) -> dict[str, Any]:
+    """What teacher and student must have in common, by name."""
+    names = ["family", "encoder_layers", "heads"]
+    decoder = weights.decoder_self + weights.decoder_cross > 0
+    if decoder:
+        names += ["decoder_layers", "num_queries"]
+    if decoder or weights.kind == "output":
+        names.append("dim")
+    wanted = {name: getattr(model, name) for name in names}
+    wanted["backbone.output_stride"] = model.backbone.output_stride
+    if model.family == "deformable":
+        options = model.deformable
+        wanted["deformable.levels"] = options.levels
+        wanted["deformable.stages"] = min(options.stages, options.levels)
+        wanted["deformable.points"] = options.points
+        if decoder:
+            wanted["deformable.two_stage"] = options.two_stage
+    return wanted

@@ -32,15 +32,19 @@ _CLUSTER_VARIABLES = (
 )
 
 
+# Projections whose columns are heads, in order; the last three are deformable attention's.
+_HEADS = "([qkv]_proj|value_proj|sampling_offsets|attention_weights)"
+
 MODEL_PARALLEL: Rules = (
     (r"feed_forward/linear1/kernel$", PartitionSpec(None, "model")),
     (r"feed_forward/linear1/(bias|kernel_step)$", PartitionSpec("model")),
     (r"feed_forward/linear2/kernel$", PartitionSpec("model", None)),
-    (r"_attention/[qkv]_proj/kernel$", PartitionSpec(None, "model")),
-    (r"_attention/[qkv]_proj/(bias|kernel_step)$", PartitionSpec("model")),
-    (r"_attention/out_proj/kernel$", PartitionSpec("model", None)),
+    (rf"_attention/{_HEADS}/kernel$", PartitionSpec(None, "model")),
+    (rf"_attention/{_HEADS}/(bias|kernel_step)$", PartitionSpec("model")),
+    (r"_attention/out(put)?_proj/kernel$", PartitionSpec("model", None)),
 )
-"""How the transformer's parameters lie on a mesh with more than one device along "model"."""
+"""How the transformer's parameters lie on a mesh with more than one device along "model": hidden
+units and attention heads are shared out."""
 
 
 def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None = None) -> Mesh:

@@ -1,4 +1,9 @@
-"""Pictures of encoder self-attention: teacher, student and their difference, query by query."""
+"""Pictures of encoder self-attention: teacher, student and their difference, query by query.
+
+A dense attention has its map at hand (``attention_grid``). A deformable one has sampling points,
+whose map over all cells is as large as the number of cells squared: its rows are made for the
+chosen positions only (``focused_cells``, ``attention_rows``).
+"""
 
 from __future__ import annotations
 
@@ -27,12 +32,7 @@ def attention_grid(
     real: tuple[float, float] = (1.0, 1.0),
     titles: tuple[str, str] = ("teacher", "student"),
 ) -> Image.Image:
-    """Draws where chosen encoder positions look: one row a position, four columns.
-
-    The columns are the image with the position marked, the teacher's map, the student's map, and
-    student minus teacher. The maps of a row share one scale, from 0 to their common maximum; the
-    difference has its own, whose end is written below it, beside KL(teacher || student) in nats,
-    the mean over the heads.
+    """Draws where chosen encoder positions look, see ``attention_rows``.
 
     Args:
       image: the unpadded picture, see ``detections.to_image``.
@@ -54,24 +54,87 @@ def attention_grid(
     """
     teacher = _maps(teacher_map, grid_size, titles[0])
     student = _maps(student_map, grid_size, titles[1])
-    if not (0 < real[0] <= 1 and 0 < real[1] <= 1):
-        raise ValueError(f"real must be fractions in (0, 1], got {real}")
-    cells = (
-        math.ceil(grid_size[0] * real[0] - 1e-6),
-        math.ceil(grid_size[1] * real[1] - 1e-6),
-    )
+    cells = real_cells(grid_size, real)
     chosen = focused_queries(teacher_map, grid_size, cells) if queries is None else list(queries)
     if not chosen or any(not (0 <= r < cells[0] and 0 <= c < cells[1]) for r, c in chosen):
         raise ValueError(f"queries must be cells of the {cells} real ones, got {chosen}")
+    index = [row * grid_size[1] + column for row, column in chosen]
+    return attention_rows(
+        image,
+        teacher[:, index],
+        student[:, index],
+        chosen,
+        grid_size=grid_size,
+        real=real,
+        titles=titles,
+    )
 
+
+def real_cells(grid_size: tuple[int, int], real: tuple[float, float]) -> tuple[int, int]:
+    """(height, width) of the cells that the image covers, if only in part.
+
+    Args:
+      grid_size: (height, width) of all cells.
+      real: fractions (height, width) of them that are no padding.
+
+    Raises:
+      ValueError: fractions outside (0, 1].
+    """
+    if not (0 < real[0] <= 1 and 0 < real[1] <= 1):
+        raise ValueError(f"real must be fractions in (0, 1], got {real}")
+    return math.ceil(grid_size[0] * real[0] - 1e-6), math.ceil(grid_size[1] * real[1] - 1e-6)
+
+
+def attention_rows(
+    image: Any,
+    teacher: np.ndarray,
+    student: np.ndarray,
+    queries: Sequence[tuple[int, int]],
+    *,
+    grid_size: tuple[int, int],
+    real: tuple[float, float] = (1.0, 1.0),
+    titles: tuple[str, str] = ("teacher", "student"),
+) -> Image.Image:
+    """Draws where chosen encoder positions look: one row a position, four columns.
+
+    The columns are the image with the position marked, the teacher's map, the student's map, and
+    student minus teacher. The maps of a row share one scale, from 0 to their common maximum; the
+    difference has its own, whose end is written below it, beside KL(teacher || student) in nats,
+    the mean over the heads. What a row lacks to a sum of 1 (a deformable attention samples zeros
+    outside the image) counts there as one more cell.
+
+    Args:
+      image: the unpadded picture, see ``detections.to_image``.
+      teacher: float [heads, Q, N], a row for each position, N = height * width of ``grid_size``;
+        sums are at most 1. Heads are averaged for the picture.
+      student: as ``teacher``.
+      queries: the Q positions, (row, column) cells.
+      grid_size: (height, width) of the encoder's cells, padding included.
+      real: fractions (height, width) of the padded grid that the image covers.
+      titles: names of the two models.
+
+    Returns:
+      An RGB picture.
+
+    Raises:
+      ValueError: rows that do not fit the positions or the grid, or a value that is not finite.
+    """
+    cells = grid_size[0] * grid_size[1]
+    for who, rows in zip(titles, (teacher, student), strict=True):
+        if rows.ndim != 3 or rows.shape[1:] != (len(queries), cells):
+            raise ValueError(
+                f"{who}: attention rows of {len(queries)} positions over {grid_size} cells are "
+                f"[heads, {len(queries)}, {cells}], got {rows.shape}"
+            )
+        if not np.isfinite(rows).all():
+            raise ValueError(f"{who}: the attention rows hold NaN or infinity")
     picture = detections.to_image(image)
     ratio = 320 / max(picture.size)
     size = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))
     picture = picture.resize(size, Image.Resampling.BICUBIC)
-    rows = []
-    for row, column in chosen:
-        index = row * grid_size[1] + column
-        heat_t, heat_s = teacher[:, index].mean(0), student[:, index].mean(0)
+    lines = []
+    for number, (row, column) in enumerate(queries):
+        heat_t, heat_s = teacher[:, number].mean(0), student[:, number].mean(0)
         top = max(float(heat_t.max()), float(heat_s.max()), _EPSILON)
         spot = (
             (column + 0.5) / grid_size[1] / real[1] * size[0],
@@ -93,16 +156,23 @@ def attention_grid(
         shown = _overlay(
             190 + grey * (65 / 255), 0.5 + 0.5 * values, _SIGNED, np.abs(values) ** 0.4
         )
-        divergence = _kl(teacher[:, index], student[:, index])
+        divergence = _kl(teacher[:, number], student[:, number])
         note = f"max |difference| {np.abs(gap).max():.3f}, KL {divergence:.3f}"
         line.append(detections.note(_mark(shown, spot), note))
-        rows.append(line)
+        lines.append(line)
     names = ["query position", *titles, f"{titles[1]} − {titles[0]}"]
-    return _with_scales(detections.tile(rows, names), titles)
+    return _with_scales(detections.tile(lines, names), titles)
 
 
 def focused_queries(
     teacher_map: Any, grid_size: tuple[int, int], cells: tuple[int, int], *, count: int = 3
+) -> list[tuple[int, int]]:
+    """``focused_cells`` of an attention map, float [N, N] or [heads, N, N]."""
+    return focused_cells(_maps(teacher_map, grid_size, "teacher"), grid_size, cells, count=count)
+
+
+def focused_cells(
+    weights: np.ndarray, grid_size: tuple[int, int], cells: tuple[int, int], *, count: int = 3
 ) -> list[tuple[int, int]]:
     """Picks the positions with the lowest attention entropy that lie apart from each other.
 
@@ -110,7 +180,8 @@ def focused_queries(
     there are others.
 
     Args:
-      teacher_map: float [N, N] or [heads, N, N].
+      weights: float [heads, N, K], the weights that each of the N cells gives to K cells or
+        sampling points.
       grid_size: (height, width) of the cells, padding included.
       cells: (height, width) of the real cells.
       count: how many positions at most.
@@ -118,8 +189,8 @@ def focused_queries(
     Returns:
       (row, column) cells, the most focused first.
     """
-    maps = _maps(teacher_map, grid_size, "teacher")
-    entropy = -(maps * np.log(maps + _EPSILON)).sum(-1).mean(0).reshape(grid_size)
+    weights = np.asarray(weights, np.float64)
+    entropy = -(weights * np.log(weights + _EPSILON)).sum(-1).mean(0).reshape(grid_size)
     rim = 1 if min(cells) > 4 else 0
     inner = entropy[rim : cells[0] - rim, rim : cells[1] - rim]
     order = np.argsort(inner, axis=None, kind="stable")
@@ -151,14 +222,13 @@ def _maps(value: Any, grid_size: tuple[int, int], who: str) -> np.ndarray:
 
 
 def _kl(teacher: np.ndarray, student: np.ndarray) -> float:
-    """KL(teacher || student) of [heads, N], the mean over the heads; outside is one more cell."""
-
-    def closed(maps: np.ndarray) -> np.ndarray:
-        outside = np.maximum(1 - maps.sum(-1, keepdims=True), 0)
-        return np.concatenate([maps, outside], axis=-1) + _EPSILON
-
-    teacher, student = closed(teacher), closed(student)
-    return float((teacher * (np.log(teacher) - np.log(student))).sum(-1).mean())
+    """KL(teacher || student) of [heads, N], what is missing to 1 included, mean over the heads."""
+    teacher, student = (
+        np.concatenate([x, np.maximum(1 - x.sum(-1, keepdims=True), 0)], -1)
+        for x in (teacher, student)
+    )
+    ratio = np.log(teacher + _EPSILON) - np.log(student + _EPSILON)
+    return float((teacher * ratio).sum(-1).mean())
 
 
 def _enlarge(

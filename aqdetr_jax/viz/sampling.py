@@ -105,7 +105,7 @@ def _draw(picture: Image.Image, samples: Samples) -> tuple[Image.Image, float]:
 
 
 def splat(locations: Any, weights: Any, grid_size: tuple[int, int]) -> np.ndarray:
-    """Dense maps of deformable attention on one grid, for ``attention.attention_grid``.
+    """Dense maps of deformable attention on one grid, for ``attention.attention_rows``.
 
     Args:
       locations: float [Q, heads, levels, points, 2], (x, y) in units of the padded image.

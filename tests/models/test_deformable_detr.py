@@ -1,149 +1,25 @@
-"""Deformable DETR beyond parity: sizes, auxiliary queries, padding, its two arithmetics."""
+"""Deformable DETR beyond parity: auxiliary queries, padding, its two arithmetics."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from flax import traverse_util
+from tiny_deformable import CONFIGS, PLAIN, batch, flat, model, shapes_of, variables_of
 
-from aqdetr_jax.models.config import DeformableConfig, DetrConfig
-from aqdetr_jax.models.deformable_attention import DeformableAttention, offset_bias_init
+from aqdetr_jax.losses.distillation import DistillationWeights
+from aqdetr_jax.models.deformable_attention import DeformableAttention
 from aqdetr_jax.models.detector import build_detector
 from aqdetr_jax.models.quantized import OBSERVED
-from aqdetr_jax.models.resnet import BackboneConfig, resnet_config
 from aqdetr_jax.quant.policy import Policy, stock_policy
-from aqdetr_jax.training.config import ExperimentConfig, OptimizerConfig
-from aqdetr_jax.training.optimizer import count_trainable, group_of
+from aqdetr_jax.training.step import distillation_loss
 
-PLAIN = DetrConfig(
-    family="deformable",
-    backbone=BackboneConfig("basic", (1, 1), (8, 8), (1, 2), (1, 1), 8, 3, 2, False),
-    num_classes=3,
-    num_queries=5,
-    num_auxiliary=6,
-    auxiliary_groups=2,
-    dim=16,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=2,
-    ffn=8,
-    dropout=0.2,
-    deformable=DeformableConfig(levels=3, stages=2, points=2, norm_groups=4),
-)
-CONFIGS = {
-    "plain": PLAIN,
-    "two_stage": dataclasses.replace(
-        PLAIN,
-        deformable=dataclasses.replace(PLAIN.deformable, box_refine=True, two_stage=True),
-    ),
-}
-BUCKET = (24, 32)
 each_config = pytest.mark.parametrize("name", CONFIGS)
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-def batch(fill=0):
-    """Random images with ``fill`` in the padding, and their masks."""
-    rng = np.random.default_rng(0)
-    images = np.full((2, *BUCKET, 3), fill, np.uint8)
-    mask = np.zeros((2, *BUCKET), bool)
-    for i, (h, w) in enumerate([(24, 20), (16, 32)]):
-        images[i, :h, :w] = rng.integers(0, 256, (h, w, 3))
-        mask[i, :h, :w] = True
-    return images, mask
-
-
-@functools.cache
-def variables_of(name, policy="float", **options):
-    module = build_detector(CONFIGS[name], stock_policy(policy, **options))
-    return tiny.random_variables(module, *batch())
-
-
-@functools.cache
-def model(name, policy="float", auxiliary=False, arithmetic="fake", **options):
-    """Jitted inference."""
-    module = build_detector(CONFIGS[name], stock_policy(policy, arithmetic=arithmetic, **options))
-    return jax.jit(lambda v, images, mask: module.apply(v, images, mask, auxiliary=auxiliary))
-
-
-@functools.cache
-def shapes_of(config, policy=None):
-    """Flat shapes of all variables."""
-    image = jax.ShapeDtypeStruct((1, 128, 128, 3), jnp.uint8)
-    mask = jax.ShapeDtypeStruct((1, 128, 128), bool)
-    module = build_detector(config, policy)
-    return jax.eval_shape(module.init, jax.random.key(0), image, mask)
-
-
-def flat(tree):
-    return {k: v.shape for k, v in traverse_util.flatten_dict(tree, sep="/").items()}
-
-
-# --- sizes ---
-
-
-@pytest.mark.parametrize(
-    ("options", "learnable", "trainable", "state"),
-    [
-        ({}, 40_069_665, 39_847_265, 40_175_905),
-        ({"levels": 1}, 34_066_593, 33_844_193, 34_172_833),
-        ({"box_refine": True}, 40_849_660, 40_627_260, 40_955_900),
-        ({"box_refine": True, "two_stage": True}, 41_181_529, 40_959_129, 41_287_769),
-    ],
-)
-def test_parameter_counts(options, learnable, trainable, state):
-    config = DetrConfig(
-        family="deformable",
-        backbone=resnet_config("resnet50"),
-        num_queries=50,  # of 300: a small image has no more tokens
-        ffn=1024,
-        deformable=DeformableConfig(**options),
-    )
-    missing = 0 if options.get("two_stage") else 250 * 512
-    variables = shapes_of(config)
-    params = variables["params"]
-    early = OptimizerConfig(frozen=(r"backbone/(stem|layer1_)",))
-    assert count_trainable(params, OptimizerConfig(), frozen_norms=True) + missing == learnable
-    assert count_trainable(params, early, frozen_norms=True) + missing == trainable
-    assert sum(x.size for x in jax.tree.leaves(variables)) + missing == state
-
-
-def test_slow_parameters():
-    slow = OptimizerConfig(slow=(r"sampling_offsets/", r"reference_points/"))
-    paths = flat(shapes_of(PLAIN)["params"])
-    found = {p for p in paths if group_of(p, slow, frozen_norms=True) == "slow"}
-    assert found == {p for p in paths if "sampling_offsets" in p or "reference_points" in p}
-    assert len(found) == 2 * (1 + 2) + 2
-
-
-def test_families_and_losses_must_fit():
-    with pytest.raises(ValueError, match="must be 'focal'"):
-        ExperimentConfig(model=PLAIN)
-    with pytest.raises(ValueError, match="two_stage=True needs box_refine=True"):
-        DeformableConfig(two_stage=True)
-    with pytest.raises(ValueError, match=r"width 16 does not split into .*=32 groups"):
-        dataclasses.replace(PLAIN, deformable=DeformableConfig())
-
-
-def test_more_proposals_than_tokens_are_refused():
-    config = dataclasses.replace(CONFIGS["two_stage"], num_queries=6000)
-    with pytest.raises(ValueError, match="6006 proposals wanted of 5376 tokens"):
-        shapes_of(config)
-
-
-def test_the_first_offsets_look_around():
-    bias = offset_bias_init(8, 2, 3)(None, (8 * 2 * 3 * 2,)).reshape(8, 2, 3, 2)
-    # torch: eight heads, the neighbours on a square; point k is k + 1 cells away.
-    around = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
-    for k in range(3):
-        for level in range(2):
-            np.testing.assert_allclose(bias[:, level, k], (k + 1) * np.array(around), atol=1e-6)
 
 
 # --- auxiliary queries ---
@@ -164,20 +40,25 @@ def test_auxiliary_queries_do_not_touch_the_object_queries(name):
 
 def test_auxiliary_proposals_are_the_next_best():
     """With two stages the best N + M tokens become queries, the first N the object queries."""
-    variables, given = variables_of("two_stage"), batch()
+    given = batch()
+    # Offsets that no query moves: where the first layer looks says what its boxes are.
+    variables = jax.tree.map(np.copy, variables_of("two_stage"))
+    offsets = variables["params"]["decoder"]["layer_0"]["cross_attention"]["sampling_offsets"]
+    offsets["kernel"][:] = 0
     output = model("two_stage", auxiliary=True)(variables, *given)
-    order = np.argsort(-np.asarray(output.proposal_logits)[0, :, :, 0], axis=1)[:, :11]
-    best = np.take_along_axis(np.asarray(output.proposal_boxes)[0], order[..., None], axis=1)
-    maps = output.decoder_cross_attention[0]
-    # Where the first layer looks: offsets of boxes scale with their width and height.
-    located = np.asarray(maps.locations)  # [B, N + M, heads, levels, points, 2]
-    assert located.shape[1] == 11
-    ratios = np.stack([np.asarray(given[1])[:, 0].mean(-1), np.asarray(given[1])[:, :, 0].mean(-1)])
-    centres = best[..., :2] * ratios.T[:, None]
-    finite = np.abs(best[..., :2] - 1).max(-1) > 1e-3  # tokens that may propose
-    distance = np.abs(located[:, :, :, 0].mean((2, 3)) - centres).max(-1)
-    print(distance[finite].max())
-    assert distance[finite].max() < 0.15
+    order = np.argsort(-np.asarray(output.proposal_logits)[0, :, :, 0], axis=1, kind="stable")
+    best = np.take_along_axis(
+        np.asarray(output.proposal_boxes)[0], order[:, :11, None], axis=1
+    )  # [B, N + M, 4]
+    ratios = np.stack([given[1][:, 0].mean(-1), given[1][:, :, 0].mean(-1)], -1)[
+        :, None, None, None
+    ]
+    bias = offsets["bias"].reshape(2, 3, 2, 2)[:, 0]  # [heads, points, 2] of the first level
+    centre, size = best[:, :, None, None, :2], best[:, :, None, None, 2:]
+    found = np.asarray(output.decoder_cross_attention[0].locations)[:, :, :, 0]
+    np.testing.assert_allclose(found, (centre + bias / 2 * size / 2) * ratios, atol=1e-5)
+    # The queries differ, or their order would say nothing.
+    assert np.abs(np.diff(best[..., :2], axis=1)).max(-1).min() > 0.01
     assert "auxiliary_queries" not in variables["params"]
 
 
@@ -227,6 +108,32 @@ def test_padded_tokens_are_sampled_as_zero():
     assert maps.sizes.tolist() == [[6, 4], [3, 2]]
 
 
+def test_padded_positions_are_not_distilled():
+    """Whatever a student attends to from the padding of one image costs nothing."""
+    variables, given = variables_of("plain", "w4a4"), batch()
+    teacher = model("plain")(variables, *given)
+    student = model("plain", "w4a4")(variables, *given)
+    weights = DistillationWeights(encoder=1.0)
+
+    def loss(where):
+        rng = np.random.default_rng(3)
+        (maps,) = student.encoder_attention
+        heads, places = where[:, None, :, None], where[:, :, None, None, None, None]
+        changed = maps._replace(
+            scores=np.where(heads, rng.normal(size=maps.scores.shape), maps.scores),
+            locations=np.where(places, rng.normal(size=maps.locations.shape), maps.locations),
+        )
+        output = student._replace(encoder_attention=(changed,))
+        return float(distillation_loss(weights, teacher, output, 5)[0])
+
+    valid = np.asarray(teacher.memory_valid)
+    assert 0 < valid.sum() < valid.size
+    before = loss(np.zeros_like(valid))
+    assert before > 1e-3
+    assert loss(~valid) == before
+    assert abs(loss(valid) - before) > 0.1
+
+
 # --- low bits ---
 
 
@@ -266,12 +173,3 @@ def test_calibration_sees_the_float_model(name):
     seen = traverse_util.flatten_dict(seen[OBSERVED], sep="/")
     assert seen["decoder/layer_1/cross_attention/core/samples"].shape[0] == PLAIN.heads
     assert seen["decoder/layer_1/cross_attention/core/probs"].min() >= 0
-
-
-def test_recomputing_layers_changes_nothing():
-    variables, given = variables_of("plain", "w4a4"), batch()
-    module = build_detector(dataclasses.replace(PLAIN, remat=True), stock_policy("w4a4"))
-    out = jax.jit(module.apply)(variables, *given)
-    np.testing.assert_allclose(
-        out.logits, model("plain", "w4a4")(variables, *given).logits, atol=1e-5
-    )

@@ -1,6 +1,7 @@
 """The bit report: totals by hand, published multiply-adds, and that nothing escapes it."""
 
 import collections
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -259,6 +260,30 @@ def test_deformable_sites_belong_to_rows_and_the_reverse():
     assert table["reference_points", "dense"]["note"] == "coordinates stay float"
     for level in range(4):
         assert table[f"input_proj_{level}", "conv"]["weight_bits"] == 8
+
+
+def test_only_levels_made_of_the_backbone_are_unsigned():
+    """The first level beyond the backbone is made of its last ReLU, the others of a group norm."""
+    config = dataclasses.replace(DEFORMABLE, deformable=DeformableConfig(levels=5))
+    rows, _ = recorded(stock_policy("w4a4"), config, (128, 160))
+    table = {row["path"]: row["grids"] for row in bit_report(rows)["rows"]}
+    found = [table[f"input_proj_{level}"] for level in range(5)]
+    assert found == ["w:s8/channel a:u8"] * 4 + ["w:s8/channel a:s8"]
+
+
+def test_rows_of_the_proposals():
+    deformable = DeformableConfig(box_refine=True, two_stage=True)
+    config = dataclasses.replace(DEFORMABLE, num_queries=50, deformable=deformable)
+    rows, _ = recorded(stock_policy("w3a2"), config, (128, 160))
+    table = {row["path"]: row for row in bit_report(rows)["rows"]}
+    for path in ("proposal_proj", "query_proj"):
+        assert (table[path]["weight_bits"], table[path]["activation_bits"]) == (3, 2)
+    # Scores and boxes of the proposals are the last pair of heads, at every token.
+    tokens = sum(h * w for h, w in ((16, 20), (8, 10), (4, 5), (2, 3)))
+    for path, macs in (("class_head_6", 256 * 91), ("box_head_6/layer_2", 256 * 4)):
+        assert table[path]["weight_bits"] == table[path]["activation_bits"] == "float"
+        assert table[path]["macs"] == tokens * macs
+    assert "reference_points" not in table
 
 
 def test_multiply_adds_of_the_backbone():

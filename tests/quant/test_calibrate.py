@@ -17,7 +17,7 @@ from aqdetr_jax.quant.calibrate import (
     site_specs,
     weight_specs,
 )
-from aqdetr_jax.quant.policy import Policy, Rule
+from aqdetr_jax.quant.policy import Policy, Rule, stock_policy
 from aqdetr_jax.quant.record import OpRecord, recording
 from aqdetr_jax.quant.spec import QuantSpec
 from aqdetr_jax.training.config import ExperimentConfig, QuantConfig
@@ -189,6 +189,24 @@ def test_a_row_of_zeros_gets_a_step_that_can_still_learn(method):
     steps, _ = first_step(values, spec, method)
     assert steps[0] == np.float32(2 / np.sqrt(7))
     assert 0 < steps[1] < 1
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_weights_that_start_at_zero_are_seen_when_they_have_grown(bits):
+    """Sampling offsets start at zero; half of weights of a usual size must not round to it."""
+    rows = [OpRecord("a", "dense", QuantSpec(bits, granularity="channel"))]
+    fan_in = 256
+    parameters = {
+        "a/kernel": np.zeros((fan_in, 2), np.float32),
+        "a/kernel_step": np.zeros(2, np.float32),
+    }
+    step = calibrated_parameters(parameters, rows, {})["a/kernel_step"]
+    grown = RNG.uniform(-1, 1, (fan_in, 2)) / np.sqrt(fan_in)
+    assert np.mean(np.round(grown / step) != 0) > 0.45
+    # And as the model declares it, before any calibration.
+    layer = QDense(2, stock_policy(f"w{bits}a{bits}"), kernel_init=jax.nn.initializers.zeros)
+    declared = layer.init(jax.random.key(0), np.ones((1, fan_in), np.float32))["params"]
+    np.testing.assert_allclose(declared["kernel_step"], step, rtol=1e-6)
 
 
 def test_zero_points_are_written_beside_their_steps():

@@ -304,3 +304,16 @@ def test_gradient_factor_of_a_head_counts_its_own_elements():
         np.testing.assert_allclose(
             mine, reference / np.sqrt(count * upper), rtol=1e-3, atol=1e-6, err_msg=name
         )
+
+
+def test_deformable_mix_sums_its_gradients_in_float32():
+    """A bfloat16 sum over the channels would lose what a matrix unit keeps."""
+    a, b = jnp.ones((1, 2, 3, 4)), jnp.ones((1, 2, 3, 4 * 8))
+    mix = MixSamples(jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(mix.transpose)(a, b, jnp.ones((1, 2, 3, 8)))
+    sums = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "reduce_sum"]
+    assert sums
+    assert all(e.invars[0].aval.dtype == jnp.float32 for e in sums)
+    da, db = mix.transpose(a, b, jnp.ones((1, 2, 3, 8)))
+    np.testing.assert_array_equal(da, np.full(a.shape, 8.0))
+    np.testing.assert_array_equal(db, np.ones(b.shape))

@@ -14,7 +14,7 @@ from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.config import DeformableConfig
 from aqdetr_jax.training import loop
-from aqdetr_jax.training.config import DistillConfig
+from aqdetr_jax.training.config import DistillConfig, load_experiment
 from aqdetr_jax.training.model_io import save_model
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -30,6 +30,48 @@ def deformable(config, **options):
     optimizer = dataclasses.replace(config.optimizer, slow=("sampling_offsets/",))
     loss = LossWeights(cls=2.0, kind="focal")
     return dataclasses.replace(config, model=model, loss=loss, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("variant", "levels", "refine", "two_stage"),
+    [
+        ("r50", 4, False, False),
+        ("r50-single", 1, False, False),
+        ("r50-dc5", 1, False, False),
+        ("r50-refine", 4, True, False),
+        ("r50-two-stage", 4, True, True),
+    ],
+)
+def test_official_settings(variant, levels, refine, two_stage):
+    """Defaults of main.py of fundamentalvision/Deformable-DETR, and its published batch of 32."""
+    config = load_experiment(f"coco_deformable:{variant},float")
+    model, optimizer = config.model, config.optimizer
+    sizes = (model.num_queries, model.ffn, model.dim, model.heads, model.dropout)
+    assert sizes == (300, 1024, 256, 8, 0.1)
+    assert (model.encoder_layers, model.decoder_layers, model.num_auxiliary) == (6, 6, 0)
+    wanted = DeformableConfig(levels=levels, points=4, box_refine=refine, two_stage=two_stage)
+    assert model.deformable == wanted
+    assert model.backbone.output_stride == (16 if "dc5" in variant else 32)
+    loss = config.loss
+    assert (loss.kind, loss.cls, loss.l1, loss.giou) == ("focal", 2.0, 5.0, 2.0)
+    assert (loss.focal_alpha, loss.focal_gamma) == (0.25, 2.0)
+    assert (optimizer.lr, optimizer.lr_backbone, optimizer.slow_factor) == (2e-4, 2e-5, 0.1)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (1e-4, 0.1)
+    assert (optimizer.schedule, optimizer.drop_at) == ("step", (40 / 50,))
+    assert (config.train.epochs, config.train.batch_size) == (50.0, 32)
+    slow = {"sampling_offsets/"} | (set() if two_stage else {"reference_points/"})
+    assert set(optimizer.slow) == slow
+    low = load_experiment(f"coco_deformable:{variant},w4a4", ("init_from=float",))
+    assert (low.model.num_auxiliary, low.auxiliary.repeats) == (1500, 6)  # H-DETR's
+    same = dataclasses.replace(low.model, num_auxiliary=0)
+    assert same == model
+    assert low.loss == loss
+    assert low.distill.weights.encoder > 0
+
+
+@pytest.mark.parametrize("name", ["shapes_teacher:deformable", "bccd:deformable-teacher"])
+def test_class_terms_weigh_as_in_the_original(name):
+    assert load_experiment(name).loss == LossWeights(cls=2.0, kind="focal")
 
 
 @pytest.mark.parametrize("two_stage", [False, True])

@@ -223,6 +223,82 @@ PROGRAM = """
 """
 
 
+DEFORMABLE = """
+    import sys
+
+    sys.path[:0] = ["tests", "tests/models"]
+    import dataclasses
+
+    import jax
+    import numpy as np
+    import tiny
+    from jax.sharding import AxisType
+    from tiny_deformable import BUCKET, CONFIGS
+
+    from aqdetr_jax.losses.criterion import LossWeights
+    from aqdetr_jax.models.detector import build_detector
+    from aqdetr_jax.training.config import AuxiliaryConfig, ExperimentConfig
+    from aqdetr_jax.training.sharding import (
+        AXES, MODEL_PARALLEL, batch_sharding, make_mesh, parameter_shardings, put_batch, replicated,
+    )
+    from aqdetr_jax.training.step import detection_loss_fn
+
+    model = dataclasses.replace(CONFIGS["two_stage"], dropout=0.0, decoder_layers=1)
+    config = ExperimentConfig(
+        model=model, loss=LossWeights(cls=2.0, kind="focal"), auxiliary=AuxiliaryConfig(repeats=2)
+    )
+    module = build_detector(model)
+    rng = np.random.default_rng(0)
+    mask = np.zeros((4, *BUCKET), bool)
+    for i, (height, width) in enumerate([(24, 20), (16, 32), (24, 32), (20, 24)]):
+        mask[i, :height, :width] = True
+    valid = np.arange(3) < np.array([[2], [0], [1], [3]])
+    boxes = rng.uniform(0.2, 0.6, (4, 3, 4)).astype("f4") * valid[..., None]
+    labels = (rng.integers(0, 3, (4, 3)) * valid).astype("i4")
+    images = (rng.integers(0, 256, (4, *BUCKET, 3)) * mask[..., None]).astype("u1")
+    batch = dict(images=images, mask=mask, boxes=boxes, labels=labels, valid=valid)
+    variables = tiny.random_variables(module, images, mask)
+    loss_fn = detection_loss_fn(config, module, None)
+
+
+    def run(mesh, rules=()):
+        whole = replicated(mesh)
+        split = parameter_shardings(variables["params"], mesh, rules)
+        with jax.set_mesh(mesh):
+            f = jax.jit(
+                jax.value_and_grad(lambda p, s, b: loss_fn(p, s, None, b, 0), has_aux=True),
+                in_shardings=(split, whole, batch_sharding(mesh)),
+                out_shardings=whole,
+            )
+            params = jax.device_put(variables["params"], split)
+            stats = jax.device_put(variables["batch_stats"], whole)
+            (_, (terms, _)), gradients = jax.device_get(f(params, stats, put_batch(batch, mesh)))
+        return terms, tiny.flat({"params": gradients})
+
+
+    one = jax.make_mesh((1, 1), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    terms_1, gradients_1 = run(one)
+    assert terms_1["num_boxes"] == 6 and terms_1["proposals/loss_giou"] > 0.1
+    largest = max(float(np.abs(g).max()) for g in gradients_1.values())
+    for mesh, rules in ((make_mesh(), ()), (make_mesh(model=2), MODEL_PARALLEL)):
+        terms, gradients = run(mesh, rules)
+        assert terms.keys() == terms_1.keys()
+        for name, wanted in terms_1.items():
+            np.testing.assert_allclose(terms[name], wanted, rtol=1e-5, err_msg=name)
+        for path, wanted in gradients_1.items():
+            scale = max(float(np.abs(wanted).max()), 1e-3 * largest)
+            np.testing.assert_allclose(
+                gradients[path] / scale, wanted / scale, rtol=1e-5, atol=1e-5, err_msg=path
+            )
+    print("agree")
+"""
+
+
+def test_two_stage_deformable_on_meshes(run_python):
+    """Proposals, auxiliary queries and split heads: the same losses and gradients."""
+    assert "agree" in run_python(DEFORMABLE, devices=4, timeout=300)
+
+
 def test_meshes_agree_and_the_matcher_stays_local(run_python, tiny_teacher):
     output = run_python(PROGRAM.replace("TEACHER", str(tiny_teacher)), devices=8, timeout=300)
     assert "loops" in output

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 
+from aqdetr_jax.losses.criterion import LossWeights
+from aqdetr_jax.losses.distillation import DistillationWeights
+from aqdetr_jax.models.config import DeformableConfig
 from aqdetr_jax.quant.policy import Rule
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.checkpoint import Checkpoints
-from aqdetr_jax.training.config import DataConfig
+from aqdetr_jax.training.config import DataConfig, DistillConfig, QuantConfig
 from aqdetr_jax.training.model_io import load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -96,13 +100,47 @@ def test_quantized_teacher_is_refused(calibrated, tmp_path):
         ({"num_queries": 8}, r"has num_queries=12, the student has 8"),
         (
             {"backbone": dataclasses.replace(tiny.BACKBONE, stem_stride=2)},
-            r"has output stride 8, the student 4",
+            r"has backbone.output_stride=8, the student has 4",
         ),
     ],
 )
 def test_teacher_of_another_shape_is_refused(calibrated, changes, message):
     config = calibrated[0]
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+    with pytest.raises(ValueError, match=message):
+        setup.load_teacher(config)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "cross", "message"),
+    [
+        ({"family": "detr"}, {}, 0.0, "family=detr, the student has deformable"),
+        ({"points": 2}, {}, 0.0, r"deformable\.points=2, the student has 4"),
+        ({"levels": 2}, {}, 0.0, r"deformable\.levels=2, the student has 3"),
+        ({"stages": 1}, {}, 0.0, r"deformable\.stages=1, the student has 2"),
+        ({"two_stage": True}, {}, 1.0, r"two_stage=True, the student has False"),
+        ({"two_stage": True}, {}, 0.0, None),
+        # All that differs is how many stages a single level leaves unused.
+        ({"levels": 1, "stages": 1}, {"levels": 1}, 0.0, None),
+    ],
+)
+def test_deformable_teacher_must_sample_alike(monkeypatch, teacher, student, cross, message):
+    def model(family="deformable", **options):
+        options = {"levels": 3, "stages": 2, "box_refine": True, "norm_groups": 8, **options}
+        deformable = DeformableConfig(**options)
+        return dataclasses.replace(tiny.MODEL, family=family, deformable=deformable)
+
+    bundle = SimpleNamespace(config=model(**teacher), quant=QuantConfig())
+    monkeypatch.setattr(setup, "load_source", lambda path, key: bundle)
+    config = dataclasses.replace(
+        tiny.student("somewhere"),
+        model=model(**student),
+        loss=LossWeights(cls=2.0, kind="focal"),
+        distill=DistillConfig(weights=DistillationWeights(encoder=1.0, decoder_cross=cross)),
+    )
+    if message is None:
+        assert setup.load_teacher(config) is bundle
+        return
     with pytest.raises(ValueError, match=message):
         setup.load_teacher(config)
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -8,8 +10,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tiny
+from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, PartitionSpec
 
+from aqdetr_jax.models.config import DeformableConfig
+from aqdetr_jax.models.detector import build_detector
+from aqdetr_jax.quant.policy import stock_policy
 from aqdetr_jax.training import sharding
 
 
@@ -36,6 +43,33 @@ def test_unused_rule_is_reported(caplog):
     assert placed["a"]["kernel"].spec == PartitionSpec(None, "model")
     assert "sharding rule 'kernal' places no parameter" in caplog.text
     assert "'kernel$'" not in caplog.text
+
+
+@pytest.mark.parametrize("family", ["detr", "deformable"])
+def test_all_projections_of_both_families_are_shared_out(family, caplog):
+    """Nothing of the attentions and feed-forward networks lies whole on every device."""
+    deformable = DeformableConfig(levels=2, points=2, norm_groups=4)
+    config = dataclasses.replace(tiny.MODEL, num_classes=3, family=family, deformable=deformable)
+    module = build_detector(config, stock_policy("w4a4"))
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
+    mask = jax.ShapeDtypeStruct((1, 32, 32), bool)
+    params = jax.eval_shape(module.init, jax.random.key(0), image, mask)["params"]
+    mesh = jax.sharding.AbstractMesh((1, 2), sharding.AXES)
+    with caplog.at_level(logging.WARNING):
+        placed = sharding.parameter_shardings(params, mesh, sharding.MODEL_PARALLEL)
+    assert not caplog.text
+    split = {path: x.spec for path, x in flatten_dict(placed, sep="/").items() if x.spec}
+    kernels = {p for p in flatten_dict(params, sep="/") if re.search("_attention/.*/kernel$", p)}
+    kernels |= {p for p in flatten_dict(params, sep="/") if re.search("forward/.*/kernel$", p)}
+    assert kernels <= set(split)
+    assert len(kernels) == (1 + 2 + 2) * 4 + (1 + 2) * 2
+    for path in kernels:
+        rows_are_split = path.endswith(("out_proj/kernel", "output_proj/kernel", "linear2/kernel"))
+        wanted = ("model", None) if rows_are_split else (None, "model")
+        assert split[path] == PartitionSpec(*wanted), path
+        # A step and a bias for each column lie where the column lies.
+        assert (path.removesuffix("kernel") + "bias" in split) != rows_are_split
+        assert (f"{path}_step" in split) != rows_are_split
 
 
 def test_single_process_does_not_initialize(monkeypatch):

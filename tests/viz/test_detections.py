@@ -157,6 +157,34 @@ def test_kl_of_the_caption_against_scipy():
     assert attention._kl(student, student) == 0
 
 
+def test_kl_of_the_caption_counts_what_lies_outside_as_the_loss_does():
+    from aqdetr_jax.losses.distillation import map_kl
+
+    rng = np.random.default_rng(2)
+    teacher, student = (
+        _softmax_map(rng, 3, 10)[:, 0] * rng.uniform(0.3, 0.9, (3, 1)) for _ in range(2)
+    )
+    wanted = map_kl(teacher[None, :, None], student[None, :, None])
+    assert attention._kl(teacher, student) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_rows_of_chosen_positions_are_the_same_picture():
+    rng = np.random.default_rng(3)
+    teacher, student = _softmax_map(rng, 4, 48), _softmax_map(rng, 4, 48)
+    queries = [(1, 1), (4, 6)]
+    whole = attention.attention_grid(
+        _grey(96, 128), teacher, student, grid_size=(6, 8), queries=queries
+    )
+    rows = [m[:, [9, 38]] for m in (teacher, student)]
+    few = attention.attention_rows(_grey(96, 128), *rows, queries, grid_size=(6, 8))
+    np.testing.assert_array_equal(_pixels(few), _pixels(whole))
+    with pytest.raises(ValueError, match=r"student: attention rows of 2 positions"):
+        attention.attention_rows(_grey(), rows[0], rows[1][:, :1], queries, grid_size=(6, 8))
+    rows[0][0, 1, 5] = np.inf
+    with pytest.raises(ValueError, match="teacher: the attention rows hold NaN or infinity"):
+        attention.attention_rows(_grey(), *rows, queries, grid_size=(6, 8))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
