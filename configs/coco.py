@@ -49,7 +49,7 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
             eval_short_side=800,
             eval_max_size=1333,
             augment=dataclasses.asdict(DETR_COCO),
-            num_threads=16,
+            num_threads=8,
             prefetch=8,
         )
     )
