@@ -20,9 +20,6 @@ class DeformableConfig:
       box_refine: every decoder layer refines the boxes of the one before it, with its own heads.
       two_stage: the encoder's best proposals are the decoder's queries (needs ``box_refine``).
       sampling: how values are sampled, see ``ops.deformable``.
-      remat: sample again in the backward pass, to save the memory of samples and their neighbours
-        alone (``DetrConfig.remat`` recomputes whole layers; with both, a layer's own backward pass
-        is the smaller one).
       norm_groups: groups of the group norms after the input projections.
     """
 
@@ -32,7 +29,6 @@ class DeformableConfig:
     box_refine: bool = False
     two_stage: bool = False
     sampling: Sampling = "auto"
-    remat: bool = False
     norm_groups: int = 32
 
     def __post_init__(self):
@@ -62,7 +58,8 @@ class DetrConfig:
         a start with a place for every query that helps short trainings from scratch.
       dropout: rate everywhere DETR has dropout.
       pre_norm: norm before each sub-layer instead of after it (the original's option).
-      remat: recompute transformer layers in the backward pass to save memory.
+      remat: what the backward pass computes again to save memory: whole transformer layers (True),
+        of a "deformable" model the sampled values alone ("samples"), or nothing (False).
       dtype: carrier dtype of products, "float32" or "bfloat16"; sums and norms are float32.
       pixel_mean: RGB mean of images in [0, 1].
       pixel_std: RGB standard deviation.
@@ -83,7 +80,7 @@ class DetrConfig:
     query_start: Literal["normal", "points"] = "normal"
     dropout: float = 0.1
     pre_norm: bool = False
-    remat: bool = False
+    remat: bool | Literal["samples"] = False
     dtype: str = "float32"
     pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -96,6 +93,8 @@ class DetrConfig:
                 f"model width {self.dim} does not split into deformable.norm_groups="
                 f"{self.deformable.norm_groups} groups"
             )
+        if self.family == "detr" and self.remat == "samples":
+            raise ValueError("remat='samples' is of deformable attention: use True or False")
         if self.num_auxiliary % self.auxiliary_groups:
             raise ValueError(
                 f"{self.num_auxiliary} auxiliary queries do not split into "

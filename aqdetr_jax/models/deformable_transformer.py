@@ -27,7 +27,7 @@ class _DeformableLayer(TransformerLayer):
             c.deformable.points,
             self.policy,
             c.deformable.sampling,
-            c.deformable.remat,
+            c.remat == "samples",
             jnp.dtype(c.dtype),
             name=name,
         )
@@ -97,7 +97,7 @@ class DeformableEncoder(nn.Module):
     def __call__(self, x, position, reference, valid, shapes, train):
         """[B, S, d] -> ([B, S, d], maps per layer)."""
         layer = DeformableEncoderLayer
-        if self.config.remat:
+        if self.config.remat is True:
             layer = nn.remat(layer, static_argnums=(5, 6))
         maps = []
         for i in range(self.config.encoder_layers):
@@ -147,7 +147,7 @@ class DeformableDecoder(nn.Module):
         """
         c = self.config
         layer = DeformableDecoderLayer
-        if c.remat:
+        if c.remat is True:
             layer = nn.remat(layer, static_argnums=(6, 7, 8))
         norm = LayerNorm(name="norm") if c.pre_norm else None
         outputs, boxes, self_maps, cross_maps = [], [], [], []

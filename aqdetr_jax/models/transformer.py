@@ -100,7 +100,11 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array, position: Array, valid: Array, train: bool):
         """[B, S, d] -> ([B, S, d], maps per layer)."""
-        layer = nn.remat(EncoderLayer, static_argnums=(4,)) if self.config.remat else EncoderLayer
+        layer = (
+            nn.remat(EncoderLayer, static_argnums=(4,))
+            if self.config.remat is True
+            else EncoderLayer
+        )
         maps = []
         for i in range(self.config.encoder_layers):
             x, m = layer(self.config, self.policy, name=f"layer_{i}")(x, position, valid, train)
@@ -117,7 +121,11 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, query, memory, position, valid, query_sets, train):
         """Query embedding [B, Q, d] -> ([L, B, Q, d], self maps, cross maps)."""
-        layer = nn.remat(DecoderLayer, static_argnums=(6, 7)) if self.config.remat else DecoderLayer
+        layer = (
+            nn.remat(DecoderLayer, static_argnums=(6, 7))
+            if self.config.remat is True
+            else DecoderLayer
+        )
         norm = LayerNorm(name="norm")
         x = jnp.zeros_like(query)
         outputs, self_maps, cross_maps = [], [], []

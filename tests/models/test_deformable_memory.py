@@ -21,17 +21,15 @@ from aqdetr_jax.quant.record import recording
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def recomputing(config):
-    """Both kinds at once: whole layers, and the samples within."""
-    deformable = dataclasses.replace(config.deformable, remat=True)
-    return dataclasses.replace(config, remat=True, deformable=deformable)
+KINDS = (False, True, "samples")
 
 
 def test_recomputing_changes_neither_outputs_nor_gradients():
     """With dropout, auxiliary queries, and quantizers, whose steps have gradients too."""
     variables, given = variables_of("two_stage", "w4a4"), batch()
     found = []
-    for config in (CONFIGS["two_stage"], recomputing(CONFIGS["two_stage"])):
+    for kind in KINDS:
+        config = dataclasses.replace(CONFIGS["two_stage"], decoder_layers=1, remat=kind)
         module = build_detector(config, stock_policy("w4a4"))
 
         def loss(params, module=module):
@@ -47,13 +45,13 @@ def test_recomputing_changes_neither_outputs_nor_gradients():
             return sum(jnp.mean(jnp.square(x)) for x in seen)
 
         found.append(jax.jit(jax.value_and_grad(loss))(variables["params"]))
-    (value, gradient), (again, recomputed) = found
-    np.testing.assert_allclose(again, value, rtol=1e-6)
-    gradient, recomputed = (tiny.flat({"params": g}) for g in (gradient, recomputed))
-    for path, wanted in gradient.items():
-        np.testing.assert_allclose(
-            recomputed[path], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max() + 1e-7, err_msg=path
-        )
+    value, gradient = found[0][0], tiny.flat({"params": found[0][1]})
+    for again, recomputed in found[1:]:
+        np.testing.assert_allclose(again, value, rtol=1e-6)
+        recomputed = tiny.flat({"params": recomputed})
+        for path, wanted in gradient.items():
+            atol = 1e-5 * np.abs(wanted).max() + 1e-7
+            np.testing.assert_allclose(recomputed[path], wanted, rtol=0, atol=atol, err_msg=path)
     assert np.all(gradient["encoder/layer_0/self_attention/core/samples_step"] != 0)
     assert np.all(gradient["encoder/layer_0/self_attention/core/probs_step"] != 0)
 
@@ -61,7 +59,8 @@ def test_recomputing_changes_neither_outputs_nor_gradients():
 def test_recomputing_is_recorded_and_calibrated_alike():
     variables, given = variables_of("plain", "w4a4"), batch()
     rows, samples = [], []
-    for config in (PLAIN, recomputing(PLAIN)):
+    for kind in KINDS:
+        config = dataclasses.replace(PLAIN, remat=kind)
         module = build_detector(config, stock_policy("w4a4"))
         with recording() as found:
             jax.eval_shape(lambda v, m=module: m.apply(v, *given), variables)
@@ -69,10 +68,11 @@ def test_recomputing_is_recorded_and_calibrated_alike():
         observer = build_detector(config, stock_policy("w4a4", arithmetic="observe"))
         _, seen = jax.jit(lambda v, m=observer: m.apply(v, *given, mutable=[OBSERVED]))(variables)
         samples.append(traverse_util.flatten_dict(seen[OBSERVED], sep="/"))
-    assert rows[0] == rows[1]
-    assert samples[0].keys() == samples[1].keys()
-    for path, wanted in samples[0].items():
-        np.testing.assert_allclose(samples[1][path], wanted, atol=1e-5, err_msg=path)
+    assert rows[0] == rows[1] == rows[2]
+    for again in samples[1:]:
+        assert again.keys() == samples[0].keys()
+        for path, wanted in samples[0].items():
+            np.testing.assert_allclose(again[path], wanted, atol=1e-5, err_msg=path)
 
 
 def test_sampling_again_keeps_no_samples():
@@ -96,6 +96,11 @@ def test_sampling_again_keeps_no_samples():
         assert (max(sizes) >= samples) != remat
     assert kept["gather", False] > 5 * samples
     assert max(kept["gather", True], kept["auto", True]) < samples
+
+
+def test_only_deformable_models_have_samples():
+    with pytest.raises(ValueError, match="remat='samples' is of deformable attention"):
+        dataclasses.replace(tiny.MODEL, remat="samples")
 
 
 def test_bfloat16_carries_features_and_no_coordinates():
