@@ -20,7 +20,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from aqdetr_jax.interop.source import shown
 from aqdetr_jax.interop.torch_file import MAX_BYTES, MAX_PATH, Namespace, parameters, read_torch
@@ -111,8 +111,9 @@ def write_safetensors(path: str | Path, state: Mapping[str, np.ndarray]) -> None
     for name, array in state.items():
         if not np.isfinite(array).all():
             raise ValueError(f"{name} holds NaN or infinity: it would be no model")
-    # transformers refuses files that do not name the library whose layout they have.
-    save_file(dict(state), path, metadata={"format": "pt"})
+    # transformers refuses files that do not name the library whose layout they have. (Written from
+    # here, because the library's own files are private to their user.)
+    Path(path).write_bytes(save(dict(state), metadata={"format": "pt"}))
 
 
 def _folder(path: Path) -> Checkpoint:

@@ -185,7 +185,7 @@ def _left_out(given: Flat) -> list[dict[str, Any]]:
         (
             "auxiliary queries",
             training,
-            "they exist only in training; a saved model holds none",
+            "they exist only in training",
         ),
         (
             "step sizes, zero points, shifts and scales",
@@ -197,6 +197,7 @@ def _left_out(given: Flat) -> list[dict[str, Any]]:
     return [
         {"what": what, "count": len(paths), "parameters": paths, "why": why}
         for what, paths, why in reasons
+        if paths
     ]
 
 

@@ -87,6 +87,8 @@ def test_there_and_back(name, tmp_path, capsys):
     assert f"written to {folder} (export_report.json" in printed
     files = {"model.safetensors", "config.json", "preprocessor_config.json", "export_report.json"}
     assert {file.name for file in folder.iterdir()} == files
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # for whom the others are
+    assert read_json(folder / "export_report.json")["left_out"] == []
 
     with safe_open(folder / "model.safetensors", framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
