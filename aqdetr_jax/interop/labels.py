@@ -67,16 +67,18 @@ def class_names(settings: Mapping[str, Any], count: int, where: str) -> tuple[st
     try:
         names = {int(number): name for number, name in labels.items()}
     except (AttributeError, ValueError):
-        raise ValueError(f"{where}: id2label in config.json maps no numbers to names") from None
+        raise ValueError(
+            f"{where}: id2label in config.json maps no numbers to names: correct or remove it"
+        ) from None
     for number, name in names.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_LABEL:
             raise ValueError(
                 f"{where}: id2label in config.json names class {number} {shown(repr(name), 80)}; a "
-                f"name is a line of up to {MAX_LABEL} characters"
+                f"name is a line of up to {MAX_LABEL} characters: correct or remove it"
             )
     if sorted(names) != list(range(count)):
         raise ValueError(
             f"{where}: its parameters have {count} classes, but id2label in config.json names "
-            f"{len(names)}, {min(names)} to {max(names)}"
+            f"{len(names)}, {min(names)} to {max(names)}: correct or remove it"
         )
     return tuple(names[number] for number in range(count))

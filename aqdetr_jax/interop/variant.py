@@ -131,6 +131,8 @@ def seen_facts(shapes: Mapping[str, tuple[int, ...]], family: Family, name: str)
     for head in ("class_head/kernel", "class_head_0/kernel"):
         if head in shapes:  # DETR's last output is "no object"
             facts["classes"] = shape(head)[-1] - (family == "detr")
+            if not facts["classes"]:
+                raise ValueError(f"{name}: has a class head of no class: it is another model")
     if family == "detr":
         return facts | {"dim": shape("input_proj/kernel", 4)[-1]}
     facts["levels"], facts["dim"] = shape("level_embed")
@@ -258,7 +260,9 @@ def _add(facts: dict[str, Declared], fact: str, new: Declared, where: str) -> No
         fits = type(new.value) is int and 1 <= new.value <= MAX_DECLARED
         wanted = f"a whole number from 1 to {MAX_DECLARED}"
     if not fits:
-        raise ValueError(f"{where} says {new.key}={said(new.value)}, which should be {wanted}")
+        raise ValueError(
+            f"{where} says {new.key}={said(new.value)}, which should be {wanted}: correct it there"
+        )
     old = facts.setdefault(fact, new)
     if old.value != new.value:
         raise ValueError(
@@ -309,7 +313,7 @@ def agreed_facts(
         if fact in seen and seen[fact] != value:
             raise ValueError(
                 f"{name}: its parameters have {fact}={seen[fact]!r}, but its {where} says "
-                f"{key}={said(value)}"
+                f"{key}={said(value)}: one of them is of another model"
             )
     facts = {**{fact: value for fact, (value, _) in declared.items()}, **seen}
     notes: list[str] = []

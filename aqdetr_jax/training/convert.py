@@ -303,7 +303,10 @@ def _fitted(
       ValueError: anything but a class head that is made anew does not fit.
     """
     init = first_variables(config, kind.family)
-    own, own_stats = jax.eval_shape(init)
+    try:
+        own, own_stats = jax.eval_shape(init)
+    except ValueError as error:  # more proposals than there are places
+        raise ValueError(f"{source}: {error}") from error
     merged, report = merge(own, params)
     merged_stats, stats_report = merge(own_stats, stats)
     heads = set(_class_heads(own)) if new_head else set()

@@ -95,6 +95,29 @@ def test_names_are_few_short_and_printable(tmp_path, monkeypatch):
     refused(folder, "holds 6 arrays")
 
 
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_folders_of_several_files(kind, tmp_path):
+    """Both kinds of shards, one of them in half precision."""
+    (tmp_path / "config.json").write_text("{}")
+    stem, suffix = kind.split(".")
+    parts = {"00001": {"a": ONE, "b": 2 * ONE}, "00002": {"c": np.array([0.1, 70000.0])}}
+    index = {}
+    for part, state in parts.items():
+        name = f"{stem}-{part}-of-00002.{suffix}"
+        half = {k: v.astype(np.float16) if part == "00001" else v for k, v in state.items()}
+        content = save(half) if suffix == "safetensors" else torch_file(state)
+        (tmp_path / name).write_bytes(content)
+        index |= dict.fromkeys(state, name)
+    (tmp_path / f"{kind}.index.json").write_text(json.dumps({"weight_map": index}))
+    found = read_checkpoint(tmp_path)
+    assert found.settings_from == "config.json"
+    assert list(found.hashes) == sorted(set(index.values()))
+    for state in parts.values():
+        for name, array in state.items():
+            assert found.state[name].dtype == np.float32
+            np.testing.assert_array_equal(found.state[name], array.astype(np.float32))
+
+
 def test_types_of_safetensors(tmp_path):
     path = tmp_path / "a.safetensors"
     values = np.array([0.5, -2.0, 448.0])

@@ -203,6 +203,23 @@ def test_parameters_that_do_not_fit(refuse, tmp_path, state, reasons):
     refuse(write_folder(tmp_path / "theirs", NAME, state=changed(**state)), *reasons)
 
 
+def test_more_proposals_than_places(refuse, tmp_path):
+    """The number of proposals is declared only: no parameter shows it."""
+    source = write_folder(tmp_path / "theirs", "deformable_two_stage")
+    config = json.loads((source / "config.json").read_text())
+    config["two_stage_num_proposals"] = 100_000
+    (source / "config.json").write_text(json.dumps(config))
+    refuse(source, "100000 proposals wanted of 22223 tokens")
+
+
+def test_a_class_head_of_nothing(refuse, tmp_path):
+    state = dict(fixture("detr_bottleneck")["state"])
+    for name in ("class_labels_classifier.weight", "class_labels_classifier.bias"):
+        state[name] = state[name][:1]  # "no object" alone
+    source = write_folder(tmp_path / "theirs", "detr_bottleneck", state=state, id2label=None)
+    refuse(source, "has a class head of no class")
+
+
 def test_a_missing_class_head_can_be_made(tmp_path):
     lost = {f"class_embed.{i}.{part}": None for i in range(2) for part in ("weight", "bias")}
     source = write_folder(tmp_path / "theirs", NAME, state=changed(**lost))
