@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from aqdetr_jax.models.attention import merge_heads, row_sum
 from aqdetr_jax.models.layers import FLOAT
-from aqdetr_jax.models.quantized import QDense, activation_quantizer, module_path
+from aqdetr_jax.models.quantized import QDense, activation_quantizer, module_path, observing
 from aqdetr_jax.ops import deformable
 from aqdetr_jax.ops.deformable import LevelShapes, Sampling
 from aqdetr_jax.quant.policy import Policy
-from aqdetr_jax.quant.product import MixSamples, quantized_product
+from aqdetr_jax.quant.product import MixSamples, Quantizer, quantized_product
 from aqdetr_jax.quant.record import OpRecord, record
 
 
@@ -78,7 +79,8 @@ class DeformableAttention(nn.Module):
       points: K, samples of each head on each level.
       policy: bits by module path.
       sampling: how values are sampled, see ``ops.deformable``.
-      remat: the backward pass samples again instead of keeping samples and their neighbours.
+      remat: samples one head after the other, and again in the backward pass, so that the samples
+        of one head exist at a time and none are kept.
       dtype: carrier dtype of products.
     """
 
@@ -136,10 +138,8 @@ class DeformableAttention(nn.Module):
         )
         scores = dense(heads * levels * points, kernel_init=zeros, name="attention_weights")(query)
         scores = scores.reshape(batch, queries, heads, levels * points).transpose(0, 2, 1, 3)
-        core = nn.remat(SamplingCore, static_argnums=(4,)) if self.remat else SamplingCore
-        mixed, maps = core(self.policy, self.sampling, self.dtype, name="core")(
-            values, locations, scores, shapes
-        )
+        core = SamplingCore(self.policy, self.sampling, self.remat, self.dtype, name="core")
+        mixed, maps = core(values, locations, scores, shapes)
         return dense(self.dim, name="output_proj")(mixed), maps
 
 
@@ -148,6 +148,7 @@ class SamplingCore(nn.Module):
 
     policy: Policy = Policy()
     sampling: Sampling = "auto"
+    remat: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -157,18 +158,32 @@ class SamplingCore(nn.Module):
         """[B, S, M, D], [B, Q, M, L, K, 2], [B, M, Q, L * K] -> ([B, Q, M * D], maps)."""
         path, policy = module_path(self), self.policy
         probabilities = jax.nn.softmax(scores, axis=-1)
-        samples = deformable.sample_values(
-            values.astype(self.dtype), locations, shapes, self.sampling
-        ).astype(jnp.float32)
-        batch, heads, queries, points, width = samples.shape
-        # Points beside channels: the layout of the product, where a step of each head fits.
-        samples = samples.reshape(batch, heads, queries, points * width)
+
+        def sample(values: Array, locations: Array) -> Array:
+            samples = deformable.sample_values(
+                values.astype(self.dtype), locations, shapes, self.sampling
+            ).astype(jnp.float32)
+            # Points beside channels: the layout of the product, where a step of each head fits.
+            return samples.reshape(*samples.shape[:3], -1)
+
+        # Calibration looks at the samples of all heads.
+        one_by_one = self.remat and not observing(self)
+        samples = (
+            jax.eval_shape(sample, values, locations) if one_by_one else sample(values, locations)
+        )
         signed = policy.attention_spec(path, unsigned=False)
         unsigned = policy.attention_spec(path, unsigned=True)
         q_p = activation_quantizer(self, "probs", probabilities, unsigned, head_axis=1)
         q_s = activation_quantizer(self, "samples", samples, signed, head_axis=1)
-        mix = MixSamples(self.dtype)
-        mixed = quantized_product(mix, probabilities, samples, q_p, q_s, policy.arithmetic)
+        mix = functools.partial(quantized_product, MixSamples(self.dtype))
+        if one_by_one:
+            mixed = _head_by_head(
+                lambda v, x, p, qp, qs: mix(p, sample(v, x), qp, qs, policy.arithmetic),
+                (values, locations, probabilities),
+                (q_p, q_s),
+            )
+        else:
+            mixed = mix(probabilities, samples, q_p, q_s, policy.arithmetic)
         if policy.renormalize and q_p is not None and policy.arithmetic != "observe":
             mixed = mixed / row_sum(probabilities, q_p)
         rule = policy.rule_for(path)
@@ -181,3 +196,38 @@ class SamplingCore(nn.Module):
         mixed = merge_heads(mixed)
         sizes = jnp.array([(w, h) for h, w in shapes], jnp.float32)
         return mixed, DeformableMaps(scores, probabilities, locations, sizes, mixed)
+
+
+def _head_by_head(
+    mix: Callable[..., Array],
+    arrays: tuple[Array, Array, Array],
+    quantizers: tuple[Quantizer | None, Quantizer | None],
+) -> Array:
+    """``mix(values, locations, probabilities, *quantizers)``, one head after the other.
+
+    A loop, not only a promise to compute again: what a compiler reorders (XLA's for CPUs computes
+    all layers' samples again before it needs the first) stays the samples of one head.
+
+    Args:
+      mix: the product of one head, all arrays with one head: -> [B, 1, Q, D].
+      arrays: values [B, S, M, D], locations [B, Q, M, L, K, 2], probabilities [B, M, Q, L * K].
+      quantizers: with steps of shape () or [M, 1, 1].
+
+    Returns:
+      [B, M, Q, D].
+    """
+    values, locations, probabilities = arrays
+    heads = probabilities.shape[1]
+    per_head = (
+        jnp.moveaxis(values, 2, 0),
+        jnp.moveaxis(locations, 2, 0),
+        jnp.moveaxis(probabilities, 1, 0),
+        jax.tree.map(lambda x: jnp.broadcast_to(x, (heads, 1, 1)), quantizers),
+    )
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(head):
+        values, locations, probabilities, steps = head
+        return mix(values[:, :, None], locations[:, :, None], probabilities[:, None], *steps)[:, 0]
+
+    return jnp.moveaxis(lax.map(one, per_head), 0, 1)

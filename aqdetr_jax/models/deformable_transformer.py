@@ -27,7 +27,7 @@ class _DeformableLayer(TransformerLayer):
             c.deformable.points,
             self.policy,
             c.deformable.sampling,
-            c.remat == "samples",
+            bool(c.remat),
             jnp.dtype(c.dtype),
             name=name,
         )

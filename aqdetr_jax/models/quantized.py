@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -34,6 +36,11 @@ SAMPLES_PER_CHANNEL = 256
 def module_path(module: nn.Module) -> str:
     """The module's path as in the parameter tree, ``a/b/c``."""
     return "/".join(module.path)
+
+
+def observing(module: nn.Module) -> bool:
+    """Whether calibration watches this call."""
+    return module.is_mutable_collection(OBSERVED) and not module.is_initializing()
 
 
 def channel_affine(
@@ -58,7 +65,7 @@ def channel_affine(
 def activation_quantizer(
     module: nn.Module,
     name: str,
-    x: Array,
+    x: Array | jax.ShapeDtypeStruct,
     spec: QuantSpec | None,
     head_axis: int | None = None,
     sample: Array | None = None,
@@ -71,7 +78,7 @@ def activation_quantizer(
     Args:
       module: the layer that owns the site.
       name: site name, e.g. "input", "q", "probs".
-      x: the operand, batch first.
+      x: the operand, batch first; its shape suffices where nothing is observed.
       spec: its grid, None = float.
       head_axis: the axis of attention heads (1 for [B, H, ., .]) for per-head steps.
       sample: what calibration shall see instead of a sample of ``x``.
@@ -86,9 +93,9 @@ def activation_quantizer(
         if head_axis is None:
             raise ValueError(f"{module_path(module)}: {name} has no head axis for per-head steps")
         shape = (x.shape[head_axis], *(1,) * (x.ndim - head_axis - 1))
-    if module.is_mutable_collection(OBSERVED) and not module.is_initializing():
+    if observing(module):
         if sample is None:
-            sample = _sample(x, head_axis if shape else None)
+            sample = _sample(cast(Array, x), head_axis if shape else None)
         module.variable(OBSERVED, name, lambda: sample).value = sample
     start = nn.initializers.constant(default_step(spec))
     step = module.param(f"{name}_step", start, shape, jnp.float32)
