@@ -50,6 +50,14 @@ def random_batch(height: int, width: int, batch: int, boxes: int, classes: int) 
     }
 
 
+def strayed(variables: dict) -> dict:
+    """Away from the start, where all deformable attentions are the same: their kernels are zero."""
+    flat, tree = jax.tree.flatten(variables["params"])
+    keys = jax.random.split(jax.random.key(2), len(flat))
+    flat = [x + 0.02 * jax.random.normal(key, x.shape) for x, key in zip(flat, keys, strict=True)]
+    return {**variables, "params": jax.tree.unflatten(tree, flat)}
+
+
 def peak_bytes() -> int:
     """Largest resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -81,12 +89,11 @@ def main() -> None:
     calibrated = time.perf_counter()
     batch = {key: batch[key] for key in TRAINED_KEYS}
     teacher = build_detector(dataclasses.replace(config.model, num_auxiliary=0))
-    float_params = jax.eval_shape(teacher.init, jax.random.key(0), *setup.example_input(bucket))[
-        "params"
-    ]
+    example = setup.example_input(bucket)
+    float_params = jax.eval_shape(teacher.init, jax.random.key(0), *example)["params"]
     recipe = dataclasses.replace(config.optimizer, frozen=RECIPE_FROZEN)
     trainable = optim.count_trainable(float_params, recipe, frozen_norms=True)
-    teacher_variables = jax.jit(teacher.init)(jax.random.key(1), *setup.example_input(bucket))
+    teacher_variables = jax.jit(lambda: strayed(teacher.init(jax.random.key(1), *example)))()
     arguments = (variables["params"], config.optimizer)
     optimizer = optim.make_optimizer(*arguments, config.train.steps, frozen_norms=True)
     groups = optim.parameter_groups(*arguments, frozen_norms=True)

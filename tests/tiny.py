@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -191,3 +192,16 @@ def digest(tree: Any) -> str:
         total.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         total.update(array.tobytes())
     return total.hexdigest()
+
+
+def primitives(jaxpr: Any) -> collections.Counter[str]:
+    """How often each primitive occurs in a jaxpr and in all jaxprs inside it."""
+    counter: collections.Counter[str] = collections.Counter()
+    for equation in jaxpr.eqns:
+        counter[equation.primitive.name] += 1
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    counter.update(primitives(inner))
+    return counter

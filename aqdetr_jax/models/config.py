@@ -59,7 +59,8 @@ class DetrConfig:
       dropout: rate everywhere DETR has dropout.
       pre_norm: norm before each sub-layer instead of after it (the original's option).
       remat: what the backward pass computes again to save memory: whole transformer layers (True),
-        of a "deformable" model the sampled values alone ("samples"), or nothing (False).
+        of a "deformable" model the sampled values alone ("samples"), or nothing (False). Unless it
+        is False, deformable attention samples head by head.
       dtype: carrier dtype of products, "float32" or "bfloat16"; sums and norms are float32.
       pixel_mean: RGB mean of images in [0, 1].
       pixel_std: RGB standard deviation.

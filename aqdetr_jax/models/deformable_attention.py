@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from aqdetr_jax.models.attention import merge_heads, row_sum
@@ -22,6 +23,9 @@ from aqdetr_jax.ops.deformable import LevelShapes, Sampling
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.product import MixSamples, Quantizer, quantized_product
 from aqdetr_jax.quant.record import OpRecord, record
+
+MIXED = "mixed"
+"""Name of the attention's output before its last layer, for policies of ``jax.checkpoint``."""
 
 
 class DeformableMaps(NamedTuple):
@@ -230,4 +234,4 @@ def _head_by_head(
         values, locations, probabilities, steps = head
         return mix(values[:, :, None], locations[:, :, None], probabilities[:, None], *steps)[:, 0]
 
-    return jnp.moveaxis(lax.map(one, per_head), 0, 1)
+    return checkpoint_name(jnp.moveaxis(lax.map(one, per_head), 0, 1), MIXED)

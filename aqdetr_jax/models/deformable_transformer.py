@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from aqdetr_jax.models.config import DetrConfig
-from aqdetr_jax.models.deformable_attention import DeformableAttention
+from aqdetr_jax.models.deformable_attention import MIXED, DeformableAttention
 from aqdetr_jax.models.layers import LayerNorm
 from aqdetr_jax.models.transformer import TransformerLayer
 from aqdetr_jax.ops.deformable import LevelShapes
 from aqdetr_jax.quant.policy import Policy
+
+KEPT = jax.checkpoint_policies.save_only_these_names(MIXED)
+"""A layer that is computed again takes what its samples made from before: sampling costs most."""
 
 
 class _DeformableLayer(TransformerLayer):
@@ -98,7 +102,7 @@ class DeformableEncoder(nn.Module):
         """[B, S, d] -> ([B, S, d], maps per layer)."""
         layer = DeformableEncoderLayer
         if self.config.remat is True:
-            layer = nn.remat(layer, static_argnums=(5, 6))
+            layer = nn.remat(layer, static_argnums=(5, 6), policy=KEPT)
         maps = []
         for i in range(self.config.encoder_layers):
             x, m = layer(self.config, self.policy, name=f"layer_{i}")(
@@ -148,7 +152,7 @@ class DeformableDecoder(nn.Module):
         c = self.config
         layer = DeformableDecoderLayer
         if c.remat is True:
-            layer = nn.remat(layer, static_argnums=(6, 7, 8))
+            layer = nn.remat(layer, static_argnums=(6, 7, 8), policy=KEPT)
         norm = LayerNorm(name="norm") if c.pre_norm else None
         outputs, boxes, self_maps, cross_maps = [], [], [], []
         for i in range(c.decoder_layers):

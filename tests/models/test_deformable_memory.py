@@ -98,6 +98,27 @@ def test_sampling_again_keeps_no_samples():
     assert max(kept["gather", True], kept["auto", True]) < samples
 
 
+def test_sampling_is_repeated_once():
+    """Recomputed layers reuse what their samples made, instead of sampling a third time."""
+    variables, given = variables_of("plain", "w4a4"), batch()
+    gathers = []
+    for kind in KINDS:
+        config = dataclasses.replace(PLAIN, remat=kind)
+        config = dataclasses.replace(
+            config, deformable=dataclasses.replace(config.deformable, sampling="gather")
+        )
+        module = build_detector(config, stock_policy("w4a4"))
+
+        def loss(params, module=module):
+            return jnp.mean(module.apply({**variables, "params": params}, *given).logits)
+
+        counted = tiny.primitives(jax.make_jaxpr(jax.grad(loss))(variables["params"]).jaxpr)
+        gathers.append(counted["gather"])
+        assert counted["scatter-add"] == gathers[0]
+    # Four neighbours on three levels, in one layer of the encoder and two of the decoder.
+    assert gathers == [36, 72, 72]
+
+
 def test_only_deformable_models_have_samples():
     with pytest.raises(ValueError, match="remat='samples' is of deformable attention"):
         dataclasses.replace(tiny.MODEL, remat="samples")

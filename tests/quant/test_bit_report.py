@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from flax import traverse_util
 
 from aqdetr_jax.models.config import DeformableConfig, DetrConfig
@@ -124,23 +125,12 @@ def test_recording_nests_and_ends():
     assert [r.path for r in outer] == ["y"]
 
 
-def primitives(jaxpr, counter):
-    """Counts primitives in a jaxpr and all jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        counter[equation.primitive.name] += 1
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                primitives(inner, counter)
-    return counter
-
-
 @pytest.mark.parametrize("name", ["float", "w4a4", "w2a2-attn8"])
 def test_every_product_of_the_model_is_in_the_report(name):
     rows, variables = recorded(stock_policy(name))
     module = Detr(TINY, stock_policy(name))
     jaxpr = jax.make_jaxpr(module.apply)(variables, *image(16, 24))
-    counted = primitives(jaxpr.jaxpr, collections.Counter())
+    counted = tiny.primitives(jaxpr.jaxpr)
     kinds = collections.Counter(row.kind for row in rows)
     assert counted["conv_general_dilated"] == kinds["conv"] == 1 + 4 + 7 + 1
     assert counted["dot_general"] == kinds["dense"] + kinds["scores"] + kinds["mix"]
