@@ -42,6 +42,7 @@ from aqdetr_jax.interop.tables import TABLES
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.training.huggingface import unsupported
+from aqdetr_jax.training.workdir import git_commit
 
 OUT = Path(__file__).resolve().parent / "results" / "parity.json"
 THREADS = (1, 2)
@@ -131,6 +132,7 @@ def compare(c: Comparison) -> list[dict[str, Any]]:
             # Of what we export, both sides are double.
             "theirs_single": short(single[stage]) if stage in single else None,
             "tolerance": tolerance(stage, c.model),
+            "commit": git_commit(),
         }
         for stage, value in found.items()
     ]
