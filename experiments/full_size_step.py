@@ -26,8 +26,9 @@ from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
 from aqdetr_jax.training.loop import TRAINED_KEYS
+from aqdetr_jax.training.sharding import make_mesh, replicated
 from aqdetr_jax.training.state import TrainState
-from aqdetr_jax.training.step import detection_loss_fn, make_train_step
+from aqdetr_jax.training.step import detection_loss_fn, jit_train_step, make_train_step
 from aqdetr_jax.training.workdir import git_commit, package_versions
 
 RECIPE_FROZEN = ("backbone/stem", "backbone/layer1_")
@@ -97,12 +98,14 @@ def main() -> None:
     arguments = (variables["params"], config.optimizer)
     optimizer = optim.make_optimizer(*arguments, config.train.steps, frozen_norms=True)
     groups = optim.parameter_groups(*arguments, frozen_norms=True)
-    state = TrainState.create(
-        jax.device_put(variables["params"]), variables["batch_stats"], optimizer, ema=False
-    )
+    mesh = make_mesh(data=1)
+    batch, teacher_variables = jax.device_put((batch, teacher_variables), replicated(mesh))
+    state = TrainState.create(variables["params"], variables["batch_stats"], optimizer, ema=False)
+    state = jax.device_put(state, replicated(mesh))
     step = make_train_step(config, detection_loss_fn(config, module, teacher), optimizer, groups)
     compiling = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, teacher_variables, batch).compile()
+    jitted = jit_train_step(step, state, mesh, remat=bool(config.model.remat))
+    compiled = jitted.lower(state, teacher_variables, batch).compile()
     compiled_at = time.perf_counter()
     state, metrics = jax.block_until_ready(compiled(state, teacher_variables, batch))
     done = time.perf_counter()

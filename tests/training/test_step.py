@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -342,3 +343,35 @@ def test_nan_parameter_is_kept_as_it_is(setting):
     named = {name for name, value in metrics.items() if not np.isfinite(value).all()}
     assert {"loss", "loss_ce"} <= named
     assert "loss_distill_encoder" not in named
+
+
+def test_computing_again_saves_memory_on_a_cpu_too():
+    """XLA's default schedule there computes the insides of all layers again at once."""
+    mesh = make_mesh(data=1)
+    whole = replicated(mesh)
+
+    @jax.checkpoint
+    def layer(x, w):
+        return jnp.tanh(jnp.tanh(x[:, None] * w) @ jnp.sin(w.T))[:, 0]
+
+    def step(state, teacher, batch):
+        def loss(ws):
+            x = batch["x"]
+            for w in ws:
+                x = layer(x, w)
+            return jnp.sum(x * teacher)
+
+        gradient = jax.grad(loss)(state)
+        return jax.tree.map(jnp.subtract, state, gradient), gradient
+
+    def array(*shape, sharding=whole):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    state = [array(1, 64) for _ in range(8)]
+    needed = []
+    for remat in (False, True):
+        compiled = jit_train_step(step, state, mesh, remat=remat).lower(
+            state, array(), {"x": array(4096, 1)}
+        )
+        needed.append(compiled.compile().memory_analysis().temp_size_in_bytes)
+    assert needed[1] < needed[0] / 2, needed
