@@ -4,7 +4,9 @@ python experiments/deformable_sampling.py [--rounds=7] [--out=FILE] [--cases=coc
 
 For every case (COCO's encoder and decoder at 800 x 1066, the embedded set's encoder) each way of
 ``ops.deformable`` samples and mixes the same random points, forward alone and forward plus
-gradient; the ways run in turn, round after round, and ratios are of medians to the plain gather's.
+gradient, all heads at once and (as ``model.remat`` does) head by head, sampling again in the
+backward pass; the ways run in turn, round after round, and ratios are of medians to the plain
+gather's.
 With torch installed (extra "parity"), transformers' own function runs in the same rounds. With
 libtpu installed, forward plus gradient is compiled ahead of time for one v5e chip and the
 compiler's bytes are kept (no TPU is needed, and nothing is timed on one).
@@ -27,7 +29,7 @@ import numpy as np
 from aqdetr_jax import host
 
 COCO = ((100, 134), (50, 67), (25, 34), (13, 17))
-METHODS = ("gather", "packed", "dense")
+METHODS = ("gather", "packed", "dense", "gather by head", "packed by head")
 
 
 class Case(NamedTuple):
@@ -72,9 +74,22 @@ def jax_functions(case: Case, method: str) -> dict[str, Callable[..., Any]]:
     import jax
     import jax.numpy as jnp
 
-    from aqdetr_jax.ops.deformable import deformable_attention
+    from aqdetr_jax.models.attention import merge_heads
+    from aqdetr_jax.models.deformable_attention import head_by_head
+    from aqdetr_jax.ops.deformable import deformable_attention, sample_values
 
-    forward = functools.partial(deformable_attention, shapes=case.shapes, method=method)
+    way, _, by_head = method.partition(" ")
+
+    def forward(values, locations, weights):
+        if not by_head:
+            return deformable_attention(values, locations, weights, case.shapes, way)
+
+        def mix(values, locations, weights):
+            samples = sample_values(values, locations, case.shapes, way)
+            return jnp.einsum("bmqp,bmqpd->bmqd", weights, samples)
+
+        flat = weights.reshape(*weights.shape[:3], -1).transpose(0, 2, 1, 3)
+        return merge_heads(head_by_head(mix, (values, locations, flat)))
 
     def loss(values, locations, weights, cotangent):
         return jnp.sum(forward(values, locations, weights) * cotangent)
@@ -214,10 +229,10 @@ def main() -> None:
         results["cases"][name] = measure(name, options.rounds)
         for method, row in results["cases"][name]["methods"].items():
             if isinstance(row, str):
-                print(f"{method:8s} {row}")
+                print(f"{method:14s} {row}")
                 continue
             print(
-                f"{method:8s} forward {statistics.median(row['forward_seconds']) * 1e3:9.2f} ms "
+                f"{method:14s} forward {statistics.median(row['forward_seconds']) * 1e3:9.2f} ms "
                 f"({row['forward_ratio_to_gather']:.2f}), with gradient "
                 f"{statistics.median(row['gradient_seconds']) * 1e3:9.2f} ms "
                 f"({row['gradient_ratio_to_gather']:.2f})"

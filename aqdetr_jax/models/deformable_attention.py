@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -181,7 +181,7 @@ class SamplingCore(nn.Module):
         q_s = activation_quantizer(self, "samples", samples, signed, head_axis=1)
         mix = functools.partial(quantized_product, MixSamples(self.dtype))
         if one_by_one:
-            mixed = _head_by_head(
+            mixed = head_by_head(
                 lambda v, x, p, qp, qs: mix(p, sample(v, x), qp, qs, policy.arithmetic),
                 (values, locations, probabilities),
                 (q_p, q_s),
@@ -202,14 +202,14 @@ class SamplingCore(nn.Module):
         return mixed, DeformableMaps(scores, probabilities, locations, sizes, mixed)
 
 
-def _head_by_head(
+def head_by_head(
     mix: Callable[..., Array],
     arrays: tuple[Array, Array, Array],
-    quantizers: tuple[Quantizer | None, Quantizer | None],
+    quantizers: Sequence[Quantizer | None] = (),
 ) -> Array:
     """``mix(values, locations, probabilities, *quantizers)``, one head after the other.
 
-    A loop, not only a promise to compute again: what a compiler reorders (XLA's for CPUs computes
+    The backward pass computes ``mix`` again; and what a compiler reorders (XLA's for CPUs computes
     all layers' samples again before it needs the first) stays the samples of one head.
 
     Args:
