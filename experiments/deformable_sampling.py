@@ -9,7 +9,8 @@ backward pass; the ways run in turn, round after round, and ratios are of median
 gather's.
 With torch installed (extra "parity"), transformers' own function runs in the same rounds. With
 libtpu installed, forward plus gradient is compiled ahead of time for one v5e chip and the
-compiler's bytes are kept (no TPU is needed, and nothing is timed on one).
+compiler's bytes are kept (no TPU is needed, and nothing is timed on one; what a loop moves, it
+counts once).
 """
 
 from __future__ import annotations
