@@ -157,7 +157,6 @@ def main() -> None:
         parser.error(f"--only knows {', '.join([*TINY, *FULL])}; not {', '.join(sorted(unknown))}")
     # One step a model: XLA's expensive passes would take most of the time.
     jax.config.update("jax_disable_most_optimizations", True)
-    kept = read_json(options.out)["rows"] if options.out.is_file() else []
     failed = []
     for comparison in comparisons(options):
         rows = compare(comparison)
@@ -171,6 +170,8 @@ def main() -> None:
             note += "  EXCEEDED" * bad
             print(f"  {row['stage']:26} {row['max_abs_diff']:8.1e} of {row['tolerance']:g}{note}")
         sys.stdout.flush()
+        # Read again every time: others may be at work on other models.
+        kept = read_json(options.out)["rows"] if options.out.is_file() else []
         kept = [row for row in kept if (row["source"], row["model"]) != key] + rows
         for row in kept:  # of earlier runs too: one rule holds for the whole file
             row["tolerance"] = tolerance(row["stage"], row["model"])
