@@ -169,7 +169,7 @@ def test_model_round_trip_is_bit_equal_and_drops_auxiliary_queries(calibrated, t
 def test_wrong_folders_are_explained(tiny_teacher, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_model(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="not a parameter folder"):
+    with pytest.raises(FileNotFoundError, match="not a model folder"):
         load_model(tmp_path)  # empty
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(FileNotFoundError, match=r"manifest\.json, metadata\.json and params/"):
