@@ -87,7 +87,7 @@ def test_folders_of_ours(refuse, tmp_path, tiny_teacher):
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "thesis.tex").write_text("text")
-    with pytest.raises(FileExistsError, match="is not a parameter folder"):
+    with pytest.raises(FileExistsError, match="is not a model folder"):
         convert(source, occupied)
     assert [file.name for file in occupied.iterdir()] == ["thesis.tex"]
 
@@ -154,6 +154,9 @@ def test_almost_nothing_matches(refuse, tmp_path):
         "only 1 of its 10 names",
         "stages.0.blocks.weight",
     )
+    del state["model.level_embed"]
+    save_file(state, tmp_path / "alien.safetensors")
+    refuse(tmp_path / "alien.safetensors", "none of its 9 names (first: stages.0.blocks.weight")
 
 
 @pytest.mark.parametrize(
