@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.io import is_empty_folder, read_json, write_json_atomic
 from aqdetr_jax.training import trees
 from aqdetr_jax.training.checksums import find_damage, read_manifest, write_manifest
 
@@ -285,7 +285,7 @@ def _may_be_replaced(path: Path) -> bool:
     try:
         return read_manifest(path / "manifest.json").get("kind") == _PARAMS
     except (OSError, ValueError):
-        return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+        return is_empty_folder(path)
 
 
 def save_params(
