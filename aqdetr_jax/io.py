@@ -77,6 +77,11 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
     return target
 
 
+def is_empty_folder(path: Path) -> bool:
+    """Whether a path is a folder, no link to one, that holds nothing."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
 def check_folder(path: str | os.PathLike[str], mark: str) -> Path:
     """Whether a folder may be written, as an absolute path.
 
@@ -85,10 +90,10 @@ def check_folder(path: str | os.PathLike[str], mark: str) -> Path:
       mark: name of a file that every folder of its kind holds.
 
     Raises:
-      FileExistsError: something of another kind is there.
+      FileExistsError: something of another kind is there, other than an empty folder.
     """
     target = Path(path).absolute()
-    if target.exists() and not (target / mark).is_file():
+    if target.exists() and not (target / mark).is_file() and not is_empty_folder(target):
         raise FileExistsError(
             f"{target} exists and holds no {mark}, so that it is not replaced; choose another name"
         )

@@ -32,9 +32,12 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["mark"]
         assert (tmp_path / "out" / "mark").read_text() == stays
-    (tmp_path / "out" / "mark").unlink()
+    (tmp_path / "out" / "mark").rename(tmp_path / "out" / "other")
     with pytest.raises(FileExistsError, match="holds no mark"):
         fill("3")
+    (tmp_path / "out" / "other").unlink()
+    fill("4")  # what is empty is nobody's
+    assert (tmp_path / "out" / "mark").read_text() == "4"
 
 
 def test_json_reading_names_the_fault(tmp_path):

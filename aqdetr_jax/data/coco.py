@@ -64,13 +64,15 @@ class CocoFolder(RecordDataset):
         self.images_dir = pathlib.Path(images_dir)
         self.annotation_file = pathlib.Path(annotation_file)
         self.max_pixels = max_pixels
+        hint = ""
+        if root is not None:
+            found = sorted(p.stem for p in pathlib.Path(root).glob("annotations/*.json"))
+            splits = [name.removeprefix("instances_") for name in found]
+            hint = f" (annotated splits there: {', '.join(splits) or 'none'})"
         if not self.images_dir.is_dir():
-            hint = ""
-            if root is not None:
-                found = sorted(p.stem for p in pathlib.Path(root).glob("annotations/*.json"))
-                splits = [name.removeprefix("instances_") for name in found]
-                hint = f" (annotated splits there: {', '.join(splits) or 'none'})"
             raise FileNotFoundError(f"COCO image folder {self.images_dir} does not exist{hint}")
+        if not self.annotation_file.exists():
+            raise FileNotFoundError(f"annotation file {self.annotation_file} does not exist{hint}")
         parsed = CocoParser(read_json(self.annotation_file), str(self.annotation_file))
         super().__init__(
             name=f"coco/{split or self.annotation_file.stem}",

@@ -58,11 +58,17 @@ def recognise(state: Mapping[str, np.ndarray], name: str) -> tuple[str, Kind]:
     unknown = {kind: _unexplained(state, kind.table) for kind in KINDS}
     kind = min(KINDS, key=lambda k: len(unknown[k]))
     left = unknown[kind]
+    known = "; ".join(k.title for k in KINDS)
+    if len(left) == len(state):
+        raise ValueError(
+            f"{name}: nothing matches: none of its {len(state)} names (first: "
+            f"{', '.join(left[:3])}) is one of a model that is read. Known are: {known}"
+        )
     if len(left) > ALMOST_NOTHING * len(state):
         raise ValueError(
             f"{name}: almost nothing matches: it is closest to a {kind.title}, but only "
             f"{len(state) - len(left)} of its {len(state)} names are those of one (first of the "
-            f"others: {', '.join(left[:3])}). Known are: {'; '.join(k.title for k in KINDS)}"
+            f"others: {', '.join(left[:3])}). Known are: {known}"
         )
     if left:
         raise ValueError(

@@ -189,7 +189,7 @@ def _read(file: BinaryIO, file_size: int, max_bytes: int) -> Any:
         raise Malformed("is in the tar format of torch before 0.1.10, which is not read")
     if head == b"vers":
         raise Malformed("is no file of torch.save; perhaps a Git LFS pointer to one")
-    raise Malformed("is no file of torch.save, or is cut short")
+    raise Malformed("is no file of torch.save, or is cut short: fetch it again")
 
 
 def _read_zip(file: BinaryIO, file_size: int, max_bytes: int) -> Any:
@@ -301,5 +301,5 @@ def _fill(file: BinaryIO, size: int) -> np.ndarray:
     """The next ``size`` bytes of the file, uint8 [size]; the one place that allocates by a size."""
     data = np.empty(size, np.uint8)
     if size and file.readinto(data.data) != size:  # type: ignore[attr-defined]
-        raise Malformed("is cut short")
+        raise Malformed("is cut short: fetch it again")
     return data

@@ -193,6 +193,8 @@ def declared_facts(
       ValueError: it declares another family, two numbers where we have one, or a variant that is
         not read; the message gives key and value.
     """
+    if where == "config.json" and family == "backbone":
+        return _timm_facts(settings, name)
     if where == "config.json":
         kind = settings.get("model_type")
         if MODEL_TYPES.get(str(kind)) != family:
@@ -276,6 +278,24 @@ def _add_backbone(facts: dict[str, Declared], backbone: str) -> None:
     for (_, depths), known in DEPTHS.items():
         if backbone == known:
             facts["depths"] = Declared(depths, f"backbone={known!r}, which has depths")
+
+
+def _timm_facts(settings: Mapping[str, Any], name: str) -> dict[str, Declared]:
+    """What timm's ``config.json`` says of a ResNet: others of its names may pool otherwise."""
+    depths = {known: depths for (_, depths), known in DEPTHS.items()}
+    architecture = settings.get("architecture")
+    if not isinstance(architecture, str) or architecture not in depths:
+        raise ValueError(
+            f"{name}: its parameters are those of a ResNet, but config.json says architecture="
+            f"{said(architecture)}; of timm's folders {', '.join(depths)} are read"
+        )
+    if settings.get("model_args"):
+        raise ValueError(
+            f"{name}: config.json says model_args={said(settings['model_args'])}: that variant is "
+            "not read"
+        )
+    key = f"architecture={architecture!r}, which has depths"
+    return {"depths": Declared(depths[architecture], key)}
 
 
 def _only(settings: Mapping[str, Any], rules, where: str) -> None:

@@ -157,7 +157,7 @@ def _read(file: BinaryIO, file_size: int, start: int, length: int) -> bytes:
     file.seek(start)
     data = file.read(length)
     if len(data) != length:
-        raise Malformed("is cut short")
+        raise Malformed("is cut short: fetch it again")
     return data
 
 
@@ -167,11 +167,11 @@ def _end_record(file: BinaryIO, file_size: int) -> tuple[int, int, int]:
     tail = _read(file, file_size, tail_start, file_size - tail_start)
     found = tail.rfind(b"PK\x05\x06")
     if found < 0 or len(tail) - found < END.size:
-        raise Malformed("is cut short: a zip file without its list of members")
+        raise Malformed("is cut short, a zip file without its list of members: fetch it again")
     _, disk, first_disk, here, count, length, start, comment = END.unpack_from(tail, found)
     end = tail_start + found
     if end + END.size + comment != file_size:
-        raise Malformed("is cut short or has bytes after its end")
+        raise Malformed("is cut short or has bytes after its end: fetch it again")
     if FULL16 in (here, count) or FULL32 in (length, start):
         place = _read(file, file_size, max(0, end - END64_PLACE.size), END64_PLACE.size)
         signature, _, end, disks = END64_PLACE.unpack(place)

@@ -78,10 +78,13 @@ def evaluate_bundle(
       ValueError: the set has classes that the model does not know.
     """
     dataset = setup.open_dataset(config.data, train=False)
-    if not set(dataset.class_names) <= set(bundle.class_names):
+    known = set(bundle.class_names)
+    unknown = tuple(name for name in dataset.class_names if name not in known)
+    if unknown:
         raise ValueError(
-            f"the model detects {_some(bundle.class_names)}, but {dataset.name} has "
-            f"{_some(dataset.class_names)}: evaluate it on the classes it was trained on"
+            f"{dataset.name} has {_some(unknown)} that the model, with its "
+            f"{_some(bundle.class_names)}, does not know: classes are matched by name; evaluate it "
+            "on those it was trained on, or first train it on such data (config.init_from)"
         )
     ids = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
     if len(bundle.class_names) > len(ids):

@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.io import is_empty_folder, read_json, write_json_atomic
 from aqdetr_jax.training import trees
 from aqdetr_jax.training.checksums import find_damage, read_manifest, write_manifest
 
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_(\d+)")
 _MANIFEST = ".manifest.json"
+_PARAMS = "params"  # kind of a model folder's manifest
+_FOREIGN = ("*.safetensors", "*.bin", "*.pth", "*.pt")
 _NONE, _ALL_BAD = -1, -2  # what process 0 tells the others instead of a step
 
 
@@ -267,12 +269,23 @@ def check_target(path: str | Path) -> Path:
     """Where parameters are to be saved, as an absolute path.
 
     Raises:
-      FileExistsError: ``path`` exists and is not a parameter folder.
+      FileExistsError: ``path`` exists and is neither a model folder nor empty. (A run's work
+        directory has a manifest as well.)
     """
     path = Path(path).absolute()
-    if path.exists() and not (path / "manifest.json").is_file():
-        raise FileExistsError(f"{path} exists and is not a parameter folder; choose another name")
+    if path.exists() and not _may_be_replaced(path):
+        raise FileExistsError(
+            f"{path} exists and is not a model folder, which alone is replaced; choose another name"
+        )
     return path
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a new model may take a path's place: an earlier one, or an empty folder."""
+    try:
+        return read_manifest(path / "manifest.json").get("kind") == _PARAMS
+    except (OSError, ValueError):
+        return is_empty_folder(path)
 
 
 def save_params(
@@ -283,7 +296,7 @@ def save_params(
 ) -> None:
     """Saves parameters for inference, with all that is needed to use them, as one folder.
 
-    The folder appears whole or not at all; an earlier parameter folder of that name is replaced.
+    The folder appears whole or not at all; an earlier model folder of that name is replaced.
 
     Args:
       path: folder to write.
@@ -292,7 +305,7 @@ def save_params(
       more: further JSON files for people, by file name.
 
     Raises:
-      FileExistsError: ``path`` exists and is not a parameter folder.
+      FileExistsError: ``path`` exists and is neither a model folder nor empty.
       ValueError: a leaf cannot be saved; the message names it.
     """
     path = check_target(path)
@@ -308,18 +321,22 @@ def save_params(
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
     _barrier(f"params_{path.name}")
-    ocp.save(partial / "params", trees.nest(leaves))
-    if jax.process_index() == 0:
-        # Orbax notes the folder that it wrote to; a model travels, and that path is nobody's.
-        for note in partial.rglob("commit_success.txt"):
-            note.write_text("committed\n", encoding="utf-8")
-        for file, content in {**(more or {}), "metadata.json": metadata}.items():
-            write_json_atomic(partial / file, dict(content))
-        write_manifest(partial / "manifest.json", partial, {"kind": "params"})
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+    try:
+        ocp.save(partial / "params", trees.nest(leaves))
+        if jax.process_index() == 0:
+            # Orbax notes the folder that it wrote to; a model travels, and that path is nobody's.
+            for note in partial.rglob("commit_success.txt"):
+                note.write_text("committed\n", encoding="utf-8")
+            for file, content in {**(more or {}), "metadata.json": metadata}.items():
+                write_json_atomic(partial / file, dict(content))
+            write_manifest(partial / "manifest.json", partial, {"kind": _PARAMS})
+            if path.exists():
+                path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if jax.process_index() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # there only if something failed
     _barrier(f"params_done_{path.name}")
 
 
@@ -334,17 +351,17 @@ def load_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
       metadata. Compare with a model by :func:`trees.check_parameters`.
 
     Raises:
-      FileNotFoundError: no such folder, or it is not a parameter folder (what it is, is said).
+      FileNotFoundError: no such folder, or it is not a model folder (what it is, is said).
       CheckpointError: a file is missing or damaged.
     """
     path = Path(path).absolute()
-    if not path.is_dir():
+    if not path.exists():
         raise FileNotFoundError(f"no such folder: {path}")
     if not (path / "manifest.json").is_file() or not (path / "params").is_dir():
-        raise FileNotFoundError(f"{path} is not a parameter folder. {_what_it_is(path)}")
+        raise FileNotFoundError(f"{path} is not a model folder. {_what_it_is(path)}")
     damage = find_damage(path / "manifest.json", path)
     if damage is not None:
-        raise CheckpointError(f"parameter folder is damaged: {damage}. Restore it from a copy.")
+        raise CheckpointError(f"model folder is damaged: {damage}. Restore it from a copy.")
     return _load(path / "params", None), read_json(path / "metadata.json")
 
 
@@ -363,13 +380,15 @@ def _load(folder: Path, abstract: Any) -> Any:
 
 
 def _what_it_is(path: Path) -> str:
+    if not path.is_dir() or any(any(path.glob(pattern)) for pattern in _FOREIGN):
+        return "If it is a published checkpoint: aqdetr convert makes a model folder of it."
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         return "It holds a run that is not finished: run its training command again."
     if any(_STEP.match(child.name) for child in path.iterdir()):
         return "It holds training checkpoints; name the folder of the run's final parameters."
     inside = sorted(m.parent.relative_to(path).as_posix() for m in path.glob("*/manifest.json"))
     if inside:
-        return f"Parameter folders inside it: {', '.join(inside)}"
+        return f"Model folders inside it: {', '.join(inside)}"
     return "It should hold manifest.json, metadata.json and params/."
 
 

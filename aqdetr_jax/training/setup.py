@@ -188,8 +188,8 @@ def load_source(path: str, key: str) -> ModelBundle:
         return load_model(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"config.{key}={path!r}: {error}. Train that model first, or set config.{key} to the "
-            "folder of another run or model."
+            f"config.{key}={path!r}: {str(error).rstrip('.')}. Otherwise train that model "
+            f"first, or set config.{key} to the folder of another run or model."
         ) from error
 
 
@@ -197,7 +197,8 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
     """The float teacher of a distillation, or None.
 
     Raises:
-      ValueError: the teacher is quantized, or its attention does not match the student's.
+      ValueError: the teacher is a backbone or quantized, or its attention does not match the
+        student's.
     """
     if not config.distill.weights.active:
         return None
@@ -209,6 +210,11 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
         )
     key = "distill.teacher" if config.distill.teacher else "init_from"
     teacher = load_source(path, key)
+    if "decoder" not in teacher.variables["params"]:
+        raise ValueError(
+            f"config.{key}={path!r} is a backbone and no teacher: start a float model from it, and "
+            f"set config.{key} to the folder of that run"
+        )
     if teacher.quant.quantized:
         raise ValueError(
             f"config.{key}={path!r} is quantized ({teacher.quant.policy}) and no teacher: set "

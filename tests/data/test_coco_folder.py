@@ -182,6 +182,15 @@ def test_bad_json(tmp_path, raw, message):
         CocoFolder(*write(tmp_path, None, raw))
 
 
+def test_missing_annotations_of_a_root_name_those_that_are_there(tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_test.json").write_text("{}")
+    reason = r"instances_val\.json does not exist \(annotated splits there: test\)"
+    with pytest.raises(FileNotFoundError, match=reason):
+        CocoFolder(root=tmp_path, split="val")
+
+
 def test_missing_paths(tmp_path):
     images, path = write(tmp_path, CONTENT)
     with pytest.raises(FileNotFoundError, match=r"gone\.json does not exist"):

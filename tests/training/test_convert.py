@@ -265,7 +265,7 @@ def test_classes_are_evaluated_by_name_whatever_their_order(tiny_teacher):
         assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
         np.testing.assert_allclose(a["score"], b["score"], rtol=1e-5)
     renamed = dataclasses.replace(other, class_names=("zebra", *other.class_names[1:]))
-    with pytest.raises(ValueError, match=r"the model detects 11 classes \(zebra, "):
+    with pytest.raises(ValueError, match=r"that the model, with its 11 classes \(zebra, "):
         evaluate_bundle(renamed, tiny.FLOAT, "tiny")
 
 

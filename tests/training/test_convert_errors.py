@@ -17,6 +17,7 @@ NAME = "deformable_plain"
 STATE = fixture(NAME)["state"]
 FIRST = next(iter(STATE))
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 166618694\n"
+OF_ONE_KIND = ("damaged", "cut short", "without its list of members: fetch it again")
 PAGE = b"\n<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
 
 
@@ -56,6 +57,7 @@ def changed(**arrays):
         (LFS, "is a Git LFS pointer, not the file"),
         (save(STATE)[:-100], "damaged"),
         (torch_file({"a": np.ones(3, np.float32)})[:-30], "cut short"),
+        (torch_file(STATE)[:9000], "without its list of members: fetch it again"),
         (b"\x00" * 64, ""),
     ],
 )
@@ -63,7 +65,7 @@ def test_files_that_are_no_checkpoints(refuse, tmp_path, suffix, data, reason):
     source = tmp_path / f"weights{suffix}"
     source.write_bytes(data)
     of_the_other_kind = (reason == "damaged") != (suffix == ".safetensors")
-    refuse(source, "" if of_the_other_kind and reason in ("damaged", "cut short") else reason)
+    refuse(source, "" if of_the_other_kind and reason in OF_ONE_KIND else reason)
 
 
 def test_other_sources(refuse, tmp_path):
@@ -87,7 +89,7 @@ def test_folders_of_ours(refuse, tmp_path, tiny_teacher):
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "thesis.tex").write_text("text")
-    with pytest.raises(FileExistsError, match="is not a parameter folder"):
+    with pytest.raises(FileExistsError, match="is not a model folder"):
         convert(source, occupied)
     assert [file.name for file in occupied.iterdir()] == ["thesis.tex"]
 
@@ -154,6 +156,9 @@ def test_almost_nothing_matches(refuse, tmp_path):
         "only 1 of its 10 names",
         "stages.0.blocks.weight",
     )
+    del state["model.level_embed"]
+    save_file(state, tmp_path / "alien.safetensors")
+    refuse(tmp_path / "alien.safetensors", "none of its 9 names (first: stages.0.blocks.weight")
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors.numpy import save_file
 
 from aqdetr_jax.interop import names, recognise, variant
 from aqdetr_jax.interop.tables import TABLES
 from aqdetr_jax.models.detector import build_detector
-from aqdetr_jax.models.resnet import ResNet, resnet_config
+from aqdetr_jax.models.resnet import BackboneConfig, ResNet, resnet_config
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.config import load_experiment
-from aqdetr_jax.training.convert import default_name, model_config
+from aqdetr_jax.training.convert import convert, default_name, model_config
 
 OFFICIAL = {
     # configuration: (name of the converted model, what shapes cannot show)
@@ -96,3 +98,39 @@ def test_backbones(depth, block):
     facts = variant.seen_facts(params, "backbone", "source")
     assert facts["block"] == block
     assert model_config(facts, "backbone", "source").backbone == config
+
+
+def test_folders_of_timm(tmp_path):
+    """Only those whose ResNet is all that its names say: others pool without parameters."""
+    config = BackboneConfig("basic", (2, 2, 2, 2), (2, 4, 4, 6), stem_width=2)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    made = jax.eval_shape(ResNet(config).init, jax.random.key(0), images)
+    shapes = flat_shapes({group: {"backbone": tree} for group, tree in made.items()})
+    generator = np.random.default_rng(0)
+    params, stats = (
+        {path: generator.random(shape, np.float32) for path, shape in group.items()}
+        for group in shapes
+    )
+    source = tmp_path / "theirs"
+    source.mkdir()
+    state = names.untranslate(params, stats, TABLES["torchvision_resnet"])
+    save_file(state, source / "model.safetensors")
+    said = {"num_classes": 1000, "pretrained_cfg": {"input_size": [3, 224, 224]}}
+    for changes, reason in (
+        ({}, "says architecture=None; of timm's folders resnet18, resnet34, resnet50"),
+        ({"architecture": "resnetaa50"}, "says architecture='resnetaa50'; of timm's folders"),
+        ({"architecture": ["resnet18"]}, r"says architecture=\['resnet18'\]"),
+        ({"architecture": "resnet34"}, "architecture='resnet34', which has depths="),
+        ({"architecture": "resnet18", "model_args": {"aa_layer": "avg"}}, "model_args={'aa_layer"),
+    ):
+        (source / "config.json").write_text(json.dumps(said | changes))
+        with pytest.raises(ValueError, match=reason):
+            convert(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    (source / "config.json").write_text(json.dumps(said | {"architecture": "resnet18"}))
+    found = convert(source, tmp_path / "out").bundle
+    assert found.config.backbone == config
+    loaded = traverse_util.flatten_dict(found.variables["params"], sep="/")
+    assert set(loaded) == set(params)
+    for path, value in params.items():
+        np.testing.assert_array_equal(loaded[path], value)

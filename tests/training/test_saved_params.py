@@ -12,6 +12,7 @@ from checkpoint_states import assert_bit_equal, make_state
 
 from aqdetr_jax.training.checkpoint import CheckpointError, Checkpoints, load_params, save_params
 from aqdetr_jax.training.trees import check_parameters
+from aqdetr_jax.training.workdir import prepare_workdir
 
 
 @pytest.fixture
@@ -29,6 +30,13 @@ def test_params_round_trip(params_folder):
     # Saving again replaces the folder, and leaves nothing beside it.
     save_params(params_folder, make_state(4).params, {})
     assert_bit_equal(load_params(params_folder)[0], jax.tree.map(np.asarray, make_state(4).params))
+    assert [path.name for path in params_folder.parent.iterdir()] == ["final"]
+
+
+def test_a_failed_save_leaves_nothing(params_folder):
+    with pytest.raises(TypeError, match="which has no JSON form"):
+        save_params(params_folder, make_state(4).params, {"classes": object()})
+    assert_bit_equal(load_params(params_folder)[0], jax.tree.map(np.asarray, make_state(3).params))
     assert [path.name for path in params_folder.parent.iterdir()] == ["final"]
 
 
@@ -63,10 +71,31 @@ def test_wrong_folders_say_what_they_are(params_folder, tmp_path):
         load_params(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="It holds training checkpoints"):
         load_params(tmp_path / "checkpoints")
-    with pytest.raises(FileNotFoundError, match="Parameter folders inside it: final"):
+    with pytest.raises(FileNotFoundError, match="Model folders inside it: final"):
         load_params(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"should hold manifest\.json"):
         load_params(tmp_path / "empty")
-    with pytest.raises(FileExistsError, match="is not a parameter folder"):
-        save_params(tmp_path / "empty", {"a": np.ones(1)}, {})
+    (tmp_path / "empty" / "detr.pth").write_bytes(b"weights")
+    with pytest.raises(FileNotFoundError, match=r"is not a model folder.* aqdetr convert makes"):
+        load_params(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match=r"detr\.pth is not .* aqdetr convert makes"):
+        load_params(tmp_path / "empty" / "detr.pth")
+
+
+def test_only_models_and_empty_folders_are_replaced(tmp_path):
+    arrays = {"a": np.ones(1)}
+    (tmp_path / "empty").mkdir()
+    save_params(tmp_path / "empty", arrays, {"name": "first"})
+    save_params(tmp_path / "empty", arrays, {"name": "second"})
+    assert load_params(tmp_path / "empty")[1] == {"name": "second"}
+    run = tmp_path / "run"  # its manifest is another kind's
+    with prepare_workdir(run, {}, dataset={}):
+        (run / "checkpoints").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("text")
+    before = sorted(tmp_path.rglob("*"))
+    for path in (run, tmp_path / "other", tmp_path / "other" / "thesis.tex"):
+        with pytest.raises(FileExistsError, match="is not a model folder, which alone is repl"):
+            save_params(path, arrays, {})
+    assert sorted(tmp_path.rglob("*")) == before

@@ -130,7 +130,8 @@ def test_deformable_teacher_must_sample_alike(monkeypatch, teacher, student, cro
         deformable = DeformableConfig(**options)
         return dataclasses.replace(tiny.MODEL, family=family, deformable=deformable)
 
-    bundle = SimpleNamespace(config=model(**teacher), quant=QuantConfig())
+    variables = {"params": {"decoder": {}}}
+    bundle = SimpleNamespace(config=model(**teacher), quant=QuantConfig(), variables=variables)
     monkeypatch.setattr(setup, "load_source", lambda path, key: bundle)
     config = dataclasses.replace(
         tiny.student("somewhere"),
@@ -169,7 +170,7 @@ def test_model_round_trip_is_bit_equal_and_drops_auxiliary_queries(calibrated, t
 def test_wrong_folders_are_explained(tiny_teacher, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_model(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="not a parameter folder"):
+    with pytest.raises(FileNotFoundError, match="not a model folder"):
         load_model(tmp_path)  # empty
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(FileNotFoundError, match=r"manifest\.json, metadata\.json and params/"):
@@ -187,6 +188,8 @@ def test_pretrained_backbone_is_no_detector(tiny_teacher, tmp_path):
     save_model(tmp_path / "model", dataclasses.replace(bundle, variables=variables))
     with pytest.raises(ValueError, match="can only start a detector"):
         load_model(tmp_path).module()
+    with pytest.raises(ValueError, match=r"config\.init_from=.* is a backbone and no teacher: st"):
+        setup.load_teacher(tiny.student(tmp_path))
 
 
 # --- what the data decide ------------------------------------------------------------------------
