@@ -237,7 +237,7 @@ PARITY_MODELS = {
     "DETR-R50": ("facebookresearch/detr", "detr_r50"),
     "Deformable DETR, refinement and two stages": (
         "fundamentalvision/Deformable-DETR",
-        "deformable_full_two_stage",
+        "deformable_full",
     ),
 }
 PARITY_STAGES = {

@@ -90,5 +90,5 @@ def test_unknown_model(tmp_path):
 
 def test_model_of_other_classes_is_not_evaluated(tiny_teacher):
     bundle = dataclasses.replace(load_model(tiny_teacher), class_names=("cat", "dog"))
-    with pytest.raises(ValueError, match=r"shapes/validation has 10 classes .* 2 classes \(cat, dog\)"):
+    with pytest.raises(ValueError, match=r"has 10 classes .* 2 classes \(cat, dog\)"):
         qs.evaluate_bundle(bundle, tiny.FLOAT, "wrong")
