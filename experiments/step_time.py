@@ -81,8 +81,7 @@ def build(config, batch, batches, teacher_variables, mesh):
     teacher = build_detector(config.model) if config.distill.weights.active else None
     step = make_train_step(config, detection_loss_fn(config, module, teacher), optimizer, groups)
     start = time.perf_counter()
-    jitted = jit_train_step(step, state, mesh, remat=bool(config.model.remat))
-    compiled = jitted.lower(state, teacher_variables, batch).compile()
+    compiled = jit_train_step(step, state, mesh).lower(state, teacher_variables, batch).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return compiled, state, seconds, memory.temp_size_in_bytes

@@ -174,10 +174,7 @@ class _Run:
             else:
                 loss_fn = pretrain_loss_fn(config, self.module)
             step = jit_train_step(
-                make_train_step(config, loss_fn, optimizer, groups),
-                state,
-                self.mesh,
-                remat=bool(config.model.remat),
+                make_train_step(config, loss_fn, optimizer, groups), state, self.mesh
             )
 
             # --- loop -------------------------------------------------------------------------

@@ -128,8 +128,8 @@ class Watch:
             self.before = tiny.digest(self.teacher.variables)
             return self.teacher
 
-        def jit_train_step(*arguments, **options):
-            compiled = jit(*arguments, **options)
+        def jit_train_step(*arguments):
+            compiled = jit(*arguments)
 
             def step(state, teacher_variables, batch):
                 self.used.append(tiny.digest(teacher_variables))
