@@ -209,8 +209,8 @@ def head_by_head(
 ) -> Array:
     """``mix(values, locations, probabilities, *quantizers)``, one head after the other.
 
-    The backward pass computes ``mix`` again; and what a compiler reorders (XLA's for CPUs computes
-    all layers' samples again before it needs the first) stays the samples of one head.
+    The backward pass computes ``mix`` again; in a loop, so that whatever a compiler reorders, the
+    samples of one head exist at a time.
 
     Args:
       mix: the product of one head, all arrays with one head: -> [B, 1, Q, D].

@@ -225,8 +225,7 @@ def make_train_step(
 
 LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 """XLA's default for CPUs starts whatever it can: what is computed again (``DetrConfig.remat``) all
-at once, before any of it is needed. This order takes less memory without that too, and is no
-slower."""
+at once, before any of it is needed. This order takes less memory without that too."""
 
 
 def jit_train_step(step: Callable, state: TrainState, mesh: Mesh) -> Any:
