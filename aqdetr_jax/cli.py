@@ -199,7 +199,6 @@ def _predict(arguments, overrides) -> None:
         names = ", ".join(detector.class_names)
         print(f"no --model given: {TEACHERS['detr']}, which knows {names}")
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()
     failed = []
     for path in arguments.images:

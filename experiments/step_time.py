@@ -4,11 +4,13 @@ python experiments/step_time.py [--config=shapes_w4a4,shapes_w4a4:deformable-aqd
     [--out=FILE] [a.b=value ...]
 
 Variants: float (no quantization), lsq (4-bit), auxiliary (+ auxiliary queries), aqdetr (+ teacher
-and distillation). They run in turn, round after round, on the same batch, so that a drift of the
-machine's speed hits all alike; ratios are medians over rounds, to the same model's float step and,
-where several configurations are given, to the first one's. Every step is compiled over the mesh as
-the training loop does it. Shares of the whole step: the matcher (timed alone on the same
-predictions), the teacher's forward pass (timed alone), and the quantizers (lsq minus float).
+and distillation), and on CPUs the last once more in the order that XLA takes unless told otherwise
+(``training.step.LEAST_MEMORY``). They run in turn, round after round, on the same batch, so that a
+drift of the machine's speed hits all alike; ratios are medians over rounds, to the same model's
+float step and, where several configurations are given, to the first one's. Every step is compiled
+over the mesh as the training loop does it. Shares of the whole step: the matcher (timed alone on
+the same predictions), the teacher's forward pass (timed alone), and the quantizers (lsq minus
+float).
 """
 
 from __future__ import annotations
@@ -49,6 +51,9 @@ from aqdetr_jax.training.step import (
 from aqdetr_jax.training.workdir import git_commit, package_versions
 
 VARIANTS = ("float", "lsq", "auxiliary", "aqdetr")
+UNSCHEDULED = "aqdetr, XLA's order"
+"""On CPUs: the whole step, its operations in the order of XLA's default."""
+XLA_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_DEFAULT"}
 AS_IT_IS = "as it is"
 """The variant that leaves a configuration alone."""
 
@@ -57,6 +62,8 @@ def variant_config(base, name):
     """The experiment with parts of the method switched off."""
     if name == AS_IT_IS:
         return base
+    if name == UNSCHEDULED:
+        name = "aqdetr"
     model, distill = base.model, base.distill
     if name in ("float", "lsq"):
         model = dataclasses.replace(model, num_auxiliary=0, auxiliary_groups=1)
@@ -66,7 +73,7 @@ def variant_config(base, name):
     return dataclasses.replace(base, model=model, distill=distill, quant=quant)
 
 
-def build(config, batch, batches, teacher_variables, mesh):
+def build(config, batch, batches, teacher_variables, mesh, compiler_options=None):
     """Compiled step, first state, seconds of compiling, bytes of temporaries."""
     module = setup.build_module(config)
     variables, _ = initial.initial_variables(config, module, None, batches)
@@ -81,7 +88,8 @@ def build(config, batch, batches, teacher_variables, mesh):
     teacher = build_detector(config.model) if config.distill.weights.active else None
     step = make_train_step(config, detection_loss_fn(config, module, teacher), optimizer, groups)
     start = time.perf_counter()
-    compiled = jit_train_step(step, state, mesh).lower(state, teacher_variables, batch).compile()
+    lowered = jit_train_step(step, state, mesh).lower(state, teacher_variables, batch)
+    compiled = lowered.compile(compiler_options)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return compiled, state, seconds, memory.temp_size_in_bytes
@@ -102,7 +110,7 @@ class Bench:
         name: str,
         overrides: tuple[str, ...],
         mesh: jax.sharding.Mesh,
-        variants: tuple[str, ...] = VARIANTS,
+        variants: tuple[str, ...],
     ):
         base = load_experiment(name, overrides)
         dataset = setup.open_dataset(base.data, train=True)
@@ -121,7 +129,12 @@ class Bench:
         for variant in variants:
             config = variant_config(base, variant)
             compiled, state, seconds, temporary = build(
-                config, self.batch, batches, self.teacher_variables, mesh
+                config,
+                self.batch,
+                batches,
+                self.teacher_variables,
+                mesh,
+                XLA_ORDER if variant == UNSCHEDULED else None,
             )
             self.steps[variant], self.states[variant] = compiled, state
             self.rows[variant] = {
@@ -133,7 +146,7 @@ class Bench:
                 f"temporaries {temporary / 2**20:.0f} MiB"
             )
         batches.close()
-        self.parts = self._parts() if variants == VARIANTS else {}
+        self.parts = self._parts() if set(VARIANTS) <= set(variants) else {}
         self.seconds: dict[str, list[float]] = {key: [] for key in (*variants, *self.parts)}
 
     def _parts(self) -> dict[str, Callable[[], Any]]:
@@ -181,7 +194,7 @@ class Bench:
     def result(self, reference: Bench) -> dict[str, Any]:
         """Medians, ratios to float and to the same variant of ``reference``, and shares."""
         median = {name: statistics.median(s) for name, s in self.seconds.items()}
-        for name in VARIANTS:
+        for name in self.steps:
             times = self.seconds[name]
             self.rows[name] |= {
                 "seconds": [round(t, 4) for t in times],
@@ -221,7 +234,9 @@ def main() -> None:
     mesh = make_mesh(batch_size=load_experiment(names[0], tuple(overrides)).train.batch_size)
     jax.set_mesh(mesh)
     # Deformable students have no packaged teacher: every model here starts from random weights.
-    benches = [Bench(name, ("init_from=unused", *overrides), mesh) for name in names]
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    variants = (*VARIANTS, UNSCHEDULED) if on_cpu else VARIANTS
+    benches = [Bench(name, ("init_from=unused", *overrides), mesh, variants) for name in names]
     for number in range(options.rounds + 2):  # the first two rounds warm up
         for bench in benches:
             bench.round(keep=number >= 2)
@@ -239,7 +254,7 @@ def main() -> None:
         print(found["config"])
         for name, row in found["variants"].items():
             print(
-                f"{name:10s} {row['median_seconds'] * 1e3:8.1f} ms  x{row['ratio_to_float']:.2f}  "
+                f"{name:20s} {row['median_seconds'] * 1e3:8.1f} ms  x{row['ratio_to_float']:.2f}  "
                 f"x{row['ratio_to_first']:.2f} of {result['configs'][0]['config']}"
             )
         print(found["share_of_whole_step"])

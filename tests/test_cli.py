@@ -260,6 +260,7 @@ def test_predict_names_an_unreadable_image(trained, tmp_path, capsys):
     out = f"--out={tmp_path / 'out'}"
     line = error_line(capsys, "predict", str(broken), f"--model={trained[0]}", out)
     assert "broken.jpg" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_configuration_on_the_same_folder(trained, capsys):

@@ -10,6 +10,7 @@ global batch" is a plain sum and no collective is written here.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -43,7 +44,7 @@ class LossWeights:
         giou: generalised IoU.
         eos: weight of the class "no object" in the softmax cross entropy.
         kind: ``softmax`` (C + 1 logits) or ``focal`` (C logits, sigmoid).
-        focal_alpha: weight of positives in the focal loss.
+        focal_alpha: weight of positives in the focal loss, in [0, 1].
         focal_gamma: focusing exponent.
     """
 
@@ -58,6 +59,12 @@ class LossWeights:
     def __post_init__(self) -> None:
         if self.kind not in ("softmax", "focal"):
             raise ValueError(f"LossWeights.kind must be 'softmax' or 'focal', got {self.kind!r}")
+        for name in ("cls", "l1", "giou", "eos", "focal_gamma"):
+            weight = getattr(self, name)
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {weight}")
+        if not 0 <= self.focal_alpha <= 1:
+            raise ValueError(f"focal_alpha must be in [0, 1], got {self.focal_alpha}")
 
 
 def _take_targets(values: jax.Array, matched: jax.Array) -> jax.Array:
@@ -118,7 +125,9 @@ def focal_loss(
     positive = label[..., None] == classes
     signed = jnp.where(positive, logits, -logits)  # the logit of being right
     scale = jnp.where(positive, alpha, 1.0 - alpha)
-    loss = -scale * jax.nn.sigmoid(-signed) ** gamma * jax.nn.log_sigmoid(signed)
+    # p ** gamma as an exponential: its gradient is finite where p underflows, for every gamma.
+    wrong = jnp.exp(gamma * jax.nn.log_sigmoid(-signed))
+    loss = -scale * wrong * jax.nn.log_sigmoid(signed)
     return jnp.sum(loss, axis=(1, 2, 3)) / num_boxes
 
 

@@ -78,7 +78,8 @@ def match_classes(source: ModelBundle, class_names: tuple[str, ...]) -> ModelBun
 
     Heads that know every wanted class keep their columns (and "no object"); others are taken out,
     and start afresh. The head of a two-stage model's proposals says by its first column whether
-    there is an object, whatever the first class is: that column stays first.
+    there is an object, whatever the first class is, and knows no name: that column stays first, and
+    the others, all trained to say no, follow as often as there are classes.
 
     Args:
       source: imported model.
@@ -92,14 +93,18 @@ def match_classes(source: ModelBundle, class_names: tuple[str, ...]) -> ModelBun
     proposals = f"class_head_{source.config.decoder_layers}"
     for name in heads:
         head = params.pop(name)
-        if not known:
+        width = np.shape(head["bias"])[0]
+        if name == proposals and source.config.deformable.two_stage:
+            if width < min(2, len(class_names)):
+                continue
+            columns = [min(column, width - 1) for column in range(len(class_names))]
+        elif not known:
             continue
-        columns = [source.class_names.index(wanted) for wanted in class_names]
-        if source.config.class_loss == "softmax":
-            # A head may have columns beyond its names (COCO's 91 ids); the last is "no object".
-            columns.append(-1)
-        elif name == proposals and source.config.deformable.two_stage:
-            columns = list(range(len(class_names)))
+        else:
+            columns = [source.class_names.index(wanted) for wanted in class_names]
+            if source.config.class_loss == "softmax":
+                # A head may have columns beyond its names (COCO's 91 ids); the last: "no object".
+                columns.append(-1)
         params[name] = {k: np.asarray(v)[..., columns] for k, v in head.items()}
     if known:
         logger.info("class head: columns of %d classes taken over by name", len(class_names))

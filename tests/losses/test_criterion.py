@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from aqdetr_jax.losses.criterion import (
     LossWeights,
     cardinality_error,
     class_error,
+    focal_loss,
     set_loss,
     softmax_loss,
 )
@@ -283,6 +285,33 @@ def test_cardinality_and_class_error_by_hand():
 def test_unknown_kind():
     with pytest.raises(ValueError, match=r"'softmax' or 'focal', got 'hinge'"):
         LossWeights(kind="hinge")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cls": -1.0}, "cls must be finite and not negative, got -1.0"),
+        ({"eos": math.nan}, "eos must be finite and not negative, got nan"),
+        ({"focal_alpha": 1.5}, r"focal_alpha must be in \[0, 1\], got 1.5"),
+        ({"focal_gamma": math.inf}, "focal_gamma must be finite and not negative, got inf"),
+    ],
+)
+def test_weights_out_of_range(values, message):
+    with pytest.raises(ValueError, match=message):
+        LossWeights(**values)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_focal_gradient_is_finite_where_probabilities_underflow(gamma):
+    logits = np.asarray([[[[-200.0, 200.0], [200.0, -200.0]]]], np.float32)
+    labels, matched = np.asarray([[0]], np.int32), np.asarray([[[0, -1]]])
+
+    def total(logits):
+        return focal_loss(logits, labels, matched, 1.0, 0.25, gamma).sum()
+
+    gradient = np.asarray(jax.grad(total)(logits))
+    # Of -a log p and -(1 - a) log(1 - p) far on the wrong side: -a and 1 - a; of p^g: nothing.
+    np.testing.assert_allclose(gradient, [[[[-0.25, 0.75], [0.75, 0.0]]]], atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", [None, "r50,float", "r101-dc5,float", "r50,w4a4"])

@@ -184,8 +184,15 @@ def test_class_heads_of_a_two_stage_model_follow_the_names():
     # Whether there is an object at all is the first column of the proposals' head.
     proposals = params["class_head_2"]["kernel"]
     np.testing.assert_array_equal(found["class_head_2"]["kernel"], proposals[:, [0, 1]])
-    unknown = initial.match_classes(source, (names[0], "zebra")).variables["params"]
-    assert not [name for name in unknown if name.startswith("class_head")]
+    # A class that the source does not know costs the other heads, not this one.
+    unknown = (names[0], "zebra")
+    params = initial.match_classes(source, unknown).variables["params"]
+    assert [name for name in params if name.startswith("class_head")] == ["class_head_2"]
+    np.testing.assert_array_equal(params["class_head_2"]["kernel"], proposals[:, [0, 1]])
+    many = (*names, "zebra", "yak")
+    last = len(names) - 1
+    kernel = initial.match_classes(source, many).variables["params"]["class_head_2"]["kernel"]
+    np.testing.assert_array_equal(kernel, proposals[:, [*range(last), last, last, last]])
 
 
 def test_class_head_follows_the_names(tiny_teacher, caplog):
