@@ -233,7 +233,7 @@ def main() -> None:
     names = options.config.split(",")
     mesh = make_mesh(batch_size=load_experiment(names[0], tuple(overrides)).train.batch_size)
     jax.set_mesh(mesh)
-    # Deformable students have no packaged teacher: every model here starts from random weights.
+    # Time does not depend on the weights: every model starts from random ones.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     variants = (*VARIANTS, UNSCHEDULED) if on_cpu else VARIANTS
     benches = [Bench(name, ("init_from=unused", *overrides), mesh, variants) for name in names]

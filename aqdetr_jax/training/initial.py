@@ -95,7 +95,7 @@ def match_classes(source: ModelBundle, class_names: tuple[str, ...]) -> ModelBun
         head = params.pop(name)
         width = np.shape(head["bias"])[0]
         if name == proposals and source.config.deformable.two_stage:
-            if width < min(2, len(class_names)):
+            if width == 1 < len(class_names):  # no column that says no
                 continue
             columns = [min(column, width - 1) for column in range(len(class_names))]
         elif not known:

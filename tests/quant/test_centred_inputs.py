@@ -16,8 +16,6 @@ from aqdetr_jax.quant.policy import Policy, Rule
 from aqdetr_jax.quant.record import OpRecord, recording
 from aqdetr_jax.quant.spec import QuantSpec
 
-RNG = np.random.default_rng(0)
-
 
 def test_channel_statistics_by_hand():
     rng = np.random.default_rng(1)
