@@ -4,13 +4,13 @@ python experiments/step_time.py [--config=shapes_w4a4,shapes_w4a4:deformable-aqd
     [--out=FILE] [a.b=value ...]
 
 Variants: float (no quantization), lsq (4-bit), auxiliary (+ auxiliary queries), aqdetr (+ teacher
-and distillation), and on CPUs the last once more in the order that XLA takes unless told otherwise
-(``training.step.LEAST_MEMORY``). They run in turn, round after round, on the same batch, so that a
-drift of the machine's speed hits all alike; ratios are medians over rounds, to the same model's
-float step and, where several configurations are given, to the first one's. Every step is compiled
-over the mesh as the training loop does it. Shares of the whole step: the matcher (timed alone on
-the same predictions), the teacher's forward pass (timed alone), and the quantizers (lsq minus
-float).
+and distillation); on CPUs the first and the last once more in the order that XLA takes unless told
+otherwise (``training.step.LEAST_MEMORY``). They run in turn, round after round, on the same batch,
+so that a drift of the machine's speed hits all alike; ratios are medians over rounds, to the same
+model's float step and, where several configurations are given, to the first one's. Every step is
+compiled over the mesh as the training loop does it. Shares of the whole step: the matcher (timed
+alone on the same predictions), the teacher's forward pass (timed alone), and the quantizers (lsq
+minus float).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from aqdetr_jax.training.step import (
 from aqdetr_jax.training.workdir import git_commit, package_versions
 
 VARIANTS = ("float", "lsq", "auxiliary", "aqdetr")
-UNSCHEDULED = "aqdetr, XLA's order"
-"""On CPUs: the whole step, its operations in the order of XLA's default."""
+UNSCHEDULED = ", XLA's order"
+"""What a variant's name ends in whose operations stand in the order of XLA's default for CPUs."""
 XLA_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_DEFAULT"}
 AS_IT_IS = "as it is"
 """The variant that leaves a configuration alone."""
@@ -62,8 +62,7 @@ def variant_config(base, name):
     """The experiment with parts of the method switched off."""
     if name == AS_IT_IS:
         return base
-    if name == UNSCHEDULED:
-        name = "aqdetr"
+    name = name.removesuffix(UNSCHEDULED)
     model, distill = base.model, base.distill
     if name in ("float", "lsq"):
         model = dataclasses.replace(model, num_auxiliary=0, auxiliary_groups=1)
@@ -134,7 +133,7 @@ class Bench:
                 batches,
                 self.teacher_variables,
                 mesh,
-                XLA_ORDER if variant == UNSCHEDULED else None,
+                XLA_ORDER if variant.endswith(UNSCHEDULED) else None,
             )
             self.steps[variant], self.states[variant] = compiled, state
             self.rows[variant] = {
@@ -235,8 +234,9 @@ def main() -> None:
     jax.set_mesh(mesh)
     # Time does not depend on the weights: every model starts from random ones.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    variants = (*VARIANTS, UNSCHEDULED) if on_cpu else VARIANTS
-    benches = [Bench(name, ("init_from=unused", *overrides), mesh, variants) for name in names]
+    again = tuple(f"{name}{UNSCHEDULED}" for name in ("float", "aqdetr")) if on_cpu else ()
+    given = ("init_from=unused", *overrides)
+    benches = [Bench(name, given, mesh, (*VARIANTS, *again)) for name in names]
     for number in range(options.rounds + 2):  # the first two rounds warm up
         for bench in benches:
             bench.round(keep=number >= 2)
