@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/aqdetr quickstart --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The comparison with torch and transformers live, not with what they once computed.
 test-parity: $(PARITY_VENV)/.installed

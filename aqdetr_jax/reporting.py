@@ -23,6 +23,7 @@ from aqdetr_jax.training.model_io import ModelBundle
 from aqdetr_jax.viz.attention import attention_grid, attention_rows, focused_cells, real_cells
 from aqdetr_jax.viz.curves import save_figure, training_curves
 from aqdetr_jax.viz.detections import Panel, detection_grid
+from aqdetr_jax.viz.html import PNG_LEVEL
 from aqdetr_jax.viz.records import read_metrics
 from aqdetr_jax.viz.report import write_report
 from aqdetr_jax.viz.sampling import Samples, sampling_grid, splat
@@ -267,12 +268,12 @@ def write_run_report(
     if pictures and detections:
         picture = detection_picture(dataset, detections, pictures)
         if picture is not None:
-            picture.save(folder / "detections.png")
+            picture.save(folder / "detections.png", compress_level=PNG_LEVEL)
             context["detections"] = [picture]
     if pictures and teacher is not None and student is not None:
         context["attention"] = attention_pictures(dataset, teacher, student, min(3, pictures))
         for number, item in enumerate(context["attention"]):
-            item["image"].save(folder / f"attention_{number}.png")
+            item["image"].save(folder / f"attention_{number}.png", compress_level=PNG_LEVEL)
     if bits is not None and bits.is_file():
         context["bit_report"] = read_json(bits)
     if manifest is not None and manifest.is_file():

@@ -54,9 +54,9 @@ def bccd_root() -> Path:
 
 @pytest.fixture(scope="module")
 def quick_compile() -> Iterator[None]:
-    """Compiles without XLA's expensive passes, which take most of the time of small tests.
+    """Compiles quickly to slower code: compiling takes most of the time of small tests.
 
-    For tests of whole training runs; child processes inherit it.
+    Not for tests of speed, of compiled programs or of the last bit; child processes inherit it.
     """
     import tiny
 
@@ -81,9 +81,12 @@ def run_python() -> Callable[..., str]:
     with the child's output when its exit status is not ``expect``.
     """
 
+    import tiny
+
     def run(source: str, *, devices: int = 8, timeout: float = 120, expect: int = 0) -> str:
         environment = dict(os.environ)
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        count = f"--xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = tiny.more_flags(count)
         child = subprocess.run(
             [sys.executable, "-W", "error", "-c", textwrap.dedent(source)],
             env=environment,

@@ -17,6 +17,8 @@ from aqdetr_jax.losses.criterion import LossWeights, set_loss
 from aqdetr_jax.losses.matching import QuerySet, match_sets
 from aqdetr_jax.losses.targets import Predictions, Targets
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SOFTMAX = LossWeights()
 FOCAL = LossWeights(cls=2.0, kind="focal")
 LAYERS, CLASSES, SLOTS = 2, 5, 5

@@ -21,6 +21,8 @@ from aqdetr_jax.losses.matching import QuerySet, match_sets
 from aqdetr_jax.losses.targets import Predictions, Targets
 from aqdetr_jax.training.config import load_experiment
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SOFTMAX = LossWeights()
 FOCAL = LossWeights(cls=2.0, kind="focal")
 

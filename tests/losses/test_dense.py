@@ -8,6 +8,8 @@ import pytest
 from aqdetr_jax.losses.dense import dense_assignment, dense_loss
 from aqdetr_jax.losses.targets import Targets
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 GRID = 4
 CENTRES = np.stack(np.meshgrid(np.arange(4), np.arange(4)), -1).reshape(1, 16, 2) / 4 + 0.125
 CENTRES = CENTRES.astype(np.float32)

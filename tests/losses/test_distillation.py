@@ -17,6 +17,8 @@ from aqdetr_jax.losses.distillation import (
 )
 from aqdetr_jax.ops.deformable import attention_map
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KINDS = ("kl", "mse", "logits", "output")
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 5, 5, 6
 VALID = np.array([[True] * 5, [True] * 3 + [False] * 2])

@@ -10,6 +10,8 @@ from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.matching import QuerySet, match_sets, matching_cost
 from aqdetr_jax.losses.targets import Predictions, Targets, repeat_counts
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SOFTMAX = LossWeights()
 FOCAL = LossWeights(cls=2.0, kind="focal")
 

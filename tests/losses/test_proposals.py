@@ -9,6 +9,8 @@ from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.proposals import proposal_loss
 from aqdetr_jax.losses.targets import Predictions, Targets
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 WEIGHTS = LossWeights(cls=2.0, kind="focal")
 TOKENS, CLASSES, SLOTS = 6, 3, 4
 

@@ -13,6 +13,8 @@ from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.models.resnet import BackboneConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = DetrConfig(
     BackboneConfig("basic", (1,), (4,), (2,), (1,), 4, 3, 2, False),
     num_classes=2,

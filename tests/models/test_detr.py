@@ -1,4 +1,4 @@
-"""The whole detector: sizes, auxiliary queries, padding, batches, and its two arithmetics."""
+"""DETR: sizes, auxiliary queries, padding, batches, low bits."""
 
 import dataclasses
 import functools
@@ -7,58 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import traverse_util
+from tiny_detr import BUCKET, CONFIG, SIZES, STRIDE, model, padded, variables_of
 
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.models.heads import normalize_images
 from aqdetr_jax.models.quantized import OBSERVED
-from aqdetr_jax.models.resnet import BackboneConfig, resnet_config
+from aqdetr_jax.models.resnet import resnet_config
 from aqdetr_jax.quant.policy import Policy, stock_policy
 from aqdetr_jax.training.config import OptimizerConfig
 from aqdetr_jax.training.optimizer import count_trainable
 
-CONFIG = DetrConfig(
-    BackboneConfig("basic", (1,), (8,), (2,), (1,), 8, 3, 2, False),
-    num_classes=3,
-    num_queries=5,
-    num_auxiliary=6,
-    auxiliary_groups=2,
-    dim=16,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=2,
-    ffn=8,
-    dropout=0.2,
-)
-STRIDE = 4
-SIZES = [(16, 12), (12, 16)]
-BUCKET = (32, 32)
-
-
-def padded(bucket, fill=0, sizes=SIZES):
-    """Random images with ``fill`` (or noise) in the padding, and their masks."""
-    rng = np.random.default_rng(0)
-    images = np.full((len(sizes), *bucket, 3), fill, np.uint8)
-    mask = np.zeros((len(sizes), *bucket), bool)
-    for i, (h, w) in enumerate(sizes):
-        images[i, :h, :w] = rng.integers(0, 256, (h, w, 3))
-        mask[i, :h, :w] = True
-    return images, mask
-
-
-@functools.cache
-def variables_of(policy="float", **options):
-    """Random values in every variable, whatever its initialiser says."""
-    return tiny.random_variables(Detr(CONFIG, stock_policy(policy, **options)), *padded(BUCKET))
-
-
-@functools.cache
-def model(policy="float", auxiliary=False, arithmetic="fake", **options):
-    """Jitted inference, (variables, images, mask) -> DetrOutput."""
-    module = Detr(CONFIG, stock_policy(policy, arithmetic=arithmetic, **options))
-    return jax.jit(lambda v, images, mask: module.apply(v, images, mask, auxiliary=auxiliary))
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def assert_outputs_equal(a, b, exact=True, atol=1e-5):
@@ -253,19 +214,6 @@ def test_images_are_normalised_once():
 
 
 # --- low bits ---
-
-
-def test_both_arithmetics_agree_on_the_whole_model():
-    # Zero points, centring and renormalised attention included; all sums are far below 2^24.
-    options = {"zero_point": True, "renormalize": True, "center": True}
-    variables, batch = variables_of("w4a4", **options), padded(BUCKET)
-    fake = model("w4a4", **options)(variables, *batch)
-    integer = model("w4a4", arithmetic="integer", **options)(variables, *batch)
-    assert_outputs_equal(fake, integer)
-    assert np.all(np.isfinite(fake.logits))
-    # Not a saturated network: images, queries and layers differ.
-    assert np.min(np.std(np.asarray(fake.logits), axis=1).max((1, 2))) > 0.01
-    assert np.min(np.std(np.asarray(fake.logits), axis=2).max((1, 2))) > 0.01
 
 
 def test_calibration_sees_the_float_model():

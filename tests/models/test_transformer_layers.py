@@ -14,6 +14,8 @@ from aqdetr_jax.models.resnet import BackboneConfig
 from aqdetr_jax.models.transformer import Decoder, Encoder
 from aqdetr_jax.quant.policy import stock_policy
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DIM, HEADS, FFN, BATCH, TOKENS, QUERIES = 16, 4, 12, 2, 6, 5
 CONFIG = DetrConfig(
     BackboneConfig(),

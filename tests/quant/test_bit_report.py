@@ -21,6 +21,8 @@ from aqdetr_jax.quant.policy import Policy, stock_policy
 from aqdetr_jax.quant.record import OpRecord, record, recording
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TINY = DetrConfig(
     BackboneConfig("bottleneck", (1, 2), (4, 8), (1, 2), (1, 1), stem_width=4, stem_pool=False),
     num_classes=3,

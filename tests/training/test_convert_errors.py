@@ -13,6 +13,8 @@ from aqdetr_jax.cli import main
 from aqdetr_jax.training.convert import convert
 from aqdetr_jax.training.model_io import load_model
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 NAME = "deformable_plain"
 STATE = fixture(NAME)["state"]
 FIRST = next(iter(STATE))

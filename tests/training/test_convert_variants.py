@@ -19,6 +19,8 @@ from aqdetr_jax.training import setup
 from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.convert import convert, default_name, model_config
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 OFFICIAL = {
     # configuration: (name of the converted model, what shapes cannot show)
     "coco:r50": ("detr_resnet50", {}),

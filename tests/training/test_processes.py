@@ -63,10 +63,20 @@ def run(folder: Path, processes: int, die_at: int = 0) -> None:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = str(probe.getsockname()[1])
-    devices = ["env", f"XLA_FLAGS=--xla_force_host_platform_device_count={3 - processes}"]
+    flags = tiny.more_flags(f"--xla_force_host_platform_device_count={3 - processes}")
     children = [
         subprocess.Popen(
-            [*devices, sys.executable, "-c", PROGRAM, port, str(i), str(folder), str(die_at)],
+            [
+                "env",
+                f"XLA_FLAGS={flags}",
+                sys.executable,
+                "-c",
+                PROGRAM,
+                port,
+                str(i),
+                str(folder),
+                str(die_at),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

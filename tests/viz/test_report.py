@@ -8,6 +8,8 @@ from PIL import Image
 from aqdetr_jax.evaluation.coco import METRIC_NAMES
 from aqdetr_jax.viz import html, report
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def _block(ap, **changes):
     block = dict.fromkeys(METRIC_NAMES, ap)
