@@ -7,6 +7,7 @@ imports jax (see :func:`run_python`).
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -34,6 +35,10 @@ import jax  # noqa: E402
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", str(CACHE_DIR))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+# Tracing makes many small objects that live on: looking for garbage among them is a fifth of it.
+gc.set_threshold(100_000, 10, 50)
 
 
 @pytest.fixture(scope="session")
