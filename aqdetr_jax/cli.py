@@ -191,6 +191,7 @@ def _predict(arguments, overrides) -> None:
     from aqdetr_jax.io import write_json_atomic
     from aqdetr_jax.quickstart import TEACHERS
     from aqdetr_jax.viz.detections import draw_boxes
+    from aqdetr_jax.viz.html import PNG_LEVEL
 
     if overrides:
         raise ValueError(f"predict takes no configuration overrides, found {overrides[0]!r}")
@@ -219,7 +220,7 @@ def _predict(arguments, overrides) -> None:
         picture = draw_boxes(
             array, found.boxes, found.labels, found.scores, detector.class_names, min_score=0.0
         )
-        picture.save(f"{target}.png")
+        picture.save(f"{target}.png", compress_level=PNG_LEVEL)
         print(f"{path}: {len(found)} objects -> {target}.png, .json")
     if failed:
         reasons = "; ".join(failed[:3])

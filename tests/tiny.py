@@ -141,8 +141,10 @@ def quick() -> Iterator[None]:
         patch.setenv(name.upper(), "1")
         patch.setattr(compiler, "get_compile_options", with_flag)
         jax.config.update(name, True)
-        yield
-        jax.config.update(name, False)
+        try:
+            yield
+        finally:
+            jax.config.update(name, False)
 
 
 def student(teacher: str | Path) -> ExperimentConfig:

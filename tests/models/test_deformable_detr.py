@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import traverse_util
-from tiny_deformable import CONFIGS, PLAIN, batch, flat, model, shapes_of, variables_of
+from tiny_models import DEFORMABLE, PLAIN, batch, flat, model, shapes_of, variables_of
 
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.deformable_attention import DeformableAttention
@@ -18,7 +18,7 @@ from aqdetr_jax.models.quantized import OBSERVED
 from aqdetr_jax.quant.policy import Policy, stock_policy
 from aqdetr_jax.training.step import distillation_loss
 
-each_config = pytest.mark.parametrize("name", CONFIGS)
+each_config = pytest.mark.parametrize("name", DEFORMABLE)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
@@ -139,7 +139,7 @@ def test_padded_positions_are_not_distilled():
 
 @each_config
 def test_a_quantized_model_only_adds_step_sizes(name):
-    plain, low = (flat(shapes_of(CONFIGS[name], p)) for p in (Policy(), stock_policy("w4a4")))
+    plain, low = (flat(shapes_of(DEFORMABLE[name], p)) for p in (Policy(), stock_policy("w4a4")))
     assert {k: s for k, s in low.items() if k in plain} == plain
     more = {k.removeprefix("params/") for k in low if k not in plain}
     assert all(k.endswith("_step") for k in more)
@@ -153,7 +153,7 @@ def test_a_quantized_model_only_adds_step_sizes(name):
 
 @each_config
 def test_calibration_sees_the_float_model(name):
-    observer = build_detector(CONFIGS[name], stock_policy("w4a4", arithmetic="observe"))
+    observer = build_detector(DEFORMABLE[name], stock_policy("w4a4", arithmetic="observe"))
     variables, given = variables_of(name, "w4a4"), batch()
     out, seen = jax.jit(lambda v: observer.apply(v, *given, mutable=[OBSERVED]))(variables)
     want = model(name)(variables, *given)

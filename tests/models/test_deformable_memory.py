@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import traverse_util
-from tiny_deformable import CONFIGS, PLAIN, batch, model, variables_of
+from tiny_models import DEFORMABLE, PLAIN, batch, model, variables_of
 
 from aqdetr_jax.models.deformable_attention import DeformableAttention
 from aqdetr_jax.models.detector import build_detector
@@ -29,7 +29,7 @@ def test_recomputing_changes_neither_outputs_nor_gradients():
     variables, given = variables_of("two_stage", "w4a4"), batch()
     found = []
     for kind in KINDS:
-        config = dataclasses.replace(CONFIGS["two_stage"], decoder_layers=1, remat=kind)
+        config = dataclasses.replace(DEFORMABLE["two_stage"], decoder_layers=1, remat=kind)
         module = build_detector(config, stock_policy("w4a4"))
 
         def loss(params, module=module):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny_deformable import CONFIGS, PLAIN, batch, flat, shapes_of
+from tiny_models import DEFORMABLE, PLAIN, batch, flat, shapes_of
 
 from aqdetr_jax.models.config import DeformableConfig, DetrConfig
 from aqdetr_jax.models.deformable_attention import offset_bias_init
@@ -65,7 +65,7 @@ def test_families_and_losses_must_fit():
 
 
 def test_more_proposals_than_tokens_are_refused():
-    config = dataclasses.replace(CONFIGS["two_stage"], num_queries=6000)
+    config = dataclasses.replace(DEFORMABLE["two_stage"], num_queries=6000)
     with pytest.raises(ValueError, match="6006 proposals wanted of 5376 tokens"):
         shapes_of(config)
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 from flax import traverse_util
-from tiny_detr import BUCKET, CONFIG, SIZES, STRIDE, model, padded, variables_of
+from tiny_models import DETR as CONFIG
 
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.detr import Detr
@@ -20,6 +21,16 @@ from aqdetr_jax.training.config import OptimizerConfig
 from aqdetr_jax.training.optimizer import count_trainable
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
+STRIDE = 4
+SIZES = ((16, 12), (12, 16))
+BUCKET = (32, 32)
+variables_of = functools.partial(tiny_models.variables_of, "detr")
+model = functools.partial(tiny_models.model, "detr")
+
+
+def padded(bucket, fill=0):
+    return tiny_models.batch(fill, bucket, SIZES)
 
 
 def assert_outputs_equal(a, b, exact=True, atol=1e-5):

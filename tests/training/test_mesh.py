@@ -233,7 +233,7 @@ DEFORMABLE = """
     import numpy as np
     import tiny
     from jax.sharding import AxisType
-    from tiny_deformable import BUCKET, CONFIGS
+    from tiny_models import BUCKET, CONFIGS
 
     from aqdetr_jax.losses.criterion import LossWeights
     from aqdetr_jax.models.detector import build_detector

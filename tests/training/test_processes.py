@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -66,17 +67,8 @@ def run(folder: Path, processes: int, die_at: int = 0) -> None:
     flags = tiny.more_flags(f"--xla_force_host_platform_device_count={3 - processes}")
     children = [
         subprocess.Popen(
-            [
-                "env",
-                f"XLA_FLAGS={flags}",
-                sys.executable,
-                "-c",
-                PROGRAM,
-                port,
-                str(i),
-                str(folder),
-                str(die_at),
-            ],
+            [sys.executable, "-c", PROGRAM, port, str(i), str(folder), str(die_at)],
+            env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,4 +1,4 @@
-"""Small Deformable DETRs that the tests of this folder share, and so their compilations."""
+"""Small models of both families that the tests of this folder share, and so their compilations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from aqdetr_jax.models.detector import build_detector
 from aqdetr_jax.models.resnet import BackboneConfig
 from aqdetr_jax.quant.policy import stock_policy
 
-PLAIN = DetrConfig(
-    family="deformable",
-    backbone=BackboneConfig("basic", (1, 1), (8, 8), (1, 2), (1, 1), 8, 3, 2, False),
+DETR = DetrConfig(
+    BackboneConfig("basic", (1,), (8,), (2,), (1,), 8, 3, 2, False),
     num_classes=3,
     num_queries=5,
     num_auxiliary=6,
@@ -29,24 +28,30 @@ PLAIN = DetrConfig(
     decoder_layers=2,
     ffn=8,
     dropout=0.2,
+)
+PLAIN = dataclasses.replace(
+    DETR,
+    family="deformable",
+    backbone=BackboneConfig("basic", (1, 1), (8, 8), (1, 2), (1, 1), 8, 3, 2, False),
     deformable=DeformableConfig(levels=3, stages=2, points=2, norm_groups=4),
 )
-CONFIGS = {
+DEFORMABLE = {
     "plain": PLAIN,
     "two_stage": dataclasses.replace(
         PLAIN,
         deformable=dataclasses.replace(PLAIN.deformable, box_refine=True, two_stage=True),
     ),
 }
+CONFIGS = {"detr": DETR, **DEFORMABLE}
 BUCKET = (24, 32)
 
 
-def batch(fill=0):
-    """Random images with ``fill`` in the padding, and their masks."""
+def batch(fill=0, bucket=BUCKET, sizes=((24, 20), (16, 32))):
+    """Random images with ``fill`` (or noise) in the padding, and their masks."""
     rng = np.random.default_rng(0)
-    images = np.full((2, *BUCKET, 3), fill, np.uint8)
-    mask = np.zeros((2, *BUCKET), bool)
-    for i, (h, w) in enumerate([(24, 20), (16, 32)]):
+    images = np.full((len(sizes), *bucket, 3), fill, np.uint8)
+    mask = np.zeros((len(sizes), *bucket), bool)
+    for i, (h, w) in enumerate(sizes):
         images[i, :h, :w] = rng.integers(0, 256, (h, w, 3))
         mask[i, :h, :w] = True
     return images, mask
@@ -54,13 +59,14 @@ def batch(fill=0):
 
 @functools.cache
 def variables_of(name, policy="float", **options):
+    """Random values in every variable, whatever its initialiser says."""
     module = build_detector(CONFIGS[name], stock_policy(policy, **options))
     return tiny.random_variables(module, *batch())
 
 
 @functools.cache
 def model(name, policy="float", auxiliary=False, arithmetic="fake", **options):
-    """Jitted inference."""
+    """Jitted inference, (variables, images, mask) -> DetrOutput."""
     module = build_detector(CONFIGS[name], stock_policy(policy, arithmetic=arithmetic, **options))
     return jax.jit(lambda v, images, mask: module.apply(v, images, mask, auxiliary=auxiliary))
 
