@@ -119,10 +119,9 @@ def _experiment(arguments, overrides, **fields):
 
 
 def _train(arguments, overrides, **fields) -> None:
+    from aqdetr_jax.parallel.hosts import initialize_distributed, is_main
     from aqdetr_jax.reporting import report_training
-    from aqdetr_jax.training.hosts import is_main
     from aqdetr_jax.training.loop import train
-    from aqdetr_jax.training.sharding import initialize_distributed
 
     initialize_distributed()
     config = _experiment(arguments, overrides, **fields)
@@ -132,7 +131,8 @@ def _train(arguments, overrides, **fields) -> None:
 
 
 def _pretrain(arguments, overrides) -> None:
-    from aqdetr_jax.training.config import DistillConfig, QuantConfig
+    from aqdetr_jax.quant.config import QuantConfig
+    from aqdetr_jax.training.config import DistillConfig
 
     config = _experiment(arguments, overrides)
     model, optimizer = config.model, config.optimizer
@@ -151,19 +151,23 @@ def _pretrain(arguments, overrides) -> None:
 
 
 def _eval(arguments, overrides) -> None:
+    from aqdetr_jax.checkpoint.model_folder import load_model
     from aqdetr_jax.evaluation.coco import format_results
+    from aqdetr_jax.evaluation.models import evaluate_bundle, input_rule
     from aqdetr_jax.io import write_json_atomic
-    from aqdetr_jax.training.bundles import evaluate_bundle
-    from aqdetr_jax.training.model_io import load_model
 
     config = _experiment(arguments, overrides)
     if arguments.out:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
     bundle = load_model(arguments.model)
+    rule = input_rule(bundle, config.data, overrides)
     block, detections = evaluate_bundle(
         bundle,
-        config,
+        config.data,
         bundle.info.get("name", config.name),
+        batch_size=config.train.eval_batch_size,
+        seed=config.seed,
+        rule=rule,
         progress=_counter("evaluated", "batches"),
     )
     print(format_results(block))
@@ -228,7 +232,7 @@ def _predict(arguments, overrides) -> None:
 
 
 def _convert(arguments, overrides) -> None:
-    from aqdetr_jax.training.convert import REPORT, convert
+    from aqdetr_jax.interop.convert import REPORT, convert
 
     if overrides:
         raise ValueError(f"convert takes no configuration overrides, found {overrides[0]!r}")
@@ -247,7 +251,7 @@ def _convert(arguments, overrides) -> None:
 
 
 def _export(arguments, overrides) -> None:
-    from aqdetr_jax.training.export import REPORT, export
+    from aqdetr_jax.interop.export import REPORT, export
 
     if overrides:
         raise ValueError(f"export takes no configuration overrides, found {overrides[0]!r}")
@@ -271,9 +275,9 @@ def _quickstart(arguments, overrides) -> None:
 
 
 def _prepare(arguments, overrides) -> None:
-    from aqdetr_jax.data.shapes import write_coco_folder
+    from aqdetr_jax.data.coco_writer import write_coco_folder
+    from aqdetr_jax.data.open import open_dataset
     from aqdetr_jax.data.tfds_builder import prepare
-    from aqdetr_jax.training.setup import open_dataset
 
     data = _experiment(arguments, overrides).data
     splits = {True: data.train_split, False: data.eval_split}
@@ -287,13 +291,9 @@ def _prepare(arguments, overrides) -> None:
 
 def _inspect(arguments, overrides) -> None:
     from aqdetr_jax.data.inspect import format_report, inspect_dataset
+    from aqdetr_jax.data.open import check_same_classes, open_dataset
     from aqdetr_jax.data.pipeline import make_train_pipeline
-    from aqdetr_jax.training.setup import (
-        check_same_classes,
-        open_dataset,
-        pipeline_config,
-        with_data,
-    )
+    from aqdetr_jax.training.setup import pipeline_config, with_data
 
     config = _experiment(arguments, overrides)
     evaluation = open_dataset(config.data, train=False)
@@ -309,6 +309,6 @@ def _inspect(arguments, overrides) -> None:
 
 
 def _config(arguments, overrides) -> None:
-    from aqdetr_jax.training.config_types import from_dataclass
+    from aqdetr_jax.config_types import from_dataclass
 
     print(json.dumps(from_dataclass(_experiment(arguments, overrides)), indent=2))

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aqdetr_jax.checkpoint.model_folder import load_model
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.coco import format_results
 from aqdetr_jax.evaluation.evaluator import Detections
+from aqdetr_jax.evaluation.models import evaluate_bundle
 from aqdetr_jax.io import write_json_atomic
+from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.reporting import write_run_report
-from aqdetr_jax.training import setup
-from aqdetr_jax.training.bundles import calibrated_bundle, evaluate_bundle
+from aqdetr_jax.training.bundles import calibrated_bundle
 from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.loop import train
-from aqdetr_jax.training.model_io import load_model
-from aqdetr_jax.training.workdir import git_commit
 
 TEACHERS: dict[str, str | Path] = {
     "detr": "packaged:shapes_teacher",
@@ -67,11 +68,16 @@ def quickstart(
     print("1. the float teacher, and the same weights at 4 bits after calibration only")
     blocks: dict[str, dict[str, Any]] = {}
     found: dict[str, Detections] = {}
-    blocks["teacher"], found["teacher"] = evaluate_bundle(teacher, student_config, "teacher")
+    blocks["teacher"], found["teacher"] = evaluate_bundle(
+        teacher, student_config.data, "teacher", batch_size=student_config.train.eval_batch_size
+    )
     print(f"   teacher     AP {blocks['teacher']['AP']:.4f}")
     calibrated = calibrated_bundle(student_config, teacher)
     blocks["calibrated"], found["calibrated"] = evaluate_bundle(
-        calibrated, student_config, "calibrated"
+        calibrated,
+        student_config.data,
+        "calibrated",
+        batch_size=student_config.train.eval_batch_size,
     )
     print(f"   calibrated  AP {blocks['calibrated']['AP']:.4f}")
 
@@ -99,7 +105,7 @@ def quickstart(
             name: workdir / run / "metrics.jsonl" for name, run in runs.items() if name in blocks
         },
         detections={name: d.results for name, d in found.items() if name != "calibrated"},
-        dataset=setup.open_dataset(student_config.data, train=False),
+        dataset=open_dataset(student_config.data, train=False),
         pictures=student_config.train.pictures,
         teacher=teacher,
         student=student.bundle,

@@ -12,14 +12,15 @@ import jax
 import numpy as np
 from PIL import Image
 
+from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.data.dataset import DetectionDataset, Example, ImageReadError
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
 from aqdetr_jax.io import read_json
 from aqdetr_jax.ops.boxes import cxcywh_to_xyxy, pairwise_giou
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.loop import RunResult
-from aqdetr_jax.training.model_io import ModelBundle
 from aqdetr_jax.viz.attention import attention_grid, attention_rows, focused_cells, real_cells
 from aqdetr_jax.viz.curves import save_figure, training_curves
 from aqdetr_jax.viz.detections import Panel, detection_grid
@@ -100,15 +101,8 @@ def attention_pictures(
       count: images.
       names: column titles.
     """
-    rule = student.input
     config = PipelineConfig(
-        batch_size=1,
-        buckets=rule.buckets,
-        eval_short_side=rule.short_side,
-        eval_max_size=rule.max_size,
-        on_error="skip",
-        num_threads=0,
-        prefetch=0,
+        batch_size=1, on_error="skip", num_threads=0, prefetch=0, **student.input.pipeline()
     )
     pictures: list[dict[str, Any]] = []
 
@@ -303,7 +297,7 @@ def report_training(config: ExperimentConfig, workdir: str | Path, result: RunRe
         blocks={kind: result.block},
         curves={config.name: workdir / "metrics.jsonl"},
         detections={config.name: result.detections.results},
-        dataset=setup.open_dataset(config.data, train=False),
+        dataset=open_dataset(config.data, train=False),
         pictures=config.train.pictures,
         teacher=teacher,
         student=result.bundle if teacher else None,

@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aqdetr_jax import host
+from aqdetr_jax.checkpoint.model_folder import load_model
+from aqdetr_jax.evaluation.models import evaluate_bundle
 from aqdetr_jax.io import read_json, write_json_atomic
-from aqdetr_jax.training.bundles import calibrated_bundle, evaluate_bundle
+from aqdetr_jax.training.bundles import calibrated_bundle
 from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
 from aqdetr_jax.training.loop import train
-from aqdetr_jax.training.model_io import load_model
 
 
 def command(
@@ -80,9 +81,13 @@ def main() -> None:
                     "give another --out, or delete it"
                 )
     if not result["teacher"]:
-        result["teacher"], _ = evaluate_bundle(teacher, first, "teacher")
+        result["teacher"], _ = evaluate_bundle(
+            teacher, first.data, "teacher", batch_size=first.train.eval_batch_size
+        )
         calibrated = calibrated_bundle(first, teacher)
-        result["calibrated"], _ = evaluate_bundle(calibrated, first, "calibrated")
+        result["calibrated"], _ = evaluate_bundle(
+            calibrated, first.data, "calibrated", batch_size=first.train.eval_batch_size
+        )
         write_json_atomic(options.out, result)
     for seed in seeds:
         for variant in variants:

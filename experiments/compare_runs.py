@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from aqdetr_jax import host
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.bootstrap import bootstrap_ap, image_draws
 from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.io import read_json, write_json_atomic
-from aqdetr_jax.training import setup
+from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
-from aqdetr_jax.training.workdir import git_commit
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     options = parser.parse_args(rest)
     config = load_experiment(str(options.runs[0] / "config.json"), tuple(overrides))
-    dataset = setup.open_dataset(config.data, train=False)
+    dataset = open_dataset(config.data, train=False)
     truth = dataset.coco_ground_truth()
     draws = image_draws(len(truth["images"]), options.draws, options.seed)
     result = {

@@ -213,7 +213,7 @@ def _dense_fits(case: Case) -> bool:
 def main() -> None:
     """Measures every case and writes the JSON file."""
     from aqdetr_jax.io import write_json_atomic
-    from aqdetr_jax.training.workdir import git_commit, package_versions
+    from aqdetr_jax.provenance import git_commit, package_versions
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)

@@ -20,16 +20,16 @@ import numpy as np
 
 from aqdetr_jax import host
 from aqdetr_jax.io import write_json_atomic
-from aqdetr_jax.models.detector import build_detector
+from aqdetr_jax.models.detector import build_detector, example_input
+from aqdetr_jax.parallel.mesh import make_mesh, replicated
+from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
 from aqdetr_jax.training.loop import TRAINED_KEYS
-from aqdetr_jax.training.sharding import make_mesh, replicated
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import detection_loss_fn, jit_train_step, make_train_step
-from aqdetr_jax.training.workdir import git_commit, package_versions
 
 RECIPE_FROZEN = ("backbone/stem", "backbone/layer1_")
 
@@ -90,7 +90,7 @@ def main() -> None:
     calibrated = time.perf_counter()
     batch = {key: batch[key] for key in TRAINED_KEYS}
     teacher = build_detector(dataclasses.replace(config.model, num_auxiliary=0))
-    example = setup.example_input(bucket)
+    example = example_input(bucket)
     float_params = jax.eval_shape(teacher.init, jax.random.key(0), *example)["params"]
     recipe = dataclasses.replace(config.optimizer, frozen=RECIPE_FROZEN)
     trainable = optim.count_trainable(float_params, recipe, frozen_norms=True)

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from aqdetr_jax import host
-from aqdetr_jax.training.bundles import evaluate_bundle
+from aqdetr_jax.checkpoint.model_folder import load_model, save_model
+from aqdetr_jax.evaluation.models import evaluate_bundle
 from aqdetr_jax.training.config import load_experiment
-from aqdetr_jax.training.model_io import load_model, save_model
 
 DROPPED = 8
 """Bits of float32's mantissa that are rounded away."""
@@ -43,7 +43,10 @@ def main() -> None:
     if bundle.quant.quantized:
         raise ValueError(f"{options.run} is a low-bit model; a teacher is float")
     bundle = dataclasses.replace(bundle, variables=jax.tree.map(rounded, bundle.variables))
-    block, _ = evaluate_bundle(bundle, load_experiment(options.config), bundle.info["name"])
+    config = load_experiment(options.config)
+    block, _ = evaluate_bundle(
+        bundle, config.data, bundle.info["name"], batch_size=config.train.eval_batch_size
+    )
     results = {key: value for key, value in block.items() if key != "per_class"}
     info = {**bundle.info, "significant_bits": 24 - DROPPED, "results": results}
     save_model(options.to, dataclasses.replace(bundle, info=info))

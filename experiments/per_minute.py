@@ -22,9 +22,9 @@ from step_time import AS_IT_IS, Bench
 
 from aqdetr_jax import host
 from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.parallel.mesh import make_mesh
+from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training.config import load_experiment
-from aqdetr_jax.training.sharding import make_mesh
-from aqdetr_jax.training.workdir import git_commit, package_versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -28,19 +28,22 @@ from typing import Any
 import jax
 
 from aqdetr_jax import host
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.losses.auxiliary import split_groups
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.losses.matching import QuerySet, match_sets
 from aqdetr_jax.losses.targets import Predictions, repeat_counts
-from aqdetr_jax.models.detector import build_detector
+from aqdetr_jax.models.detector import build_detector, example_input
+from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
+from aqdetr_jax.provenance import git_commit, package_versions
+from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training.config import QuantConfig, load_experiment
+from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
 from aqdetr_jax.training.loop import TRAINED_KEYS
-from aqdetr_jax.training.sharding import make_mesh, put_batch, replicated
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
     detection_loss_fn,
@@ -48,7 +51,6 @@ from aqdetr_jax.training.step import (
     make_train_step,
     targets_of,
 )
-from aqdetr_jax.training.workdir import git_commit, package_versions
 
 VARIANTS = ("float", "lsq", "auxiliary", "aqdetr")
 UNSCHEDULED = ", XLA's order"
@@ -112,7 +114,7 @@ class Bench:
         variants: tuple[str, ...],
     ):
         base = load_experiment(name, overrides)
-        dataset = setup.open_dataset(base.data, train=True)
+        dataset = open_dataset(base.data, train=True)
         self.base = base = setup.with_data(base, dataset)
         batches = make_train_pipeline(dataset, setup.pipeline_config(base, train=True))
         first = next(batches)
@@ -120,7 +122,7 @@ class Bench:
         plain = dataclasses.replace(base.model, num_auxiliary=0, auxiliary_groups=1)
         self.teacher = build_detector(plain)
         self.teacher_variables = jax.jit(self.teacher.init, out_shardings=replicated(mesh))(
-            jax.random.key(1), *setup.example_input(base.data.buckets[0])
+            jax.random.key(1), *example_input(base.data.buckets[0])
         )
         self.steps: dict[str, Any] = {}
         self.states: dict[str, TrainState] = {}

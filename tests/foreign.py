@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import parity_cases
-import parity_store
 import torch_bytes as tb
 from safetensors.numpy import save_file
+
+from experiments.parity import cases as parity_cases
+from experiments.parity import store as parity_store
 
 VARIANTS = tuple(parity_cases.TINY)
 """The models that are recorded."""
@@ -25,7 +26,7 @@ LABELS = ("red cell", "white cell", "platelet", "debris", "bubble")
 
 @functools.cache
 def fixture(name: str) -> dict[str, dict[str, np.ndarray]]:
-    """What ``experiments/record_parity.py`` recorded: the groups state, output and input."""
+    """What ``experiments/record/parity.py`` recorded: the groups state, output and input."""
     groups = parity_store.load(parity_cases.FIXTURES / f"{name}.npz")
     with np.load(parity_cases.FIXTURES / parity_store.BATCH) as stored:
         return {**groups, "input": dict(stored)}

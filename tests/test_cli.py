@@ -13,11 +13,14 @@ import pytest
 import tiny
 from PIL import Image
 
+from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.cli import main
+from aqdetr_jax.data.config import DataConfig
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.coco import validate_results_block
+from aqdetr_jax.models.detector import example_input
 from aqdetr_jax.training import setup
-from aqdetr_jax.training.config import DataConfig, ExperimentConfig, load_experiment
-from aqdetr_jax.training.model_io import load_model
+from aqdetr_jax.training.config import ExperimentConfig, load_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -76,7 +79,7 @@ def test_train_leaves_everything(trained):
     detections = json.loads((folder / "detections.json").read_text())
     assert len(detections) == 6 * 12
     images = json.loads((folder / "images.json").read_text())
-    data = setup.open_dataset(load_experiment(str(folder / "config.json")).data, train=False)
+    data = open_dataset(load_experiment(str(folder / "config.json")).data, train=False)
     assert images == {str(data.image_id(i)): data.file_name(i) for i in range(6)}
     assert {str(d["image_id"]) for d in detections} == set(images)
     assert "4x4" in (folder / "bit_report.txt").read_text()
@@ -164,7 +167,7 @@ def test_shipped_configurations_resolve(text, tmp_path, capsys):
     config = printed(capsys.readouterr().out, tmp_path)
     model = dataclasses.replace(config.model, num_classes=config.model.num_classes or 3)
     module = setup.build_module(dataclasses.replace(config, model=model))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *setup.example_input((64, 64)))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *example_input((64, 64)))
     assert any(path.startswith("backbone/") for path in tiny.flat(shapes))
 
 
@@ -176,12 +179,12 @@ def test_prepared_data_are_the_same_data(trained, tmp_path, format_, capsys):
     assert str(out) in capsys.readouterr().out
     config = load_experiment(str(file))
     for train in (True, False):
-        source = setup.open_dataset(config.data, train=train)
+        source = open_dataset(config.data, train=train)
         data = DataConfig(kind=format_, root=str(out))
         data = dataclasses.replace(
             data, train_split=config.data.train_split, eval_split=config.data.eval_split
         )
-        copy = setup.open_dataset(data, train=train)
+        copy = open_dataset(data, train=train)
         assert copy.class_names == source.class_names
         assert len(copy) == len(source)
         for i in range(len(source)):
@@ -286,7 +289,7 @@ def coco(trained, tmp_path):
         images.mkdir(exist_ok=True)
         Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(images / "one.png")
         names = load_experiment(str(trained[1]))
-        dataset_names = setup.open_dataset(names.data, train=False).class_names
+        dataset_names = open_dataset(names.data, train=False).class_names
         content = {
             "images": [{"id": 1, "file_name": "one.png", "width": 64, "height": 64}],
             "annotations": [

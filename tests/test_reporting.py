@@ -11,16 +11,16 @@ import tiny
 from PIL import Image
 
 from aqdetr_jax import reporting
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.models.config import DeformableConfig
 from aqdetr_jax.models.deformable_attention import DeformableMaps
 from aqdetr_jax.ops.deformable import attention_map
-from aqdetr_jax.training import setup
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    return setup.open_dataset(tiny.FLOAT.data, train=False)
+    return open_dataset(tiny.FLOAT.data, train=False)
 
 
 def as_results(dataset, shift: float = 0.0) -> list[dict]:

@@ -10,13 +10,15 @@ import pytest
 import tiny
 
 import aqdetr_jax
-from aqdetr_jax.data.shapes import ShapesDataset
+from aqdetr_jax.checkpoint.model_folder import PACKAGED, load_model
+from aqdetr_jax.data.open import open_dataset
+from aqdetr_jax.data.shapes.dataset import ShapesDataset
+from aqdetr_jax.evaluation.models import evaluate_bundle
+from aqdetr_jax.models.detector import example_input
 from aqdetr_jax.quant.spec import GRID_PARAMETERS
 from aqdetr_jax.quickstart import TEACHERS
 from aqdetr_jax.training import setup
-from aqdetr_jax.training.bundles import evaluate_bundle
 from aqdetr_jax.training.config import load_experiment
-from aqdetr_jax.training.model_io import PACKAGED, load_model
 
 SMALL = ("data.num_train=16", "data.num_eval=48", "train.eval_batch_size=24")
 """A few images of the same set: an image does not depend on how many are drawn."""
@@ -31,7 +33,9 @@ def test_teacher_detects(family, least):
     teacher = load_model(name)
     assert not teacher.quant.quantized
     assert teacher.class_names == ShapesDataset("validation", num_images=1).class_names
-    block, _ = evaluate_bundle(teacher, load_experiment("shapes_quickstart", SMALL), "teacher")
+    block, _ = evaluate_bundle(
+        teacher, load_experiment("shapes_quickstart", SMALL).data, "teacher", batch_size=8
+    )
     assert block["images"] == 48
     assert block["AP50"] > least
 
@@ -64,11 +68,9 @@ def test_student_is_the_teachers_model(name):
     teacher = load_model(config.init_from)
     distilled = setup.load_teacher(config)
     assert (distilled is not None) == config.distill.weights.active
-    config = setup.with_data(config, setup.open_dataset(config.data, train=True))
+    config = setup.with_data(config, open_dataset(config.data, train=True))
     module = setup.build_module(config)
-    shapes = jax.eval_shape(
-        module.init, jax.random.key(0), *setup.example_input(config.data.buckets[0])
-    )
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *example_input(config.data.buckets[0]))
     mine = {
         path: leaf.shape
         for path, leaf in tiny.flat(shapes).items()

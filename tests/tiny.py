@@ -19,23 +19,24 @@ import pytest
 from flax import traverse_util
 from jax._src import compiler
 
+from aqdetr_jax.checkpoint.model_folder import InputRule, ModelBundle, save_model
+from aqdetr_jax.config_types import from_dataclass
+from aqdetr_jax.data.config import DataConfig
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.resnet import BackboneConfig
+from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.config import (
     AuxiliaryConfig,
-    DataConfig,
     DistillConfig,
     ExperimentConfig,
     OptimizerConfig,
-    QuantConfig,
     TrainConfig,
 )
-from aqdetr_jax.training.config_types import from_dataclass
-from aqdetr_jax.training.model_io import InputRule, ModelBundle, save_model
 
 BACKBONE = BackboneConfig(
     block="basic",
@@ -164,14 +165,14 @@ def student(teacher: str | Path) -> ExperimentConfig:
 
 def resolved(config: ExperimentConfig) -> ExperimentConfig:
     """The configuration with its number of classes filled in."""
-    return setup.with_data(config, setup.open_dataset(config.data, train=True))
+    return setup.with_data(config, open_dataset(config.data, train=True))
 
 
 def bundle(config: ExperimentConfig = FLOAT, seed: int = 0) -> ModelBundle:
     """A random float model that fits the tiny experiment."""
     config = dataclasses.replace(resolved(config), seed=seed)
     variables, _ = initial.initial_variables(config, setup.build_module(config), None, ())
-    dataset = setup.open_dataset(config.data, train=True)
+    dataset = open_dataset(config.data, train=True)
     return ModelBundle(
         config.model,
         config.quant,
@@ -191,7 +192,7 @@ def save_teacher(folder: str | Path) -> Path:
 
 def batches(config: ExperimentConfig, count: int) -> list[dict[str, np.ndarray]]:
     """The first training batches."""
-    dataset = setup.open_dataset(config.data, train=True)
+    dataset = open_dataset(config.data, train=True)
     stream = make_train_pipeline(dataset, setup.pipeline_config(config, train=True))
     try:
         return [next(stream) for _ in range(count)]

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import difflib
 import hashlib
-import importlib
-import inspect
 import json
 import math
 from collections import Counter
@@ -21,13 +18,6 @@ from typing import Any
 
 import numpy as np
 
-_FACTORIES = {
-    "shapes": ("shapes", "ShapesDataset"),
-    "coco": ("coco", "CocoFolder"),
-    "voc": ("voc", "VocFolder"),
-    "tfds": ("tfds_builder", "TfdsDataset"),
-}
-DATASET_KINDS = tuple(_FACTORIES)
 _MAX_DROP_EXAMPLES = 20
 
 
@@ -347,31 +337,3 @@ def json_digest(value: Any) -> str:
 def stack_boxes(boxes: Sequence[np.ndarray]) -> np.ndarray:
     """Stacks boxes to float32 [N, 4]; (0, 4) for none."""
     return np.asarray(boxes, np.float32).reshape(-1, 4)
-
-
-def load_dataset(kind: str, **kwargs: Any) -> DetectionDataset:
-    """Builds a dataset by kind.
-
-    Args:
-      kind: ``"shapes"`` (generated, :class:`~aqdetr_jax.data.shapes.ShapesDataset`), ``"coco"``
-        (:class:`~aqdetr_jax.data.coco.CocoFolder`), ``"voc"``
-        (:class:`~aqdetr_jax.data.voc.VocFolder`) or ``"tfds"``
-        (:class:`~aqdetr_jax.data.tfds_builder.TfdsDataset`).
-      **kwargs: parameters of that class.
-
-    Raises:
-      DatasetError: unknown kind (the message names the nearest), or unknown or missing parameters.
-    """
-    if kind not in _FACTORIES:
-        nearest = difflib.get_close_matches(str(kind).lower(), _FACTORIES, n=1, cutoff=0.3)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise DatasetError(f"unknown dataset kind {kind!r}{hint} (known: {', '.join(_FACTORIES)})")
-    # Imported on demand: TFDS takes most of a second, which only its users should pay.
-    module, class_name = _FACTORIES[kind]
-    factory = getattr(importlib.import_module(f"aqdetr_jax.data.{module}"), class_name)
-    try:
-        inspect.signature(factory).bind(**kwargs)
-    except TypeError as error:
-        accepted = ", ".join(inspect.signature(factory).parameters)
-        raise DatasetError(f"dataset kind {kind!r}: {error} (parameters: {accepted})") from error
-    return factory(**kwargs)

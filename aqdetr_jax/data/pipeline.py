@@ -23,10 +23,12 @@ import math
 from collections.abc import Iterator
 
 import grain
+import jax
 import numpy as np
 
 from aqdetr_jax.data import transforms
 from aqdetr_jax.data.batching import Batch, PipelineStats, filler_row, pad_example, stack
+from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.dataset import DatasetError, DetectionDataset, Example, ImageReadError
 
 _BUCKET_STREAM = 0xB0C
@@ -69,6 +71,36 @@ class PipelineConfig:
     process_index: int = 0
     process_count: int = 1
     start_step: int = 0
+
+    @classmethod
+    def from_data(
+        cls, data: DataConfig, *, train: bool, batch_size: int, seed: int = 0, start_step: int = 0
+    ) -> PipelineConfig:
+        """The parameters that a data configuration asks for, on this process.
+
+        Args:
+          data: the configuration.
+          train: buckets of training, else of evaluation.
+          batch_size: images a step over all processes.
+          seed: of order and augmentation.
+          start_step: first training step to deliver.
+        """
+        return cls(
+            batch_size=batch_size,
+            buckets=data.buckets if train else (data.eval_buckets or data.buckets),
+            max_boxes=data.max_boxes,
+            seed=seed,
+            augment=data.augment,
+            eval_short_side=data.eval_short_side,
+            eval_max_size=data.eval_max_size,
+            allow_truncation=data.allow_truncation,
+            on_error=data.on_error,
+            num_threads=data.num_threads,
+            prefetch=data.prefetch,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start_step=start_step,
+        )
 
     def __post_init__(self) -> None:
         """Checks the values.

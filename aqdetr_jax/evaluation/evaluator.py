@@ -21,7 +21,7 @@ from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
 from aqdetr_jax.evaluation.coco import evaluate_detections, postprocess, to_coco_results
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.models.detector import Detector
-from aqdetr_jax.training.sharding import batch_sharding, put_batch, replicated
+from aqdetr_jax.parallel.mesh import batch_sharding, put_batch, replicated
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from PIL import Image, ImageOps
 
+from aqdetr_jax.checkpoint.model_folder import ModelBundle, load_model
 from aqdetr_jax.data.dataset import DetectionDataset, Example
 from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
 from aqdetr_jax.data.transforms import read_image, to_rgb
 from aqdetr_jax.evaluation.evaluator import make_predict_fn
-from aqdetr_jax.training.model_io import ModelBundle, load_model
 
 ImageLike = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
 
@@ -103,14 +103,8 @@ class Detector:
         if not images:
             return []
         source = _Images([as_array(image) for image in images], self.bundle)
-        rule = self.bundle.input
         config = PipelineConfig(
-            batch_size=batch_size,
-            buckets=rule.buckets,
-            eval_short_side=rule.short_side,
-            eval_max_size=rule.max_size,
-            num_threads=0,
-            prefetch=0,
+            batch_size=batch_size, num_threads=0, prefetch=0, **self.bundle.input.pipeline()
         )
         found: dict[int, Prediction] = {}
         for batch in EvalBatches(source, config):

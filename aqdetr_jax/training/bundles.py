@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from aqdetr_jax.checkpoint.model_folder import InputRule, ModelBundle
 from aqdetr_jax.data.dataset import DetectionDataset
-from aqdetr_jax.evaluation.coco import results_block
-from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
+from aqdetr_jax.data.open import open_dataset
+from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.spec import GRID_PARAMETERS
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.config import ExperimentConfig
-from aqdetr_jax.training.hosts import say
-from aqdetr_jax.training.model_io import InputRule, ModelBundle
-from aqdetr_jax.training.notices import say_drops
-from aqdetr_jax.training.sharding import make_mesh
-from aqdetr_jax.training.workdir import git_commit
 
 
 def run_bundle(
@@ -57,69 +53,9 @@ def run_bundle(
     )
 
 
-def evaluate_bundle(
-    bundle: ModelBundle,
-    config: ExperimentConfig,
-    name: str,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Any], Detections]:
-    """Results block and detections of a model on a configuration's evaluation set.
-
-    Args:
-      bundle: the model.
-      config: whose evaluation set and image rule are used.
-      name: name in the results block.
-      progress: called with (batches done, batches).
-
-    Classes are matched by name: a model may know more of them than the set, whose names may have
-    other ids.
-
-    Raises:
-      ValueError: the set has classes that the model does not know.
-    """
-    dataset = setup.open_dataset(config.data, train=False)
-    known = set(bundle.class_names)
-    unknown = tuple(name for name in dataset.class_names if name not in known)
-    if unknown:
-        raise ValueError(
-            f"{dataset.name} has {_some(unknown)} that the model, with its "
-            f"{_some(bundle.class_names)}, does not know: classes are matched by name; evaluate it "
-            "on those it was trained on, or first train it on such data (config.init_from)"
-        )
-    ids = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
-    if len(bundle.class_names) > len(ids):
-        say(
-            f"{dataset.name} has {len(ids)} of the model's {len(bundle.class_names)} classes: "
-            "detections of the others are left out"
-        )
-    say_drops(dataset)
-    evaluator = Evaluator(
-        bundle.module(),
-        dataset,
-        setup.pipeline_config(config, train=False),
-        make_mesh(),
-        [ids.get(name) for name in bundle.class_names],
-    )
-    metrics, detections = evaluator.evaluate(bundle.variables, progress)
-    block = results_block(
-        metrics,
-        images=len(dataset),
-        config=name,
-        seed=int(bundle.info.get("seed", config.seed)),
-        commit=git_commit(),
-        seconds=detections.seconds,
-    )
-    return block, detections
-
-
-def _some(names: tuple[str, ...]) -> str:
-    """A list of names for a message, not too long."""
-    return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-
-
 def calibrated_bundle(config: ExperimentConfig, teacher: ModelBundle) -> ModelBundle:
     """The quantized model before any training: the teacher's weights, calibrated step sizes."""
-    dataset = setup.open_dataset(config.data, train=True)
+    dataset = open_dataset(config.data, train=True)
     config = setup.with_data(config, dataset)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1)

@@ -10,117 +10,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from aqdetr_jax.data.transforms import AugmentConfig
+from aqdetr_jax.config_types import to_dataclass
+from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.config import DetrConfig
-from aqdetr_jax.quant.policy import Policy, Rule, check_pattern, stock_policy
+from aqdetr_jax.quant.config import QuantConfig
+from aqdetr_jax.quant.policy import check_pattern
 from aqdetr_jax.training.config_tools import load_config_file
-from aqdetr_jax.training.config_types import to_dataclass
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which images, and how they become batches.
-
-    Attributes:
-      kind: "shapes" (generated), "coco" (folder), "voc" (folder) or "tfds" (prepared by
-        ``aqdetr prepare-data``).
-      root: folder of a "voc" or "tfds" set, or of a "coco" set laid out as COCO's own.
-      train_split: split name ("shapes", "voc", "tfds").
-      eval_split: split name for evaluation.
-      train_images: image folder of a "coco" set.
-      train_annotations: its JSON file.
-      eval_images: image folder for evaluation.
-      eval_annotations: its JSON file.
-      num_train: size of the generated training set.
-      num_eval: size of the generated evaluation set.
-      image_size: side of generated images, pixels.
-      set_seed: seed of the generated set (another seed, another set of the same kind).
-      cache_dir: folder in which a generated set is kept between runs; "" = in memory only.
-      buckets: (height, width) of padded training images, pixels.
-      eval_buckets: the same for evaluation; () = ``buckets``.
-      max_boxes: padded number of boxes an image.
-      allow_truncation: drop (and count) boxes beyond ``max_boxes`` instead of refusing the set.
-      augment: training augmentation.
-      eval_short_side: short side of evaluation images, pixels; None = as they are.
-      eval_max_size: limit of their long side.
-      on_error: "error" stops at an unreadable image, "skip" replaces and counts it.
-      num_threads: reader threads.
-      prefetch: batches read ahead.
-    """
-
-    kind: Literal["shapes", "coco", "voc", "tfds"] = "shapes"
-    root: str = ""
-    train_split: str = "train"
-    eval_split: str = "validation"
-    train_images: str = ""
-    train_annotations: str = ""
-    eval_images: str = ""
-    eval_annotations: str = ""
-    num_train: int = 8000
-    num_eval: int = 1200
-    image_size: int = 128
-    set_seed: int = 0
-    cache_dir: str = ""
-    buckets: tuple[tuple[int, int], ...] = ((128, 128),)
-    eval_buckets: tuple[tuple[int, int], ...] = ()
-    max_boxes: int = 12
-    allow_truncation: bool = False
-    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
-    eval_short_side: int | None = None
-    eval_max_size: int | None = None
-    on_error: Literal["error", "skip"] = "error"
-    num_threads: int = 1
-    prefetch: int = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantConfig:
-    """Bits and how step sizes start.
-
-    Attributes:
-      policy: stock policy by name, e.g. "float", "w4a4", "w4a4-attn8".
-      rules: rows put before the stock ones (first match wins).
-      attention_granularity: one attention step per "head" or per "tensor".
-      zero_point: asymmetric activation grids.
-      renormalize: divide the attention output by the sum of the quantized probabilities.
-      center: dense inputs are shifted and scaled per channel before their grid (see ``Policy``).
-      equalize: how much of the channels' unequal spread the scales take, 0 to 1.
-      calibration_batches: batches of training images that set the step sizes.
-      calibration_method: "mse" (least squared error), "lsq" (2 mean|v| / sqrt(Qp)) or "percentile".
-    """
-
-    policy: str = "float"
-    rules: tuple[Rule, ...] = ()
-    attention_granularity: Literal["head", "tensor"] = "head"
-    zero_point: bool = False
-    renormalize: bool = False
-    center: bool = False
-    equalize: float = 0.7
-    calibration_batches: int = 8
-    calibration_method: Literal["mse", "lsq", "percentile"] = "mse"
-
-    def __post_init__(self):
-        self.build()  # a name or a rule that cannot be used is an error here, not in the model
-        if not 0 <= self.equalize <= 1:
-            raise ValueError(f"equalize must lie in [0, 1], got {self.equalize}")
-
-    def build(self) -> Policy:
-        """The policy table."""
-        policy = stock_policy(
-            self.policy,
-            attention_granularity=self.attention_granularity,
-            zero_point=self.zero_point,
-            renormalize=self.renormalize,
-            center=self.center,
-        )
-        return dataclasses.replace(policy, rules=self.rules + policy.rules)
-
-    @property
-    def quantized(self) -> bool:
-        """Whether anything is quantized."""
-        return self.policy != "float" or bool(self.rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,9 +155,9 @@ class ExperimentConfig:
     task: Literal["detect", "pretrain"] = "detect"
     seed: int = 0
     init_from: str = ""
-    data: DataConfig = DataConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: DetrConfig = dataclasses.field(default_factory=DetrConfig)
-    quant: QuantConfig = QuantConfig()
+    quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     distill: DistillConfig = DistillConfig()
     loss: LossWeights = dataclasses.field(default_factory=LossWeights)

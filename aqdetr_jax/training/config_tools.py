@@ -26,8 +26,7 @@ from typing import Any, Literal, Union
 import ml_collections
 from ml_collections import config_dict as config_dict_lib
 
-from aqdetr_jax.io import read_json
-from aqdetr_jax.training.config_types import (
+from aqdetr_jax.config_types import (
     ConfigError,
     convert,
     from_dataclass,
@@ -36,6 +35,7 @@ from aqdetr_jax.training.config_types import (
     to_plain,
     unknown_key,
 )
+from aqdetr_jax.io import read_json
 
 __all__ = [
     "ConfigError",

@@ -13,35 +13,28 @@ from typing import Any
 import jax
 import numpy as np
 
+from aqdetr_jax.checkpoint.model_folder import MODEL_FOLDER, ModelBundle, load_model, save_model
+from aqdetr_jax.checkpoint.steps import Checkpoints
+from aqdetr_jax.checkpoint.transfer import match_classes
+from aqdetr_jax.config_types import from_dataclass
 from aqdetr_jax.data.dataset import DatasetError, DetectionDataset
+from aqdetr_jax.data.open import check_same_classes, open_dataset
 from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
 from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
-from aqdetr_jax.models.detector import Detector
+from aqdetr_jax.models.detector import Detector, example_input, record_ops
+from aqdetr_jax.parallel.hosts import agree, is_main, one_for_all, say, stop_request
+from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
+from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
+from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.bundles import run_bundle
-from aqdetr_jax.training.checkpoint import Checkpoints
 from aqdetr_jax.training.config import ExperimentConfig
-from aqdetr_jax.training.config_types import from_dataclass
-from aqdetr_jax.training.hosts import agree, is_main, one_for_all, say, stop_request
 from aqdetr_jax.training.metrics import MetricsWriter, Progress
-from aqdetr_jax.training.model_io import (
-    MODEL_FOLDER,
-    ModelBundle,
-    load_model,
-    save_model,
-)
 from aqdetr_jax.training.notices import check_step, counts_by_image, say_limits
-from aqdetr_jax.training.sharding import (
-    MODEL_PARALLEL,
-    make_mesh,
-    parameter_shardings,
-    put_batch,
-    replicated,
-)
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
     detection_loss_fn,
@@ -49,7 +42,7 @@ from aqdetr_jax.training.step import (
     make_train_step,
     pretrain_loss_fn,
 )
-from aqdetr_jax.training.workdir import git_commit, prepare_workdir
+from aqdetr_jax.training.workdir import prepare_workdir
 
 CHANGEABLE = (
     "train.eval_every",
@@ -111,10 +104,10 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
         config.mesh.model,
         batch_size=config.train.batch_size,
     )
-    train_set = setup.open_dataset(config.data, train=True)
-    eval_set = setup.open_dataset(config.data, train=False)
+    train_set = open_dataset(config.data, train=True)
+    eval_set = open_dataset(config.data, train=False)
     config = setup.with_data(config, train_set)
-    setup.check_same_classes(train_set, eval_set)
+    check_same_classes(train_set, eval_set)
     for dataset in (train_set, eval_set):
         if not len(dataset):
             raise DatasetError(f"{dataset.name}: the dataset has no images")
@@ -236,7 +229,7 @@ class _Run:
         """Optimizer, groups, state on the mesh, and the restored step (None = a fresh start)."""
         config = self.config
         fresh = agree(checkpoints.latest_step() is None)
-        images, mask = setup.example_input(config.data.buckets[0])
+        images, mask = example_input(config.data.buckets[0])
         key = jax.random.key(0)
         if fresh:
             first = one_for_all(self._first_variables())
@@ -273,7 +266,7 @@ class _Run:
         config = self.config
         source = setup.load_source(config.init_from, "init_from") if config.init_from else None
         if source is not None:
-            source = initial.match_classes(source, self.train_set.class_names)
+            source = match_classes(source, self.train_set.class_names)
         with contextlib.closing(setup.calibration_pipeline(config, self.train_set)) as batches:
             values, report = initial.initial_variables(config, self.module, source, batches)
         if report is not None:
@@ -290,7 +283,7 @@ class _Run:
         if isinstance(self.module, Detector):
             bucket = (self.config.data.eval_buckets or self.config.data.buckets)[0]
             shapes = jax.eval_shape(lambda s: s.evaluated, state)
-            rows = setup.record_ops(self.module, shapes, bucket)
+            rows = record_ops(self.module, shapes, bucket)
             setup.check_patterns(self.config, [row.path for row in rows], state.params)
             report = bit_report(rows)
             if not is_main():

@@ -9,22 +9,15 @@ import jax
 import numpy as np
 
 from aqdetr_jax.data.dataset import DetectionDataset
+from aqdetr_jax.data.notices import say_drops
+from aqdetr_jax.parallel.hosts import say
 from aqdetr_jax.training.config import ExperimentConfig
-from aqdetr_jax.training.hosts import say
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
-
-
-def say_drops(dataset: DetectionDataset) -> None:
-    """Says which boxes of a set were left out, if any."""
-    if dataset.drops:
-        counts = ", ".join(f"{n} {reason}" for reason, n in dataset.drops.items())
-        first = "; ".join(dataset.drop_examples[:3])
-        say(f"{dataset.name}: left out boxes: {counts} ({first})")
 
 
 def say_limits(

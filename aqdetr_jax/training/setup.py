@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import traverse_util
 
-from aqdetr_jax.data.dataset import DetectionDataset, load_dataset
+from aqdetr_jax.checkpoint.model_folder import ModelBundle, load_model
+from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.pipeline import PipelineConfig, TrainBatches, make_train_pipeline
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detector import Detector, build_detector
-from aqdetr_jax.quant.record import OpRecord, recording
-from aqdetr_jax.training.config import DataConfig, ExperimentConfig
-from aqdetr_jax.training.model_io import ModelBundle, load_model
+from aqdetr_jax.training.config import ExperimentConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,65 +26,15 @@ CALIBRATION_ROWS = 8
 """Images of a calibration batch."""
 
 
-def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
-    """The training or evaluation set of a configuration.
-
-    Raises:
-      DatasetError, FileNotFoundError: the set cannot be opened; the message names the culprit.
-    """
-    split = data.train_split if train else data.eval_split
-    if data.kind == "shapes":
-        count = data.num_train if train else data.num_eval
-        return _generated_set(split, data.image_size, count, data.set_seed, data.cache_dir or None)
-    if data.kind == "coco":
-        if data.root:
-            return load_dataset("coco", root=data.root, split=split)
-        images = data.train_images if train else data.eval_images
-        annotations = data.train_annotations if train else data.eval_annotations
-        which = "train" if train else "eval"
-        for name, value in ((f"{which}_images", images), (f"{which}_annotations", annotations)):
-            if not value:
-                raise ValueError(f"config.data.{name} is empty: set it (or config.data.root)")
-        return load_dataset("coco", images_dir=images, annotation_file=annotations, split=split)
-    if not data.root:
-        raise ValueError(f"config.data.root is empty: set it to the folder of the {data.kind} set")
-    if data.kind == "voc":
-        return load_dataset("voc", root=data.root, split=split)
-    return load_dataset("tfds", data_dir=data.root, split=split)
-
-
-@functools.lru_cache(maxsize=2)
-def _generated_set(split, size, num_images, seed, cache_dir) -> DetectionDataset:
-    """A generated set, drawn once in a process however often it is opened."""
-    return load_dataset(
-        "shapes",
-        split=split,
-        size=size,
-        num_images=num_images,
-        seed=seed,
-        cache_dir=cache_dir,
-    )
-
-
 def pipeline_config(
     config: ExperimentConfig, *, train: bool, start_step: int = 0
 ) -> PipelineConfig:
     """The input pipeline's parameters on this process."""
-    data = config.data
-    return PipelineConfig(
+    return PipelineConfig.from_data(
+        config.data,
+        train=train,
         batch_size=config.train.batch_size if train else config.train.eval_batch_size,
-        buckets=data.buckets if train else (data.eval_buckets or data.buckets),
-        max_boxes=data.max_boxes,
         seed=config.seed,
-        augment=data.augment,
-        eval_short_side=data.eval_short_side,
-        eval_max_size=data.eval_max_size,
-        allow_truncation=data.allow_truncation,
-        on_error=data.on_error,
-        num_threads=data.num_threads,
-        prefetch=data.prefetch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
         start_step=start_step,
     )
 
@@ -126,22 +72,6 @@ def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> Experiment
     return config
 
 
-def check_same_classes(train: DetectionDataset, evaluation: DetectionDataset) -> None:
-    """Labels are positions in a set's own list of classes: the two lists must be the same.
-
-    Raises:
-      ValueError: they differ; the message names the first difference.
-    """
-    mine = list(zip(train.category_ids, train.class_names, strict=True))
-    theirs = list(zip(evaluation.category_ids, evaluation.class_names, strict=True))
-    if mine != theirs:
-        only = sorted(set(mine) ^ set(theirs))[:3]
-        raise ValueError(
-            f"{train.name} has {len(mine)} classes and {evaluation.name} {len(theirs)}, and they "
-            f"differ in (id, name) {only}: give both annotation files the same categories"
-        )
-
-
 def check_patterns(config: ExperimentConfig, operations: Sequence[str], params: Any) -> None:
     """Every rule and pattern that the user wrote must match something.
 
@@ -156,19 +86,6 @@ def check_patterns(config: ExperimentConfig, operations: Sequence[str], params: 
         for pattern in getattr(config.optimizer, name):
             if not any(re.search(pattern, path) for path in paths):
                 raise ValueError(f"config.optimizer.{name}: {pattern!r} matches no parameter")
-
-
-def example_input(bucket: tuple[int, int], batch: int = 1) -> tuple[jax.Array, jax.Array]:
-    """A black image and its mask, for shapes."""
-    return jnp.zeros((batch, *bucket, 3), jnp.uint8), jnp.ones((batch, *bucket), bool)
-
-
-def record_ops(module: Detector, variables: Any, bucket: tuple[int, int]) -> list[OpRecord]:
-    """The operations of one inference on one image of a bucket, without running it."""
-    images, mask = example_input(bucket)
-    with recording() as rows:
-        jax.eval_shape(lambda v: module.apply(v, images, mask), variables)
-    return rows
 
 
 def build_module(config: ExperimentConfig) -> Detector | DensePretrainer:

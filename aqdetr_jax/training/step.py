@@ -19,9 +19,9 @@ from aqdetr_jax.losses.targets import Predictions, Targets
 from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detector import Detector
 from aqdetr_jax.models.output import DetrOutput
+from aqdetr_jax.parallel.mesh import batch_sharding, replicated
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import ExperimentConfig
-from aqdetr_jax.training.sharding import batch_sharding, replicated
 from aqdetr_jax.training.state import TrainState, variables
 
 Batch = dict[str, Array]

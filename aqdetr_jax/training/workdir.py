@@ -11,11 +11,8 @@ import contextlib
 import dataclasses
 import datetime
 import errno
-import functools
-import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -25,12 +22,11 @@ from typing import Any
 import jax
 
 from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training.config_tools import changed_keys, config_diff, to_plain
 
 # Keys that change neither what was computed so far nor its meaning.
 CHANGEABLE = ("train.steps", "eval.*", "log.*")
-
-_PACKAGES = ("aqdetr-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class WorkdirError(RuntimeError):
@@ -133,49 +129,6 @@ def prepare_workdir(
         os.close(lock)
         raise
     return Workdir(path, existing, changes, lock)
-
-
-@functools.cache
-def git_commit() -> str:
-    """Commit of the package's own sources: ``<sha>``, ``<sha>-dirty``, or ``unknown``.
-
-    Read once in a process: a run belongs to the code it started with, not to what is edited or
-    committed while it runs.
-
-    ``unknown`` where the package is not run from a git checkout of its own repository, so that
-    an installed copy inside someone else's checkout does not report that one's commit.
-    """
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return "unknown"
-        commit = git("rev-parse", "--verify", "HEAD")
-        # What the drivers of tables write is output: it does not change what runs.
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)experiments/results")
-        return f"{commit}-dirty" if changed else commit
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions
 
 
 def _describe_start(changes: list[str]) -> dict[str, Any]:

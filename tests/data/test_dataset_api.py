@@ -11,9 +11,9 @@ from aqdetr_jax.data.dataset import (
     Record,
     ground_truth_from_records,
     json_digest,
-    load_dataset,
     stack_boxes,
 )
+from aqdetr_jax.data.open import load_dataset
 
 
 def test_box_cleaning_counts_and_names_offenders():

@@ -13,7 +13,7 @@ from aqdetr_jax.data.pipeline import (
     train_bucket,
     train_map_dataset,
 )
-from aqdetr_jax.data.shapes import ShapesDataset
+from aqdetr_jax.data.shapes.dataset import ShapesDataset
 from aqdetr_jax.data.transforms import AugmentConfig
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from aqdetr_jax.data.coco import CocoFolder
 from aqdetr_jax.data.inspect import format_report, inspect_dataset
-from aqdetr_jax.data.shapes import ShapesDataset
+from aqdetr_jax.data.shapes.dataset import ShapesDataset
 from aqdetr_jax.data.voc import VocFolder
 
 

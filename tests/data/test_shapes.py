@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aqdetr_jax.data import shapes_objects, shapes_render
 from aqdetr_jax.data.coco import CocoFolder
+from aqdetr_jax.data.coco_writer import write_coco_folder
 from aqdetr_jax.data.dataset import DatasetError
-from aqdetr_jax.data.shapes import ShapesDataset, ShapesSpec, write_coco_folder
+from aqdetr_jax.data.shapes import objects as shapes_objects
+from aqdetr_jax.data.shapes import render as shapes_render
+from aqdetr_jax.data.shapes.dataset import ShapesDataset
+from aqdetr_jax.data.shapes.spec import ShapesSpec
 
 COUNT = 600
 

@@ -12,7 +12,7 @@ from aqdetr_jax.data import tfds_builder
 from aqdetr_jax.data.coco import CocoFolder
 from aqdetr_jax.data.dataset import DatasetError
 from aqdetr_jax.data.pipeline import PipelineConfig, make_train_pipeline
-from aqdetr_jax.data.shapes import ShapesDataset
+from aqdetr_jax.data.shapes.dataset import ShapesDataset
 from aqdetr_jax.data.tfds_builder import TfdsDataset, prepare
 
 

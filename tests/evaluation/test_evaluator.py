@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import tiny
 
+from aqdetr_jax.checkpoint.model_folder import load_model
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.coco import METRIC_NAMES, evaluate_detections
 from aqdetr_jax.evaluation.evaluator import Evaluator
+from aqdetr_jax.parallel.mesh import make_mesh
 from aqdetr_jax.training import setup
-from aqdetr_jax.training.model_io import load_model
-from aqdetr_jax.training.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 def evaluated(tiny_teacher, quick_compile):
     """(bundle, dataset, evaluator, metrics, detections) of six images in batches of four."""
     bundle = load_model(tiny_teacher)
-    dataset = setup.open_dataset(tiny.FLOAT.data, train=False)
+    dataset = open_dataset(tiny.FLOAT.data, train=False)
     pipeline = setup.pipeline_config(tiny.FLOAT, train=False)
     assert len(dataset) % pipeline.batch_size == 2
     evaluator = Evaluator(bundle.module(), dataset, pipeline, make_mesh())

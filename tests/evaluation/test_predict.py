@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aqdetr_jax.checkpoint.model_folder import InputRule, load_model
 from aqdetr_jax.data.dataset import ImageReadError
 from aqdetr_jax.evaluation.predict import Detector, as_array, load
-from aqdetr_jax.training.model_io import InputRule, load_model
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

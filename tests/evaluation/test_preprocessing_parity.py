@@ -1,6 +1,6 @@
 """From an image file to network input, and from outputs to boxes, against transformers' processors.
 
-The fixture is written by ``experiments/record_preprocessing.py``, which also makes the pictures.
+The fixture is written by ``experiments/record/preprocessing.py``, which also makes the pictures.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aqdetr_jax.data.dataset import load_dataset
+from aqdetr_jax.data.open import load_dataset
 from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
 from aqdetr_jax.data.transforms import resized_size
 from aqdetr_jax.evaluation.coco import postprocess
@@ -30,7 +30,7 @@ OFFICIAL = ((800, 1344), (1344, 800))
 @functools.cache
 def recorder():
     """The script that made the fixture, for its pictures; it needs torch only to record."""
-    path = ROOT / "experiments" / "record_preprocessing.py"
+    path = ROOT / "experiments" / "record" / "preprocessing.py"
     spec = importlib.util.spec_from_file_location("record_preprocessing", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,7 +1,7 @@
 """Name tables, both ways: against other libraries' names written out by rules of their own.
 
 ``original_names.json.gz`` holds the names and shapes of the original repositories' full-size state
-dicts, from their own code (``experiments/record_original_names.py``).
+dicts, from their own code (``experiments/record/original_names.py``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import parity_cases
-import parity_store
 import pytest
 from flax import traverse_util
 
@@ -24,6 +22,8 @@ from aqdetr_jax.interop import names
 from aqdetr_jax.interop.names import Row
 from aqdetr_jax.interop.tables import TABLES, huggingface
 from aqdetr_jax.models.detector import build_detector
+from experiments.parity import cases as parity_cases
+from experiments.parity import store as parity_store
 
 ORIGINAL = json.loads(
     gzip.decompress((parity_cases.FIXTURES / "original_names.json.gz").read_bytes())

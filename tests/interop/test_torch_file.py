@@ -31,7 +31,7 @@ FLOATS = struct.pack("<6f", *range(6))
 
 
 def check(value: Any, expected: Any) -> None:
-    """Compares a value with one that experiments/record_torch_files.py described."""
+    """Compares a value with one that experiments/record/torch_files.py described."""
     if not isinstance(expected, dict):
         assert type(value) is type(expected)
         assert value == expected

@@ -1,6 +1,6 @@
 """Both families against transformers' own: every stage, losses and gradients.
 
-The fixtures are written by ``experiments/record_parity.py``: tiny models whose parameters and
+The fixtures are written by ``experiments/record/parity.py``: tiny models whose parameters and
 statistics are all random, one batch of two images of unequal size. With ``AQDETR_PARITY=live``
 (``make test-parity``) transformers' results are computed anew.
 """
@@ -13,14 +13,14 @@ import os
 
 import jax
 import numpy as np
-import parity_cases
-import parity_ours
-import parity_store
 import pytest
 from flax import traverse_util
 
 from aqdetr_jax.interop import names
 from aqdetr_jax.models.detector import build_detector
+from experiments.parity import cases as parity_cases
+from experiments.parity import ours as parity_ours
+from experiments.parity import store as parity_store
 
 FIXTURES = parity_cases.FIXTURES
 ATOL = 1e-5
@@ -38,7 +38,7 @@ def batch():
 @functools.cache
 def theirs(name):
     if os.environ.get("AQDETR_PARITY") == "live":
-        compute = importlib.import_module("parity_theirs").compute
+        compute = importlib.import_module("experiments.parity.theirs").compute
         return compute(parity_cases.TINY[name], batch())
     return parity_store.load(FIXTURES / f"{name}.npz")
 

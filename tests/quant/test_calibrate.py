@@ -14,10 +14,11 @@ from aqdetr_jax.quant.calibrate import (
     site_specs,
     weight_specs,
 )
+from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.policy import Policy, stock_policy
 from aqdetr_jax.quant.record import OpRecord
 from aqdetr_jax.quant.spec import QuantSpec
-from aqdetr_jax.training.config import ExperimentConfig, QuantConfig
+from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.initial import calibrate
 
 RNG = np.random.default_rng(0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 
+from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.training import initial, setup
-from aqdetr_jax.training.model_io import load_model
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import pytest
 import tiny
 
 import aqdetr_jax
+from aqdetr_jax.checkpoint.model_folder import save_model
 from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.config import DeformableConfig
 from aqdetr_jax.training import loop
 from aqdetr_jax.training.config import DistillConfig, load_experiment
-from aqdetr_jax.training.model_io import save_model
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

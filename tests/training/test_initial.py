@@ -8,10 +8,13 @@ import pytest
 import tiny
 from flax import traverse_util
 
+from aqdetr_jax.checkpoint.model_folder import load_model
+from aqdetr_jax.checkpoint.transfer import LoadReport, match_classes, merge
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.models.config import DeformableConfig
+from aqdetr_jax.models.detector import example_input
+from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.training import initial, setup
-from aqdetr_jax.training.config import QuantConfig
-from aqdetr_jax.training.model_io import load_model
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -27,8 +30,8 @@ def test_merge_takes_what_fits_and_reports_the_rest():
         "c": np.zeros(1),
     }
     source = {"a/kernel": np.ones(2), "b": np.ones(4), "d": np.ones(1), "c": np.ones(1)}
-    merged, report = initial.merge(own, source)
-    assert report == initial.LoadReport(
+    merged, report = merge(own, source)
+    assert report == LoadReport(
         loaded=["a/kernel", "c"], new=["a/kernel_step"], dropped=["d"], mismatched=["b"]
     )
     np.testing.assert_array_equal(merged["a/kernel"], 1)
@@ -66,7 +69,7 @@ def test_auxiliary_queries_start_as_noisy_copies(calibrated):
 
 def test_calibration_sets_every_step(calibrated):
     config, module, _, variables, _ = calibrated
-    images, mask = setup.example_input(config.data.buckets[0])
+    images, mask = example_input(config.data.buckets[0])
     default = jax.jit(module.init)(
         jax.random.fold_in(jax.random.key(config.seed), initial.INIT), images, mask
     )
@@ -115,7 +118,7 @@ def test_calibration_does_not_see_padding(calibrated):
 
 def test_calibration_batches_are_the_same_on_every_process(calibrated, monkeypatch):
     config = calibrated[0]
-    dataset = setup.open_dataset(config.data, train=True)
+    dataset = open_dataset(config.data, train=True)
     seen = []
     for process in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
@@ -177,7 +180,7 @@ def test_class_heads_of_a_two_stage_model_follow_the_names():
     source = tiny.bundle(dataclasses.replace(tiny.FLOAT, model=model, loss=loss))
     names, params = source.class_names, source.variables["params"]
     wanted = (names[3], names[1])
-    found = initial.match_classes(source, wanted).variables["params"]
+    found = match_classes(source, wanted).variables["params"]
     for layer in range(2):
         kernel = params[f"class_head_{layer}"]["kernel"]
         np.testing.assert_array_equal(found[f"class_head_{layer}"]["kernel"], kernel[:, [3, 1]])
@@ -186,25 +189,25 @@ def test_class_heads_of_a_two_stage_model_follow_the_names():
     np.testing.assert_array_equal(found["class_head_2"]["kernel"], proposals[:, [0, 1]])
     # A class that the source does not know costs the other heads, not this one.
     unknown = (names[0], "zebra")
-    params = initial.match_classes(source, unknown).variables["params"]
+    params = match_classes(source, unknown).variables["params"]
     assert [name for name in params if name.startswith("class_head")] == ["class_head_2"]
     np.testing.assert_array_equal(params["class_head_2"]["kernel"], proposals[:, [0, 1]])
     many = (*names, "zebra", "yak")
     last = len(names) - 1
-    kernel = initial.match_classes(source, many).variables["params"]["class_head_2"]["kernel"]
+    kernel = match_classes(source, many).variables["params"]["class_head_2"]["kernel"]
     np.testing.assert_array_equal(kernel, proposals[:, [*range(last), last, last, last]])
 
 
 def test_class_head_follows_the_names(tiny_teacher, caplog):
     teacher = load_model(tiny_teacher)
     names = teacher.class_names
-    assert initial.match_classes(teacher, names) is teacher
+    assert match_classes(teacher, names) is teacher
     kernel = teacher.variables["params"]["class_head"]["kernel"]
     wanted = (names[4], names[0], names[7])
-    matched = initial.match_classes(teacher, wanted).variables["params"]["class_head"]
+    matched = match_classes(teacher, wanted).variables["params"]["class_head"]
     np.testing.assert_array_equal(matched["kernel"], kernel[:, [4, 0, 7, len(names)]])
     assert matched["bias"].shape == (4,)
-    unknown = initial.match_classes(teacher, (names[0], "zebra"))
+    unknown = match_classes(teacher, (names[0], "zebra"))
     assert "class_head" not in unknown.variables["params"]
     assert "does not know ['zebra']" in caplog.text
     assert "class_head" in teacher.variables["params"]

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import tiny
 
+from aqdetr_jax.checkpoint.model_folder import ModelBundle, load_model, save_model
+from aqdetr_jax.checkpoint.steps import Checkpoints
 from aqdetr_jax.cli import EXIT_STOPPED, main
 from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.losses import matching
+from aqdetr_jax.parallel.mesh import AXES
 from aqdetr_jax.training import loop, setup
-from aqdetr_jax.training.checkpoint import Checkpoints
 from aqdetr_jax.training.config import load_experiment
-from aqdetr_jax.training.model_io import ModelBundle, load_model, save_model
 from aqdetr_jax.training.notices import TrainingDivergedError
-from aqdetr_jax.training.sharding import AXES
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.workdir import WorkdirError
 from aqdetr_jax.viz.records import read_metrics

@@ -24,10 +24,9 @@ PROGRAM = """
     from aqdetr_jax.training import optimizer as optim
     from aqdetr_jax.training.config import DistillConfig
     from aqdetr_jax.training.loop import TRAINED_KEYS
-    from aqdetr_jax.training.model_io import load_model
-    from aqdetr_jax.training.sharding import (
-        AXES, MODEL_PARALLEL, batch_sharding, make_mesh, parameter_shardings, put_batch, replicated,
-    )
+    from aqdetr_jax.checkpoint.model_folder import load_model
+    from aqdetr_jax.parallel.mesh import AXES, batch_sharding, make_mesh, put_batch, replicated
+    from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
     from aqdetr_jax.training.state import TrainState
     from aqdetr_jax.training.step import detection_loss_fn, jit_train_step, make_train_step
 
@@ -47,12 +46,13 @@ PROGRAM = """
     module = setup.build_module(config)
     teacher = setup.load_teacher(config)
     batch, other = tiny.batches(config, 2)
-    images, mask = setup.example_input((64, 64))
+    images, mask = example_input((64, 64))
     # One example has no objects, so that the devices' shares differ.
     batch = {k: batch[k].copy() for k in TRAINED_KEYS}
     batch["valid"][3] = False
     variables = jax.device_get(jax.jit(module.init)(jax.random.key(0), images, mask))
     loss_fn = detection_loss_fn(config, module, teacher.module())
+from aqdetr_jax.models.detector import example_input
 
 
     def run(mesh, rules=()):
@@ -238,9 +238,8 @@ DEFORMABLE = """
     from aqdetr_jax.losses.criterion import LossWeights
     from aqdetr_jax.models.detector import build_detector
     from aqdetr_jax.training.config import AuxiliaryConfig, ExperimentConfig
-    from aqdetr_jax.training.sharding import (
-        AXES, MODEL_PARALLEL, batch_sharding, make_mesh, parameter_shardings, put_batch, replicated,
-    )
+    from aqdetr_jax.parallel.mesh import AXES, batch_sharding, make_mesh, put_batch, replicated
+    from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
     from aqdetr_jax.training.step import detection_loss_fn
 
     model = dataclasses.replace(CONFIGS["two_stage"], dropout=0.0, decoder_layers=1)

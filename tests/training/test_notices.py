@@ -10,7 +10,7 @@ import tiny
 from PIL import Image
 
 from aqdetr_jax.data.coco import CocoFolder
-from aqdetr_jax.training import setup
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.training.notices import (
     TrainingDivergedError,
     check_step,
@@ -60,7 +60,7 @@ def test_left_out_boxes_and_too_few_queries_are_said(folder, capsys):
 
 
 def test_nothing_is_said_where_all_fits(capsys):
-    data = setup.open_dataset(tiny.FLOAT.data, train=True)
+    data = open_dataset(tiny.FLOAT.data, train=True)
     most = data.max_boxes_per_image()
     say_limits(with_queries(most, 2 * most, repeats=2), data, data)
     text = capsys.readouterr()
@@ -90,7 +90,7 @@ def test_too_many_bad_steps_end_the_run():
 
 
 def test_counts_belong_to_images_by_name(monkeypatch):
-    data = setup.open_dataset(tiny.FLOAT.data, train=True)
+    data = open_dataset(tiny.FLOAT.data, train=True)
     index, counts = np.array([5, 2, -1, 5]), np.array([1, 0, 7, 2])
     names = [data.image_id(i) for i in (5, 2)]
     assert counts_by_image(counts, index, data) == {names[0]: 3, names[1]: 0}

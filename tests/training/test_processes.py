@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tiny
 
-from aqdetr_jax.training.checkpoint import Checkpoints
-from aqdetr_jax.training.model_io import load_model
+from aqdetr_jax.checkpoint.model_folder import load_model
+from aqdetr_jax.checkpoint.steps import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import tiny
 from aqdetr_jax.training import loop
-from aqdetr_jax.training.sharding import initialize_distributed
+from aqdetr_jax.parallel.hosts import initialize_distributed
 
 port, index, folder, die_at = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 if port != "0":

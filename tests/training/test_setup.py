@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 import tiny
 
+from aqdetr_jax.checkpoint.model_folder import load_model, save_model
+from aqdetr_jax.checkpoint.steps import Checkpoints
+from aqdetr_jax.data.config import DataConfig
+from aqdetr_jax.data.open import check_same_classes, open_dataset
 from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.config import DeformableConfig
+from aqdetr_jax.models.detector import record_ops
+from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.policy import Rule
 from aqdetr_jax.training import initial, setup
-from aqdetr_jax.training.checkpoint import Checkpoints
-from aqdetr_jax.training.config import DataConfig, DistillConfig, QuantConfig
-from aqdetr_jax.training.model_io import load_model, save_model
+from aqdetr_jax.training.config import DistillConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -25,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 def test_number_of_classes_comes_from_the_data():
     config = tiny.FLOAT
-    dataset = setup.open_dataset(config.data, train=True)
+    dataset = open_dataset(config.data, train=True)
     assert setup.with_data(config, dataset).model.num_classes == dataset.num_classes == 10
     roomy = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=91))
     assert setup.with_data(roomy, dataset) == roomy
@@ -44,7 +48,7 @@ def test_number_of_classes_comes_from_the_data():
 )
 def test_missing_data_settings_are_named(data, message):
     with pytest.raises(ValueError, match=message):
-        setup.open_dataset(data, train=True)
+        open_dataset(data, train=True)
 
 
 # --- teacher -------------------------------------------------------------------------------------
@@ -199,7 +203,7 @@ def test_epochs_become_steps():
     config = dataclasses.replace(
         tiny.FLOAT, train=dataclasses.replace(tiny.FLOAT.train, epochs=2.5, batch_size=6)
     )
-    dataset = setup.open_dataset(config.data, train=True)  # 16 images
+    dataset = open_dataset(config.data, train=True)  # 16 images
     resolved = setup.with_data(config, dataset)
     assert resolved.train.steps == 7  # ceil(40 / 6)
     assert setup.with_data(resolved, dataset) == resolved
@@ -216,7 +220,7 @@ def test_calibrating_another_model_than_the_teachers_is_refused(tiny_teacher):
 
 def test_patterns_that_match_nothing_are_named(calibrated):
     config, module, _, variables, _ = calibrated
-    paths = [row.path for row in setup.record_ops(module, variables, (64, 64))]
+    paths = [row.path for row in record_ops(module, variables, (64, 64))]
 
     def check(rules=(), frozen=(), slow=()):
         changed = dataclasses.replace(
@@ -237,9 +241,9 @@ def test_patterns_that_match_nothing_are_named(calibrated):
 
 
 def test_sets_with_other_classes_are_refused():
-    train = setup.open_dataset(tiny.FLOAT.data, train=True)
-    evaluation = setup.open_dataset(tiny.FLOAT.data, train=False)
-    setup.check_same_classes(train, evaluation)
+    train = open_dataset(tiny.FLOAT.data, train=True)
+    evaluation = open_dataset(tiny.FLOAT.data, train=False)
+    check_same_classes(train, evaluation)
     for names, ids in (
         (("aardvark", *train.class_names[1:]), train.category_ids),
         (train.class_names, (99, *train.category_ids[1:])),
@@ -249,7 +253,7 @@ def test_sets_with_other_classes_are_refused():
         other = copy.copy(evaluation)
         other.class_names, other.category_ids = names, ids
         with pytest.raises(ValueError, match="the same categories"):
-            setup.check_same_classes(train, other)
+            check_same_classes(train, other)
 
 
 def test_frozen_without_a_source_is_refused():

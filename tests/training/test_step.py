@@ -9,14 +9,15 @@ import pytest
 import tiny
 from flax import traverse_util
 
+from aqdetr_jax.checkpoint.model_folder import load_model, without_auxiliary
 from aqdetr_jax.losses.distillation import DistillationWeights
+from aqdetr_jax.models.detector import example_input
 from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import DistillConfig
 from aqdetr_jax.training.loop import TRAINED_KEYS
-from aqdetr_jax.training.model_io import load_model, without_auxiliary
-from aqdetr_jax.training.sharding import make_mesh, put_batch, replicated
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
     detection_loss_fn,
@@ -206,7 +207,7 @@ class Pair:
         )
         (batch,) = tiny.batches(config, 1)
         self.batch = {k: batch[k] for k in TRAINED_KEYS}
-        first = jax.jit(module.init)(jax.random.key(0), *setup.example_input((64, 64)))
+        first = jax.jit(module.init)(jax.random.key(0), *example_input((64, 64)))
         rng = np.random.default_rng(0)
 
         def noisy(x):

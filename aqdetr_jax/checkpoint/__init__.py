@@ -1,0 +1,1 @@
+"""The only door to Orbax: training checkpoints, and models as folders."""

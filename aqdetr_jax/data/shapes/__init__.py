@@ -1,0 +1,1 @@
+"""The embedded detection set: generated scenes, nothing to download."""

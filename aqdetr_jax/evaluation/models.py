@@ -1,0 +1,109 @@
+"""Whole models judged on an evaluation set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aqdetr_jax.checkpoint.model_folder import InputRule, ModelBundle
+from aqdetr_jax.data.config import DataConfig
+from aqdetr_jax.data.notices import say_drops
+from aqdetr_jax.data.open import open_dataset
+from aqdetr_jax.data.pipeline import PipelineConfig
+from aqdetr_jax.evaluation.coco import results_block
+from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
+from aqdetr_jax.parallel.hosts import say
+from aqdetr_jax.parallel.mesh import make_mesh
+from aqdetr_jax.provenance import git_commit
+
+
+def evaluate_bundle(
+    bundle: ModelBundle,
+    data: DataConfig,
+    name: str,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    rule: InputRule | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Any], Detections]:
+    """Results block and detections of a model on a configuration's evaluation set.
+
+    Args:
+      bundle: the model.
+      data: whose evaluation set is used.
+      name: name in the results block.
+      batch_size: images a batch, over all devices.
+      seed: in the results block, where the model does not know its own.
+      rule: how images become network input; the model's own when None.
+      progress: called with (batches done, batches).
+
+    Classes are matched by name: a model may know more of them than the set, whose names may have
+    other ids.
+
+    Raises:
+      ValueError: the set has classes that the model does not know.
+    """
+    dataset = open_dataset(data, train=False)
+    known = set(bundle.class_names)
+    unknown = tuple(name for name in dataset.class_names if name not in known)
+    if unknown:
+        raise ValueError(
+            f"{dataset.name} has {_some(unknown)} that the model, with its "
+            f"{_some(bundle.class_names)}, does not know: classes are matched by name; evaluate it "
+            "on those it was trained on, or first train it on such data (config.init_from)"
+        )
+    ids = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
+    if len(bundle.class_names) > len(ids):
+        say(
+            f"{dataset.name} has {len(ids)} of the model's {len(bundle.class_names)} classes: "
+            "detections of the others are left out"
+        )
+    say_drops(dataset)
+    evaluator = Evaluator(
+        bundle.module(),
+        dataset,
+        dataclasses.replace(
+            PipelineConfig.from_data(data, train=False, batch_size=batch_size),
+            **(rule or bundle.input).pipeline(),
+        ),
+        make_mesh(),
+        [ids.get(name) for name in bundle.class_names],
+    )
+    metrics, detections = evaluator.evaluate(bundle.variables, progress)
+    block = results_block(
+        metrics,
+        images=len(dataset),
+        config=name,
+        seed=int(bundle.info.get("seed", seed)),
+        commit=git_commit(),
+        seconds=detections.seconds,
+    )
+    return block, detections
+
+
+INPUT_KEYS = ("data.buckets", "data.eval_buckets", "data.eval_short_side", "data.eval_max_size")
+"""The keys of a configuration that say how images become network input at evaluation."""
+
+
+def input_rule(bundle: ModelBundle, data: DataConfig, overrides: Sequence[str]) -> InputRule:
+    """How a model's images are prepared: by its own rule, unless an override says otherwise.
+
+    What is used is said, and where it comes from.
+
+    Args:
+      bundle: the model.
+      data: the configuration with the overrides applied.
+      overrides: ``a.b=value`` texts of the command line.
+    """
+    given = [key for key in INPUT_KEYS if any(o.split("=")[0] == key for o in overrides)]
+    rule = InputRule.from_data(data) if given else bundle.input
+    source = f"from {', '.join(given)}" if given else "the model's own"
+    say(f"image rule, {source}: {rule.describe()}")
+    return rule
+
+
+def _some(names: tuple[str, ...]) -> str:
+    """A list of names for a message, not too long."""
+    return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"

@@ -1,0 +1,89 @@
+"""Placement on devices: the mesh, parameters by a table of rules, batches along ``data``.
+
+Everything runs under one global-view ``jax.jit``: arrays carry a ``NamedSharding``, and a sum over
+the batch is a sum over all devices. One CPU is a mesh of 1 x 1, a pod the same code with more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+logger = logging.getLogger(__name__)
+
+AXES = ("data", "model")
+
+
+def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None = None) -> Mesh:
+    """Makes the mesh of all devices with the axes ``('data', 'model')``, both of type ``Auto``.
+
+    The devices of a lone CPU are its cores under another name (``host.use_every_core``): there, and
+    only there, some may be left idle.
+
+    Args:
+      data: devices along the batch; all that ``model`` leaves when None.
+      model: devices that share one replica's parameters.
+      batch_size: on a lone CPU, ``data=None`` takes no more devices than share it evenly.
+
+    Raises:
+      ValueError: ``data * model`` is not the number of devices.
+    """
+    count = jax.device_count()
+    cores = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    if model < 1 or (data is not None and data < 1):
+        raise ValueError(f"mesh sizes must be at least 1, found data={data}, model={model}")
+    if data is None:
+        data = max(count // model, 1)
+        while cores and batch_size and data > 1 and batch_size % data:
+            data -= 1
+    used = data * model
+    if used > count or (used < count and not cores):
+        raise ValueError(
+            f"mesh data={data} x model={model} needs {used} devices, there are {count}"
+        )
+    # Explicit, the default since jax 0.9, breaks Linen's sharding constraints.
+    types = (AxisType.Auto, AxisType.Auto)
+    some = jax.devices()[:used] if used < count else None
+    return jax.make_mesh((data, model), AXES, axis_types=types, devices=some)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a batch: the leading dimension along ``data``, the rest replicated."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Makes global arrays from this process's part of a batch.
+
+    Args:
+      batch: arrays ``[local_batch, ...]``; every process gives the same shapes, and the global
+        batch is theirs, concatenated in process order.
+      mesh: from :func:`make_mesh`.
+
+    Returns:
+      The same keys with arrays ``[local_batch * processes, ...]`` sharded along ``data``.
+
+    Raises:
+      ValueError: the global batch is not divisible by the ``data`` axis; the message says how.
+    """
+    sharding, devices = batch_sharding(mesh), mesh.shape["data"]
+    placed = {}
+    for name, value in batch.items():
+        local = np.asarray(value)
+        rows = local.shape[0] * jax.process_count() if local.ndim else 0
+        if rows == 0 or rows % devices:
+            raise ValueError(
+                f"batch[{name!r}] has {rows} rows over all processes, which {devices} devices "
+                f"along 'data' cannot share evenly; use a multiple of {devices}"
+            )
+        placed[name] = jax.make_array_from_process_local_data(sharding, local)
+    return placed

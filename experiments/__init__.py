@@ -1,0 +1,1 @@
+"""Drivers that reproduce one table or figure each."""

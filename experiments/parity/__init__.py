@@ -1,0 +1,1 @@
+"""The same function as the originals: every model compared, stage by stage."""
