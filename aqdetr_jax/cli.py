@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _experiment(arguments, overrides, **fields):
-    from aqdetr_jax.training.config import load_experiment
+    from aqdetr_jax.training.experiment import load_experiment
 
     return load_experiment(arguments.config, overrides, **fields)
 
@@ -124,10 +124,9 @@ def _train(arguments, overrides, **fields) -> None:
     from aqdetr_jax.training.loop import train
 
     initialize_distributed()
-    config = _experiment(arguments, overrides, **fields)
-    result = train(config, arguments.workdir)
+    result = train(_experiment(arguments, overrides, **fields), arguments.workdir)
     if is_main():
-        report_training(config, arguments.workdir, result)
+        report_training(result, arguments.workdir)
 
 
 def _pretrain(arguments, overrides) -> None:
@@ -276,12 +275,20 @@ def _quickstart(arguments, overrides) -> None:
 
 def _prepare(arguments, overrides) -> None:
     from aqdetr_jax.data.coco_writer import write_coco_folder
-    from aqdetr_jax.data.open import open_dataset
+    from aqdetr_jax.data.open import find_places, open_dataset
     from aqdetr_jax.data.tfds_builder import prepare
 
     data = _experiment(arguments, overrides).data
-    splits = {True: data.train_split, False: data.eval_split}
-    sets = {name: open_dataset(data, train=train) for train, name in splits.items()}
+    places = find_places(data)
+    if len({place.split for place in places}) < 2:
+        raise ValueError(
+            f"config.data.train_split and eval_split are both {places[0].split!r}: a prepared set "
+            "needs two"
+        )
+    sets = {
+        place.split: open_dataset(data, train=train)
+        for train, place in zip((True, False), places, strict=True)
+    }
     if arguments.format == "tfds":
         print(f"written to {prepare(sets, arguments.out)}")
     else:
@@ -293,7 +300,8 @@ def _inspect(arguments, overrides) -> None:
     from aqdetr_jax.data.inspect import format_report, inspect_dataset
     from aqdetr_jax.data.open import check_same_classes, open_dataset
     from aqdetr_jax.data.pipeline import make_train_pipeline
-    from aqdetr_jax.training.setup import pipeline_config, with_data
+    from aqdetr_jax.training.setup import pipeline_config
+    from aqdetr_jax.training.sizing import with_data
 
     config = _experiment(arguments, overrides)
     evaluation = open_dataset(config.data, train=False)

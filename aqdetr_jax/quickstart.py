@@ -16,7 +16,7 @@ from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.reporting import write_run_report
 from aqdetr_jax.training.bundles import calibrated_bundle
-from aqdetr_jax.training.config import load_experiment
+from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.loop import train
 
 TEACHERS: dict[str, str | Path] = {

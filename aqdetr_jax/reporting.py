@@ -19,7 +19,6 @@ from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
 from aqdetr_jax.io import read_json
 from aqdetr_jax.ops.boxes import cxcywh_to_xyxy, pairwise_giou
 from aqdetr_jax.training import setup
-from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.loop import RunResult
 from aqdetr_jax.viz.attention import attention_grid, attention_rows, focused_cells, real_cells
 from aqdetr_jax.viz.curves import save_figure, training_curves
@@ -277,17 +276,16 @@ def write_run_report(
     return write_report(workdir, context)
 
 
-def report_training(config: ExperimentConfig, workdir: str | Path, result: RunResult) -> None:
+def report_training(result: RunResult, workdir: str | Path) -> None:
     """The report of one training run, with its teacher's attention beside its own.
 
     Args:
-      config: the run's configuration.
-      workdir: its work directory.
       result: what ``loop.train`` returned.
+      workdir: its work directory.
     """
     if result.block is None or result.detections is None:
         return
-    workdir = Path(workdir)
+    workdir, config = Path(workdir), result.config
     teacher = setup.load_teacher(config)
     kind = "student" if config.quant.quantized else "teacher"
     report = write_run_report(

@@ -17,9 +17,9 @@ Cost on two CPU cores: pretraining 8 minutes, teacher 25 to 28, a student 10 to 
 
 from ml_collections import ConfigDict
 
-from configs import shapes_base, shapes_w4a4
+from configs import custom
 
-AUXILIARY = 120
+STEPS = {"pretrain": 1500, "teacher": 3000}
 
 
 def get_config(variant: str = "teacher") -> ConfigDict:
@@ -27,30 +27,10 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     family, _, kind = variant.rpartition("-")
     family = family or "detr"
     prefix = "bccd" if family == "detr" else f"bccd_{family}"
-    if kind in shapes_w4a4.VARIANTS:
-        config = shapes_w4a4.get_config(variant)
-        config.init_from = f"runs/{prefix}_teacher"
-        config.auxiliary.repeats = 3
-        config.model.num_auxiliary = AUXILIARY if config.model.num_auxiliary else 0
-        config.train.update(steps=1200, eval_every=400)
-    else:
-        config = shapes_base.get_config(family)
-        config.auxiliary = ConfigDict(dict(weight=1.0, repeats=3, start="random"))
-        config.train.update(steps=3000, eval_every=500)
-        if kind == "pretrain":
-            config.task = "pretrain"
-            config.model.backbone.norm = "batch"
-            config.optimizer.update(lr=2e-3, lr_backbone=2e-3)
-            config.train.update(steps=1500, eval_every=0)
-        elif kind == "teacher":
-            config.init_from = f"runs/{prefix}_pretrain"
-            config.model.num_auxiliary = AUXILIARY
-        else:
-            raise ValueError(
-                f"unknown variant {variant!r}: pretrain, teacher, a student variant, "
-                "or deformable- and one of these"
-            )
+    config = custom.get_config(f"{family}-{kind}")
     config.name = f"{prefix}_{kind}"
+    if kind != "pretrain":
+        config.init_from = f"runs/{prefix}_{'pretrain' if kind == 'teacher' else 'teacher'}"
     config.data = ConfigDict(
         dict(
             kind="voc",
@@ -70,18 +50,13 @@ def get_config(variant: str = "teacher") -> ConfigDict:
             ),
         )
     )
-    # Cells are large: output stride 16 (192 tokens) is enough, and four times as fast as 8.
-    config.model.backbone.update(widths=(32, 64, 128), strides=(1, 2, 2), dilations=(1, 1, 1))
-    # More encoder layers, so that "layer by layer" says something; 13 cells an image, 60 queries.
-    config.model.update(num_queries=60, encoder_layers=3)
-    config.loss = ConfigDict(dict(eos=0.35))
-    if family == "deformable":
-        # Strides 16 and 32: 240 tokens.
-        config.model.deformable.update(levels=2, stages=1)
-        config.model.encoder_layers = 2
-        config.loss = ConfigDict(dict(cls=2.0, kind="focal"))
-        if kind != "pretrain":  # as long as DETR's: a step takes 1.3 times as long
-            config.train.update(steps=config.train.steps * 3 // 4)
-            config.train.update(eval_every=config.train.steps // 3)
-    config.train.update(batch_size=16, eval_batch_size=24)
+    # 13 cells an image.
+    auxiliary = 120 if config.model.num_auxiliary else 0
+    config.model.update(num_queries=60, num_auxiliary=auxiliary)
+    steps = STEPS.get(kind, 1200)
+    if family == "deformable" and kind != "pretrain":
+        steps = steps * 3 // 4
+    evaluations = {"pretrain": 0, "teacher": 6 if family == "detr" else 3}.get(kind, 3)
+    every = steps // evaluations if evaluations else 0
+    config.train.update(steps=steps, epochs=0.0, eval_every=every)
     return config

@@ -68,7 +68,6 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
         dict(
             lr=1e-4,
             lr_backbone=1e-5,
-            lr_steps=1e-4,
             weight_decay=1e-4,
             clip_norm=0.1,
             schedule="step",
@@ -87,6 +86,7 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
         )
     )
     if low_bit:
+        config.optimizer.lr_steps = 1e-4
         config.quant = ConfigDict(dict(policy=bits, calibration_batches=16))
         config.auxiliary = ConfigDict(dict(weight=1.0, repeats=3, start="object"))
         config.distill = ConfigDict(dict(weights=dict(encoder=1.0, kind="kl")))

@@ -48,7 +48,6 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
     config.optimizer.update(
         lr=2e-4,
         lr_backbone=2e-5,
-        lr_steps=2e-4,
         drop_at=(0.8,),
         slow=("sampling_offsets/", "reference_points/"),
     )
@@ -56,5 +55,6 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
         config.optimizer.slow = ("sampling_offsets/",)  # its reference points are proposals
     config.train.update(epochs=50.0, batch_size=32, eval_batch_size=32)
     if low_bit:
+        config.optimizer.lr_steps = 2e-4
         config.auxiliary.repeats = 6
     return config

@@ -40,15 +40,14 @@ def get_config(variant: str = "aqdetr") -> ConfigDict:
     )
     # Four bits cost small objects and tight boxes most: AP75 gains by a larger GIoU weight.
     config.loss.giou = 5.0
-    config.auxiliary = ConfigDict(dict(weight=1.0, repeats=2, start="object", noise=0.1))
-    config.model.num_auxiliary = 50 if auxiliary else 0
+    if auxiliary:
+        config.auxiliary = ConfigDict(dict(weight=1.0, repeats=2, start="object", noise=0.1))
+        config.model.num_auxiliary = 50
     # Found on seed 0 with 400 steps of 32 or 800 of 16 images: the encoder's KL is about 0.1, so
     # that a weight of 1 says nothing beside a detection loss of 14; the decoder's cross-attention
     # [ours] added 0.007 AP to the encoder's [the paper's].
-    on = float(distill)
-    config.distill = ConfigDict(
-        dict(weights=dict(encoder=20.0 * on, decoder_cross=10.0 * on, kind="kl"))
-    )
+    if distill:
+        config.distill = ConfigDict(dict(weights=dict(encoder=20.0, decoder_cross=10.0, kind="kl")))
     config.optimizer.update(lr=7e-4, lr_backbone=4e-4, lr_steps=2e-3, warmup=100, ema=0.995)
     config.train.update(steps=8000, batch_size=16, eval_every=2000)
     return config

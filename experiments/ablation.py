@@ -21,8 +21,8 @@ from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.evaluation.models import evaluate_bundle
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.training.bundles import calibrated_bundle
-from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
+from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.loop import train
 
 

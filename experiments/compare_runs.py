@@ -25,8 +25,8 @@ from aqdetr_jax.evaluation.bootstrap import bootstrap_ap, image_draws
 from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.provenance import git_commit
-from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
+from aqdetr_jax.training.experiment import load_experiment
 
 
 def main() -> None:

@@ -25,13 +25,16 @@ from aqdetr_jax.parallel.mesh import make_mesh, replicated
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
+from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.loop import TRAINED_KEYS
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import detection_loss_fn, jit_train_step, make_train_step
 
 RECIPE_FROZEN = ("backbone/stem", "backbone/layer1_")
+
+SCHEDULE = 1000
+"""Steps of the learning rate's schedule; what is timed does not depend on it."""
 
 
 def random_batch(height: int, width: int, batch: int, boxes: int, classes: int) -> dict:
@@ -96,7 +99,7 @@ def main() -> None:
     trainable = optim.count_trainable(float_params, recipe, frozen_norms=True)
     teacher_variables = jax.jit(lambda: strayed(teacher.init(jax.random.key(1), *example)))()
     arguments = (variables["params"], config.optimizer)
-    optimizer = optim.make_optimizer(*arguments, config.train.steps, frozen_norms=True)
+    optimizer = optim.make_optimizer(*arguments, SCHEDULE, frozen_norms=True)
     groups = optim.parameter_groups(*arguments, frozen_norms=True)
     mesh = make_mesh(data=1)
     batch, teacher_variables = jax.device_put((batch, teacher_variables), replicated(mesh))

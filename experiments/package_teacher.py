@@ -19,7 +19,7 @@ import numpy as np
 from aqdetr_jax import host
 from aqdetr_jax.checkpoint.model_folder import load_model, save_model
 from aqdetr_jax.evaluation.models import evaluate_bundle
-from aqdetr_jax.training.config import load_experiment
+from aqdetr_jax.training.experiment import load_experiment
 
 DROPPED = 8
 """Bits of float32's mantissa that are rounded away."""

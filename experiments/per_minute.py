@@ -24,7 +24,7 @@ from aqdetr_jax import host
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.parallel.mesh import make_mesh
 from aqdetr_jax.provenance import git_commit, package_versions
-from aqdetr_jax.training.config import load_experiment
+from aqdetr_jax.training.experiment import load_experiment
 
 RESULTS = Path(__file__).parent / "results"
 

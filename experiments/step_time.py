@@ -39,10 +39,10 @@ from aqdetr_jax.models.detector import build_detector, example_input
 from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.quant.config import QuantConfig
-from aqdetr_jax.training import initial, setup
+from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training.config import load_experiment
 from aqdetr_jax.training.config_tools import split_overrides
+from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.loop import TRAINED_KEYS
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
@@ -115,7 +115,7 @@ class Bench:
     ):
         base = load_experiment(name, overrides)
         dataset = open_dataset(base.data, train=True)
-        self.base = base = setup.with_data(base, dataset)
+        self.base = base = sizing.with_data(base, dataset)
         batches = make_train_pipeline(dataset, setup.pipeline_config(base, train=True))
         first = next(batches)
         self.batch = put_batch({k: first[k] for k in TRAINED_KEYS}, mesh)

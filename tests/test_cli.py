@@ -20,7 +20,8 @@ from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.coco import validate_results_block
 from aqdetr_jax.models.detector import example_input
 from aqdetr_jax.training import setup
-from aqdetr_jax.training.config import ExperimentConfig, load_experiment
+from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.experiment import load_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

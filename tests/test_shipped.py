@@ -17,8 +17,8 @@ from aqdetr_jax.evaluation.models import evaluate_bundle
 from aqdetr_jax.models.detector import example_input
 from aqdetr_jax.quant.spec import GRID_PARAMETERS
 from aqdetr_jax.quickstart import TEACHERS
-from aqdetr_jax.training import setup
-from aqdetr_jax.training.config import load_experiment
+from aqdetr_jax.training import setup, sizing
+from aqdetr_jax.training.experiment import load_experiment
 
 SMALL = ("data.num_train=16", "data.num_eval=48", "train.eval_batch_size=24")
 """A few images of the same set: an image does not depend on how many are drawn."""
@@ -68,7 +68,7 @@ def test_student_is_the_teachers_model(name):
     teacher = load_model(config.init_from)
     distilled = setup.load_teacher(config)
     assert (distilled is not None) == config.distill.weights.active
-    config = setup.with_data(config, open_dataset(config.data, train=True))
+    config = sizing.with_data(config, open_dataset(config.data, train=True))
     module = setup.build_module(config)
     shapes = jax.eval_shape(module.init, jax.random.key(0), *example_input(config.data.buckets[0]))
     mine = {

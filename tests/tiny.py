@@ -29,7 +29,7 @@ from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.resnet import BackboneConfig
 from aqdetr_jax.quant.config import QuantConfig
-from aqdetr_jax.training import initial, setup
+from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training.config import (
     AuxiliaryConfig,
     DistillConfig,
@@ -165,7 +165,7 @@ def student(teacher: str | Path) -> ExperimentConfig:
 
 def resolved(config: ExperimentConfig) -> ExperimentConfig:
     """The configuration with its number of classes filled in."""
-    return setup.with_data(config, open_dataset(config.data, train=True))
+    return sizing.with_data(config, open_dataset(config.data, train=True))
 
 
 def bundle(config: ExperimentConfig = FLOAT, seed: int = 0) -> ModelBundle:

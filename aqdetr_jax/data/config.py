@@ -13,23 +13,27 @@ class DataConfig:
     """Which images, and how they become batches.
 
     Attributes:
-      kind: "shapes" (generated), "coco" (folder), "voc" (folder) or "tfds" (prepared by
-        ``aqdetr prepare-data``).
-      root: folder of a "voc" or "tfds" set, or of a "coco" set laid out as COCO's own.
-      train_split: split name ("shapes", "voc", "tfds").
-      eval_split: split name for evaluation.
-      train_images: image folder of a "coco" set.
-      train_annotations: its JSON file.
-      eval_images: image folder for evaluation.
-      eval_annotations: its JSON file.
+      kind: "shapes" (generated), "coco", "voc", "yolo", "tfds" (prepared by ``aqdetr
+        prepare-data``), or "auto": what the files in ``root`` say.
+      root: folder of the set.
+      train_split: name of the training split; "" = told from the names that are there.
+      eval_split: name of the split for evaluation, likewise.
+      train_images: image folder of a "coco" set, in place of the one that ``root`` has, or without
+        ``root``; a relative path starts here or in ``root``.
+      train_annotations: its JSON file, likewise.
+      eval_images: image folder for evaluation, likewise.
+      eval_annotations: its JSON file, likewise.
       num_train: size of the generated training set.
       num_eval: size of the generated evaluation set.
       image_size: side of generated images, pixels.
       set_seed: seed of the generated set (another seed, another set of the same kind).
       cache_dir: folder in which a generated set is kept between runs; "" = in memory only.
+      fit: root of the area of a padded image at most, pixels: buckets, the resize at evaluation and
+        the scales of training then follow from the images and their boxes
+        (``training.sizing``); 0 = the keys below say them.
       buckets: (height, width) of padded training images, pixels.
       eval_buckets: the same for evaluation; () = ``buckets``.
-      max_boxes: padded number of boxes an image.
+      max_boxes: padded number of boxes an image; 0 = as many as the fullest image has.
       allow_truncation: drop (and count) boxes beyond ``max_boxes`` instead of refusing the set.
       augment: training augmentation.
       eval_short_side: short side of evaluation images, pixels; None = as they are.
@@ -39,10 +43,10 @@ class DataConfig:
       prefetch: batches read ahead.
     """
 
-    kind: Literal["shapes", "coco", "voc", "tfds"] = "shapes"
+    kind: Literal["shapes", "auto", "coco", "voc", "yolo", "tfds"] = "shapes"
     root: str = ""
-    train_split: str = "train"
-    eval_split: str = "validation"
+    train_split: str = ""
+    eval_split: str = ""
     train_images: str = ""
     train_annotations: str = ""
     eval_images: str = ""
@@ -52,6 +56,7 @@ class DataConfig:
     image_size: int = 128
     set_seed: int = 0
     cache_dir: str = ""
+    fit: int = 0
     buckets: tuple[tuple[int, int], ...] = ((128, 128),)
     eval_buckets: tuple[tuple[int, int], ...] = ()
     max_boxes: int = 12

@@ -31,17 +31,21 @@ def check_relative(name: object, where: str) -> str:
     return name
 
 
-def resolve_inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+def resolve_inside(folder: pathlib.Path, name: str, *, follow_links: bool = False) -> pathlib.Path:
     """The path of ``name`` in ``folder``, with links followed.
 
     Args:
       folder: the image folder.
       name: a relative name that passed :func:`check_relative`.
+      follow_links: a link may lead outside the folder.
 
     Raises:
       ImageReadError: a link leads outside the folder.
     """
     path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ImageReadError(f"{folder / name}: a link leads outside {folder}")
+    if not follow_links and not path.is_relative_to(folder.resolve()):
+        raise ImageReadError(
+            f"{folder / name}: a link leads outside {folder}; "
+            "--config.data.follow_links=true reads it"
+        )
     return path

@@ -6,15 +6,19 @@ import difflib
 import functools
 import importlib
 import inspect
-from typing import Any
+import pathlib
+from typing import Any, NamedTuple
 
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.dataset import DatasetError, DetectionDataset
+from aqdetr_jax.data.layout import choose_splits, find_layout
+from aqdetr_jax.parallel.hosts import say
 
 _FACTORIES = {
     "shapes": ("shapes.dataset", "ShapesDataset"),
     "coco": ("coco", "CocoFolder"),
     "voc": ("voc", "VocFolder"),
+    "yolo": ("yolo", "YoloFolder"),
     "tfds": ("tfds_builder", "TfdsDataset"),
 }
 
@@ -28,7 +32,8 @@ def load_dataset(kind: str, **kwargs: Any) -> DetectionDataset:
     Args:
       kind: ``"shapes"`` (generated, :class:`~aqdetr_jax.data.shapes.dataset.ShapesDataset`),
         ``"coco"`` (:class:`~aqdetr_jax.data.coco.CocoFolder`), ``"voc"``
-        (:class:`~aqdetr_jax.data.voc.VocFolder`) or ``"tfds"``
+        (:class:`~aqdetr_jax.data.voc.VocFolder`), ``"yolo"``
+        (:class:`~aqdetr_jax.data.yolo.YoloFolder`) or ``"tfds"``
         (:class:`~aqdetr_jax.data.tfds_builder.TfdsDataset`).
       **kwargs: parameters of that class.
 
@@ -50,31 +55,125 @@ def load_dataset(kind: str, **kwargs: Any) -> DetectionDataset:
     return factory(**kwargs)
 
 
+class Place(NamedTuple):
+    """Where a split is.
+
+    Attributes:
+      kind: of data set.
+      split: its name.
+      parameters: of the data set's class.
+    """
+
+    kind: str
+    split: str
+    parameters: dict[str, Any]
+
+
 def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
     """The training or evaluation set of a configuration.
 
     Raises:
       DatasetError, FileNotFoundError: the set cannot be opened; the message names the culprit.
     """
-    split = data.train_split if train else data.eval_split
-    if data.kind == "shapes":
+    place = find_places(data)[0 if train else 1]
+    if place.kind == "shapes":
         count = data.num_train if train else data.num_eval
-        return _generated_set(split, data.image_size, count, data.set_seed, data.cache_dir or None)
-    if data.kind == "coco":
-        if data.root:
-            return load_dataset("coco", root=data.root, split=split)
-        images = data.train_images if train else data.eval_images
-        annotations = data.train_annotations if train else data.eval_annotations
-        which = "train" if train else "eval"
-        for name, value in ((f"{which}_images", images), (f"{which}_annotations", annotations)):
-            if not value:
-                raise ValueError(f"config.data.{name} is empty: set it (or config.data.root)")
-        return load_dataset("coco", images_dir=images, annotation_file=annotations, split=split)
+        return _generated_set(
+            place.split, data.image_size, count, data.set_seed, data.cache_dir or None
+        )
+    return load_dataset(place.kind, **place.parameters)
+
+
+@functools.lru_cache(maxsize=8)
+def find_places(data: DataConfig) -> tuple[Place, Place]:
+    """Where the training and the evaluation split of a configuration are.
+
+    What was found by looking at a folder is said, once in a process.
+
+    Raises:
+      DatasetError, FileNotFoundError: nowhere, or it cannot be told; the message names the key.
+    """
+    if data.kind == "shapes":
+        names = data.train_split or "train", data.eval_split or "validation"
+        return Place("shapes", names[0], {}), Place("shapes", names[1], {})
+    given = {key: getattr(data, key) for key in _FILES if getattr(data, key)}
+    if given and data.kind not in ("coco", "auto"):
+        raise DatasetError(
+            f"config.data.{next(iter(given))} has no effect with data.kind={data.kind!r}: it is "
+            "of COCO files"
+        )
+    if not data.root and (given or data.kind == "coco"):
+        return _by_files(data, None)
     if not data.root:
-        raise ValueError(f"config.data.root is empty: set it to the folder of the {data.kind} set")
-    if data.kind == "voc":
-        return load_dataset("voc", root=data.root, split=split)
-    return load_dataset("tfds", data_dir=data.root, split=split)
+        raise DatasetError(
+            "config.data.root is empty: set it to the folder of your data set "
+            "(--config.data.root=DIR)"
+        )
+    root = pathlib.Path(data.root)
+    if len(given) == len(_FILES):  # all is named: the folder need have no layout of its own
+        return _by_files(data, root)
+    layout = find_layout(root, None if data.kind == "auto" else data.kind)
+    if given and layout.kind != "coco":
+        raise DatasetError(
+            f"config.data.{next(iter(given))} has no effect: config.data.root={data.root!r} is "
+            f"{layout.title}, and the key is of COCO files"
+        )
+    names = choose_splits(layout, data.train_split, data.eval_split)
+    places = []
+    for which, name in zip(("train", "eval"), names, strict=True):
+        parameters = dict(layout.splits[name])
+        if layout.kind == "coco":
+            parameters["split"] = name
+        for key, parameter in _FILES.items():
+            if key in given and key.startswith(which):
+                parameters[parameter] = _existing(key, given[key], root)
+        places.append(Place(layout.kind, name, parameters))
+    if data.kind == "auto":
+        say(
+            f"{data.root} is {layout.title}: training on {names[0]!r}, evaluating on {names[1]!r} "
+            "(config.data.train_split, eval_split)"
+        )
+    return places[0], places[1]
+
+
+_FILES = {
+    "train_images": "images_dir",
+    "train_annotations": "annotation_file",
+    "eval_images": "images_dir",
+    "eval_annotations": "annotation_file",
+}
+"""The keys that name COCO's files one by one, and the parameter of the data set that each is."""
+
+
+def _by_files(data: DataConfig, root: pathlib.Path | None) -> tuple[Place, Place]:
+    """A COCO set whose folders and files are all named."""
+    places, from_root = [], False
+    for which, split in (("train", data.train_split), ("eval", data.eval_split)):
+        parameters: dict[str, Any] = {"split": split or which}
+        for key, parameter in _FILES.items():
+            if key.startswith(which):
+                value = getattr(data, key)
+                if not value:
+                    raise DatasetError(f"config.data.{key} is empty: set it (or config.data.root)")
+                parameters[parameter] = _existing(key, value, root)
+                from_root |= parameters[parameter] != pathlib.Path(value)
+        places.append(Place("coco", split or which, parameters))
+    if root is not None and not from_root:
+        raise DatasetError(
+            f"config.data.root={str(root)!r} has no effect: {', '.join(_FILES)} all name files "
+            "outside it; leave it out, or some of them"
+        )
+    return places[0], places[1]
+
+
+def _existing(key: str, value: str, root: pathlib.Path | None) -> pathlib.Path:
+    """A file or folder that a key names, as seen from here or from the data set's folder."""
+    candidates = [pathlib.Path(value)] + ([root / value] if root is not None else [])
+    for path in candidates:
+        if path.exists():
+            return path
+    beside = f", neither here nor in {root}" if root is not None else ""
+    raise FileNotFoundError(f"config.data.{key}={value!r} does not exist{beside}")
 
 
 @functools.lru_cache(maxsize=2)

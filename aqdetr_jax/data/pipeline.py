@@ -88,7 +88,8 @@ class PipelineConfig:
         return cls(
             batch_size=batch_size,
             buckets=data.buckets if train else (data.eval_buckets or data.buckets),
-            max_boxes=data.max_boxes,
+            # Evaluation scores come from the annotations, not from padded boxes.
+            max_boxes=data.max_boxes if train else (data.max_boxes or 1),
             seed=seed,
             augment=data.augment,
             eval_short_side=data.eval_short_side,

@@ -164,6 +164,19 @@ def prepare(
     return pathlib.Path(os.fspath(builder.data_path))
 
 
+def prepared_splits(data_dir: str | os.PathLike[str]) -> list[str]:
+    """Names of the splits that :func:`prepare` wrote to a folder.
+
+    Raises:
+      FileNotFoundError: nothing whole is prepared there.
+    """
+    builder = AqdetrDetection(data_dir=os.fspath(data_dir))
+    if not builder.is_prepared():
+        where = os.fspath(builder.data_path)
+        raise FileNotFoundError(f"no prepared dataset in {where}; prepare it first")
+    return list(builder.info.splits)
+
+
 class TfdsDataset(RecordDataset):
     """Reads a split of a folder written by :func:`prepare`.
 

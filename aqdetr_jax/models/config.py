@@ -46,8 +46,9 @@ class DetrConfig:
       backbone: ResNet sizes.
       num_classes: C, real classes; DETR's class head has C + 1 outputs (91 + 1 for COCO),
         Deformable DETR's C.
-      num_queries: N object queries.
-      num_auxiliary: M auxiliary queries, used in training only (0 = none).
+      num_queries: N object queries (0 in a configuration: follows from the data).
+      num_auxiliary: M auxiliary queries, used in training only (0 = none; -1 in a configuration:
+        follows from the data).
       auxiliary_groups: G sets of M/G auxiliary queries, apart from each other in self-attention.
       dim: model width d.
       heads: attention heads.

@@ -12,7 +12,7 @@ from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.spec import GRID_PARAMETERS
-from aqdetr_jax.training import initial, setup
+from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training.config import ExperimentConfig
 
 
@@ -56,7 +56,7 @@ def run_bundle(
 def calibrated_bundle(config: ExperimentConfig, teacher: ModelBundle) -> ModelBundle:
     """The quantized model before any training: the teacher's weights, calibrated step sizes."""
     dataset = open_dataset(config.data, train=True)
-    config = setup.with_data(config, dataset)
+    config = sizing.with_data(config, dataset)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1)
     )

@@ -8,16 +8,14 @@ around.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
-from aqdetr_jax.config_types import to_dataclass
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.policy import check_pattern
-from aqdetr_jax.training.config_tools import load_config_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +96,8 @@ class TrainConfig:
     """The loop.
 
     Attributes:
-      steps: optimizer steps of the whole run.
-      epochs: passes over the training set; if positive, ``steps`` follows from it and the data.
+      steps: optimizer steps of the whole run; 0 = as ``epochs`` says.
+      epochs: passes over the training set; 0 = as ``steps`` says. Of both, what ends first.
       batch_size: images a step, over all devices.
       eval_batch_size: images a batch in evaluation.
       eval_every: steps between evaluations; 0 = only at the end.
@@ -110,7 +108,7 @@ class TrainConfig:
       pictures: validation images drawn in the report.
     """
 
-    steps: int = 1000
+    steps: int = 0
     epochs: float = 0.0
     batch_size: int = 32
     eval_batch_size: int = 50
@@ -180,20 +178,8 @@ class ExperimentConfig:
             )
         if self.task == "pretrain" and self.quant.quantized:
             raise ValueError("task='pretrain' trains a float backbone: set quant.policy='float'")
-        for name in ("steps", "batch_size", "eval_batch_size", "log_every", "abort_after"):
+        for name in ("batch_size", "eval_batch_size", "log_every", "abort_after"):
             if getattr(self.train, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1")
-        if self.train.epochs < 0:
-            raise ValueError("train.epochs must not be negative")
-
-
-def load_experiment(name: str, overrides: tuple[str, ...] = (), **fields: Any) -> ExperimentConfig:
-    """A packaged configuration as an ``ExperimentConfig``.
-
-    Args:
-      name: configuration name or file.
-      overrides: ``a.b=value`` texts.
-      **fields: top-level fields to replace.
-    """
-    loaded = load_config_file(name, overrides, schema=ExperimentConfig)
-    return dataclasses.replace(to_dataclass(ExperimentConfig, loaded), **fields)
+        if min(self.train.epochs, self.train.steps) < 0:
+            raise ValueError("train.epochs and train.steps must not be negative")

@@ -29,7 +29,7 @@ from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
 from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.report import bit_report, format_bit_report
-from aqdetr_jax.training import initial, setup
+from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.bundles import run_bundle
 from aqdetr_jax.training.config import ExperimentConfig
@@ -72,11 +72,13 @@ class RunResult:
     """What a run leaves behind in memory; the same is in the work directory.
 
     Attributes:
+      config: the experiment, with what depended on the data filled in.
       bundle: the trained model (moving average if there is one).
       block: results block of the last evaluation, None after a pretraining.
       detections: detections of that evaluation.
     """
 
+    config: ExperimentConfig
     bundle: ModelBundle
     block: dict[str, Any] | None = None
     detections: Detections | None = None
@@ -106,7 +108,7 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     )
     train_set = open_dataset(config.data, train=True)
     eval_set = open_dataset(config.data, train=False)
-    config = setup.with_data(config, train_set)
+    config = sizing.with_data(config, train_set)
     check_same_classes(train_set, eval_set)
     for dataset in (train_set, eval_set):
         if not len(dataset):
@@ -209,7 +211,7 @@ class _Run:
         if block is not None and detections is not None and is_main():
             detections.write(self.path)
             write_json_atomic(self.path / "results.json", block)
-        return RunResult(load_model(self.path), block, detections)
+        return RunResult(config, load_model(self.path), block, detections)
 
     # ------------------------------------------------------------------------------------------
 
@@ -221,9 +223,9 @@ class _Run:
                 return None
             block = read_json(results)
             found = Detections.read(self.path, block["seconds"])
-            return RunResult(load_model(self.path), block, found)
+            return RunResult(self.config, load_model(self.path), block, found)
         done = agree((self.path / MODEL_FOLDER).is_dir())
-        return RunResult(load_model(self.path)) if done else None
+        return RunResult(self.config, load_model(self.path)) if done else None
 
     def _state(self, checkpoints: Checkpoints):
         """Optimizer, groups, state on the mesh, and the restored step (None = a fresh start)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -48,28 +47,6 @@ def calibration_pipeline(config: ExperimentConfig, dataset: DetectionDataset) ->
         process_count=1,
     )
     return make_train_pipeline(dataset, whole)
-
-
-def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> ExperimentConfig:
-    """Fills in what depends on the training set: ``model.num_classes=0``, steps from epochs.
-
-    Raises:
-      ValueError: the data have more classes than a pinned number.
-    """
-    if config.train.epochs:
-        images = config.train.epochs * len(dataset)
-        steps = max(1, math.ceil(images / config.train.batch_size))
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
-    classes = config.model.num_classes
-    if classes == 0:
-        model = dataclasses.replace(config.model, num_classes=dataset.num_classes)
-        return dataclasses.replace(config, model=model)
-    if dataset.num_classes > classes:
-        raise ValueError(
-            f"{dataset.name} has {dataset.num_classes} classes, but config.model.num_classes is "
-            f"{classes}; set it to 0 to take the data's"
-        )
-    return config
 
 
 def check_patterns(config: ExperimentConfig, operations: Sequence[str], params: Any) -> None:

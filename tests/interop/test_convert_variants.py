@@ -16,7 +16,7 @@ from aqdetr_jax.interop.convert import convert, default_name, model_config
 from aqdetr_jax.interop.tables import TABLES
 from aqdetr_jax.models.detector import build_detector, example_input
 from aqdetr_jax.models.resnet import BackboneConfig, ResNet, resnet_config
-from aqdetr_jax.training.config import load_experiment
+from aqdetr_jax.training.experiment import load_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -19,7 +19,7 @@ from aqdetr_jax.losses.criterion import (
 )
 from aqdetr_jax.losses.matching import QuerySet, match_sets
 from aqdetr_jax.losses.targets import Predictions, Targets
-from aqdetr_jax.training.config import load_experiment
+from aqdetr_jax.training.experiment import load_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -15,7 +15,8 @@ from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.config import DeformableConfig
 from aqdetr_jax.training import loop
-from aqdetr_jax.training.config import DistillConfig, load_experiment
+from aqdetr_jax.training.config import DistillConfig
+from aqdetr_jax.training.experiment import load_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

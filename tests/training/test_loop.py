@@ -18,7 +18,7 @@ from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.losses import matching
 from aqdetr_jax.parallel.mesh import AXES
 from aqdetr_jax.training import loop, setup
-from aqdetr_jax.training.config import load_experiment
+from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.notices import TrainingDivergedError
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.workdir import WorkdirError

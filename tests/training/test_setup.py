@@ -18,7 +18,7 @@ from aqdetr_jax.models.config import DeformableConfig
 from aqdetr_jax.models.detector import record_ops
 from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.policy import Rule
-from aqdetr_jax.training import initial, setup
+from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training.config import DistillConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -30,12 +30,12 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 def test_number_of_classes_comes_from_the_data():
     config = tiny.FLOAT
     dataset = open_dataset(config.data, train=True)
-    assert setup.with_data(config, dataset).model.num_classes == dataset.num_classes == 10
+    assert sizing.with_data(config, dataset).model.num_classes == dataset.num_classes == 10
     roomy = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=91))
-    assert setup.with_data(roomy, dataset) == roomy
+    assert sizing.with_data(roomy, dataset) == roomy
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=3))
     with pytest.raises(ValueError, match=r"has 10 classes.*num_classes is 3; set it to 0"):
-        setup.with_data(small, dataset)
+        sizing.with_data(small, dataset)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +204,9 @@ def test_epochs_become_steps():
         tiny.FLOAT, train=dataclasses.replace(tiny.FLOAT.train, epochs=2.5, batch_size=6)
     )
     dataset = open_dataset(config.data, train=True)  # 16 images
-    resolved = setup.with_data(config, dataset)
+    resolved = sizing.with_data(config, dataset)
     assert resolved.train.steps == 7  # ceil(40 / 6)
-    assert setup.with_data(resolved, dataset) == resolved
+    assert sizing.with_data(resolved, dataset) == resolved
 
 
 def test_calibrating_another_model_than_the_teachers_is_refused(tiny_teacher):

@@ -1,0 +1,166 @@
+"""A key that is given and has no effect is an error, with the reason.
+
+The rules are one table. A configuration file is judged as it stands; what the command line gives
+is judged with the whole configuration, so that an override may make a key of the file idle, but
+never be idle itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from aqdetr_jax.config_types import ConfigError
+from aqdetr_jax.training.config import ExperimentConfig
+
+_GENERATED = ("num_train", "num_eval", "image_size", "set_seed", "cache_dir")
+_FILES = ("train_images", "train_annotations", "eval_images", "eval_annotations")
+_FITTED = (
+    "buckets",
+    "eval_buckets",
+    "eval_short_side",
+    "eval_max_size",
+    "augment.scales",
+    "augment.max_size",
+    "augment.crop_resize",
+    "augment.crop_size",
+)
+_DECODER = (
+    "num_queries",
+    "num_auxiliary",
+    "auxiliary_groups",
+    "decoder_layers",
+    "query_start",
+    "deformable.box_refine",
+    "deformable.two_stage",
+)
+
+Rule = tuple[str, str]
+"""A pattern (``fnmatch``) of dotted keys, and why they have no effect."""
+
+
+def check_effects(config: ExperimentConfig, given: Iterable[str], where: str) -> None:
+    """Refuses given keys that change nothing.
+
+    Args:
+      config: the whole configuration.
+      given: dotted keys.
+      where: who gives them, for the message.
+
+    Raises:
+      ConfigError: one of them is idle; the message says why.
+    """
+    rules = list(idle(config))
+    for key in given:
+        for pattern, reason in rules:
+            if fnmatchcase(key, pattern):
+                raise ConfigError(f"{where}: config.{key} has no effect: {reason}")
+
+
+def idle(config: ExperimentConfig) -> Iterator[Rule]:
+    """The keys that a configuration makes idle."""
+    yield from _data(config)
+    yield from _model(config)
+    yield from _quant(config)
+    if config.task == "pretrain":
+        yield from _pretrain()
+    else:
+        yield from _auxiliary(config)
+        yield from _distill(config)
+        yield from _loss(config)
+    yield from _schedule(config)
+
+
+def _data(config: ExperimentConfig) -> Iterator[Rule]:
+    data = config.data
+    if data.kind == "shapes":
+        for key in ("root", *_FILES):
+            yield f"data.{key}", "data.kind is 'shapes', the generated set: set data.kind=auto"
+    else:
+        for key in _GENERATED:
+            yield f"data.{key}", f"it is of the generated set, and data.kind is {data.kind!r}"
+    if data.kind not in ("shapes", "coco", "auto"):
+        for key in _FILES:
+            yield f"data.{key}", f"it is of COCO files, and data.kind is {data.kind!r}"
+    if data.fit:
+        for key in _FITTED:
+            yield f"data.{key}", f"it follows from data.fit={data.fit}; set data.fit=0 to give it"
+    elif data.eval_short_side is None:
+        yield "data.eval_max_size", "it limits a resize, and data.eval_short_side is None"
+    augment = data.augment
+    if not augment.crop_probability:
+        for key in ("crop_resize", "crop_size"):
+            yield f"data.augment.{key}", "data.augment.crop_probability is 0"
+    if not augment.scales and not data.fit:
+        yield "data.augment.max_size", "it limits a resize, and data.augment.scales is ()"
+
+
+def _model(config: ExperimentConfig) -> Iterator[Rule]:
+    model = config.model
+    if model.family == "detr":
+        yield "model.deformable.*", "model.family is 'detr'"
+    elif model.deformable.levels == 1:
+        yield "model.deformable.stages", "with one level it is the last stage's"
+    if model.family == "deformable":
+        yield "model.query_start", "model.family is 'deformable': it is of DETR's queries"
+
+
+def _quant(config: ExperimentConfig) -> Iterator[Rule]:
+    quant = config.quant
+    if not quant.quantized:
+        for key in (
+            "attention_granularity",
+            "zero_point",
+            "renormalize",
+            "center",
+            "equalize",
+            "calibration_*",
+        ):
+            yield f"quant.{key}", "nothing is quantized: quant.policy is 'float'"
+        yield "optimizer.lr_steps", "there are no step sizes: quant.policy is 'float'"
+    elif not quant.center:
+        yield "quant.equalize", "it scales centred inputs, and quant.center is False"
+
+
+def _pretrain() -> Iterator[Rule]:
+    why = "a dense pretraining trains a float backbone and encoder"
+    for key in ("quant.*", "auxiliary.*", "distill.*", "loss.*", "train.eval_*", "train.pictures"):
+        yield key, why
+    for key in _DECODER:
+        yield f"model.{key}", why
+
+
+def _auxiliary(config: ExperimentConfig) -> Iterator[Rule]:
+    if not config.model.num_auxiliary:
+        yield "auxiliary.*", "there are no auxiliary queries: model.num_auxiliary is 0"
+        yield "model.auxiliary_groups", "there are no auxiliary queries: model.num_auxiliary is 0"
+    elif config.auxiliary.start == "random":
+        yield "auxiliary.noise", "auxiliary queries start at random: auxiliary.start"
+
+
+def _distill(config: ExperimentConfig) -> Iterator[Rule]:
+    weights = config.distill.weights
+    if not weights.active:
+        for key in ("teacher", "weights.kind", "weights.locations"):
+            yield f"distill.{key}", "no distillation weight is positive: distill.weights"
+    elif config.model.family == "detr":
+        yield "distill.weights.locations", "only deformable attention has sampling locations"
+    elif weights.kind not in ("kl", "mse"):
+        yield "distill.weights.locations", f"distill.weights.kind is {weights.kind!r}"
+
+
+def _loss(config: ExperimentConfig) -> Iterator[Rule]:
+    if config.loss.kind == "focal":
+        yield "loss.eos", "a focal loss has no class 'no object'"
+    else:
+        yield "loss.focal_*", "the class loss is a softmax"
+
+
+def _schedule(config: ExperimentConfig) -> Iterator[Rule]:
+    optimizer = config.optimizer
+    if optimizer.schedule != "step":
+        yield "optimizer.drop_at", f"optimizer.schedule is {optimizer.schedule!r}"
+    if optimizer.schedule != "cosine":
+        yield "optimizer.final", f"optimizer.schedule is {optimizer.schedule!r}"
+    if not optimizer.slow:
+        yield "optimizer.slow_factor", "no parameters are slow: optimizer.slow is ()"
