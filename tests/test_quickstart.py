@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from fnmatch import fnmatchcase
 
 import pytest
 import tiny
@@ -13,17 +14,20 @@ from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.config_types import from_dataclass
 from aqdetr_jax.evaluation.coco import validate_results_block
 from aqdetr_jax.training.config_tools import flatten_config
+from aqdetr_jax.training.effects import idle
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def overrides(config) -> tuple[str, ...]:
-    """Every value of a configuration as a command-line override."""
+    """Every value of a configuration that has an effect as a command-line override."""
     flat = flatten_config(from_dataclass(config))
+    patterns = [pattern for pattern, _ in idle(config)]
     return tuple(
         f"{key}={tuple(value) if isinstance(value, list) else value}"
         for key, value in flat.items()
         if key not in ("init_from", "name")
+        and not any(fnmatchcase(key, pattern) for pattern in patterns)
     )
 
 

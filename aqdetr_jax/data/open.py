@@ -147,14 +147,15 @@ _FILES = {
 
 def _by_files(data: DataConfig, root: pathlib.Path | None) -> tuple[Place, Place]:
     """A COCO set whose folders and files are all named."""
+    for key in _FILES:
+        if not getattr(data, key):
+            raise DatasetError(f"config.data.{key} is empty: set it (or config.data.root)")
     places, from_root = [], False
     for which, split in (("train", data.train_split), ("eval", data.eval_split)):
         parameters: dict[str, Any] = {"split": split or which}
         for key, parameter in _FILES.items():
             if key.startswith(which):
                 value = getattr(data, key)
-                if not value:
-                    raise DatasetError(f"config.data.{key} is empty: set it (or config.data.root)")
                 parameters[parameter] = _existing(key, value, root)
                 from_root |= parameters[parameter] != pathlib.Path(value)
         places.append(Place("coco", split or which, parameters))

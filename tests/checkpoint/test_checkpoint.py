@@ -184,7 +184,7 @@ def test_kill_during_save_leaves_a_usable_folder(tmp_path, run_python):
     source = """
         import os, signal, sys
         import numpy as np
-        from aqdetr_jax.training import checkpoint
+        from aqdetr_jax.checkpoint import steps as checkpoint
         checkpoints = checkpoint.Checkpoints({directory!r})
         checkpoints.save(1, {{"a": np.arange(3)}}, wait=True)
         die = lambda *a: os.kill(os.getpid(), signal.SIGKILL)

@@ -178,7 +178,10 @@ def test_what_is_trained_on_is_not_judged_on(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("train2014", "train2017", "val2017"), r"train2014 or train2017\? Set --config.data.train"),
+        (
+            ("train2014", "train2017", "val2017"),
+            r"train2014 or train2017\? Set --config.data.train",
+        ),
         (("train", "val", "valid"), r"val or valid\? Set --config.data.eval_split"),
         (("train",), "config.data.eval_split: set it"),
         (("left", "right"), "has left, right, and their names do not tell .*data.train_split"),
@@ -209,7 +212,9 @@ def test_annotations_beside_the_folder_are_used(tmp_path):
     image(tmp_path / "elsewhere" / "a.jpg")
     other = auto(tmp_path, eval_images="elsewhere")
     assert "elsewhere" in str(open_dataset(other, train=False).image_path(0))
-    with pytest.raises(FileNotFoundError, match=r"train_annotations='gone.json' does not exist, ne"):
+    with pytest.raises(
+        FileNotFoundError, match=r"train_annotations='gone.json' does not exist, ne"
+    ):
         find_places(auto(tmp_path, train_annotations="gone.json"))
 
 

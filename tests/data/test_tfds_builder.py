@@ -133,7 +133,7 @@ def test_tensorflow_is_never_imported(run_python):
     run_python(
         """
         import sys, tempfile
-        from aqdetr_jax.data.dataset import load_dataset
+        from aqdetr_jax.data.open import load_dataset
         from aqdetr_jax.data.pipeline import PipelineConfig, make_train_pipeline
         from aqdetr_jax.data.tfds_builder import prepare
         with tempfile.TemporaryDirectory() as folder:

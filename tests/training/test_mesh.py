@@ -20,6 +20,7 @@ PROGRAM = """
     from jax.sharding import AxisType
 
     from aqdetr_jax.losses.distillation import DistillationWeights
+    from aqdetr_jax.models.detector import example_input
     from aqdetr_jax.training import initial, setup
     from aqdetr_jax.training import optimizer as optim
     from aqdetr_jax.training.config import DistillConfig
@@ -52,7 +53,6 @@ PROGRAM = """
     batch["valid"][3] = False
     variables = jax.device_get(jax.jit(module.init)(jax.random.key(0), images, mask))
     loss_fn = detection_loss_fn(config, module, teacher.module())
-from aqdetr_jax.models.detector import example_input
 
 
     def run(mesh, rules=()):

@@ -199,16 +199,6 @@ def test_pretrained_backbone_is_no_detector(tiny_teacher, tmp_path):
 # --- what the data decide ------------------------------------------------------------------------
 
 
-def test_epochs_become_steps():
-    config = dataclasses.replace(
-        tiny.FLOAT, train=dataclasses.replace(tiny.FLOAT.train, epochs=2.5, batch_size=6)
-    )
-    dataset = open_dataset(config.data, train=True)  # 16 images
-    resolved = sizing.with_data(config, dataset)
-    assert resolved.train.steps == 7  # ceil(40 / 6)
-    assert sizing.with_data(resolved, dataset) == resolved
-
-
 def test_calibrating_another_model_than_the_teachers_is_refused(tiny_teacher):
     from aqdetr_jax.training.bundles import calibrated_bundle
 

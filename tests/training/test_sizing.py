@@ -100,7 +100,8 @@ def resolved(dataset, **model):
 
 
 @pytest.mark.parametrize(
-    ("boxes", "queries"), [(1, 20), (10, 20), (11, 30), (29, 60), (150, 300), (200, 300), (400, 400)]
+    ("boxes", "queries"),
+    [(1, 20), (10, 20), (11, 30), (29, 60), (150, 300), (200, 300), (400, 400)],
 )
 def test_queries_have_room_for_twice_the_boxes(boxes, queries):
     config = resolved(Sized([(64, 64)], boxes=boxes), num_queries=0, num_auxiliary=-1)
