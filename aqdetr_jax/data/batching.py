@@ -16,25 +16,31 @@ class PipelineStats:
     """Counts of what the pipeline had to leave out; thread safe.
 
     Attributes:
-      truncated_boxes: boxes beyond ``max_boxes``.
-      skipped_images: unreadable images.
+      truncated_boxes: boxes beyond ``max_boxes``, each time their image came by.
+      skipped_images: unreadable images; one that came by several times is one.
       skipped_names: the first of them, with the reason.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._skipped: set[str] = set()
         self.truncated_boxes = 0
-        self.skipped_images = 0
         self.skipped_names: list[str] = []
+
+    @property
+    def skipped_images(self) -> int:
+        """Number of unreadable images."""
+        return len(self._skipped)
 
     def summary(self) -> str:
         """What was left out, for people; "" if nothing was."""
         parts = []
         if self.truncated_boxes:
-            parts.append(f"{self.truncated_boxes} boxes beyond max_boxes")
+            parts.append(f"{self.truncated_boxes} boxes beyond config.data.max_boxes")
         if self.skipped_images:
             first = "; ".join(self.skipped_names[:3])
-            parts.append(f"{self.skipped_images} unreadable images ({first})")
+            images = "image" if self.skipped_images == 1 else "images"
+            parts.append(f"{self.skipped_images} unreadable {images} ({first})")
         return ", ".join(parts)
 
     def add_truncated(self, count: int) -> None:
@@ -42,12 +48,12 @@ class PipelineStats:
         with self._lock:
             self.truncated_boxes += count
 
-    def add_skipped(self, reason: str) -> None:
-        """Counts one unreadable image."""
+    def add_skipped(self, file_name: str, reason: str) -> None:
+        """Counts an unreadable image, once."""
         with self._lock:
-            self.skipped_images += 1
-            if len(self.skipped_names) < 20:
+            if file_name not in self._skipped and len(self.skipped_names) < 20:
                 self.skipped_names.append(reason)
+            self._skipped.add(file_name)
 
 
 def pad_example(

@@ -6,26 +6,34 @@ import json
 import math
 import os
 import pathlib
+import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
 from aqdetr_jax.data.dataset import (
+    MAX_SIDE,
     BoxCollector,
     DatasetError,
     Record,
     RecordDataset,
+    label_name,
     stack_boxes,
+    to_float,
 )
 from aqdetr_jax.data.files import check_relative, resolve_inside
 from aqdetr_jax.data.transforms import MAX_PIXELS, read_image
+
+_LONGEST_NUMBER = 300
+"""Digits of a whole number, which then has a float; what is longer is read as one, infinite."""
 
 
 class CocoFolder(RecordDataset):
     """A dataset in COCO format.
 
-    Boxes of zero or negative size, with NaN or infinity, or wholly outside the image are dropped
+    Boxes of zero or negative size, not finite, or wholly outside the image are dropped
     and counted in ``drops``; boxes over the border are clipped for training and stay as annotated
     in the ground truth. Images without boxes are kept. Crowd regions are flagged in the examples
     (the pipeline trains on none of them) and stay in the ground truth.
@@ -37,6 +45,7 @@ class CocoFolder(RecordDataset):
         ``root/annotations/instances_{split}.json``.
       split: name of the split; only a label when the two paths are given.
       max_pixels: refuse larger images.
+      follow_links: read images through links that leave the image folder.
 
     Raises:
       FileNotFoundError: the folder or the file is missing.
@@ -51,24 +60,35 @@ class CocoFolder(RecordDataset):
         root: str | os.PathLike[str] | None = None,
         split: str | None = None,
         max_pixels: int = MAX_PIXELS,
+        follow_links: bool = False,
     ) -> None:
         if root is not None:
             if images_dir is not None or annotation_file is not None or split is None:
                 raise DatasetError(
-                    "coco: give either root and split, or images_dir and annotation_file"
+                    "coco: give root and split (config.data.root, train_split, eval_split), or "
+                    "images_dir and annotation_file (config.data.train_images, train_annotations, "
+                    "eval_images, eval_annotations), not both"
                 )
             images_dir = pathlib.Path(root) / split
             annotation_file = pathlib.Path(root) / "annotations" / f"instances_{split}.json"
         if images_dir is None or annotation_file is None:
-            raise DatasetError("coco: images_dir and annotation_file (or root and split) needed")
+            raise DatasetError(
+                "coco: needs images_dir and annotation_file (config.data.train_images, "
+                "train_annotations, eval_images, eval_annotations), or root and split "
+                "(config.data.root, train_split, eval_split)"
+            )
         self.images_dir = pathlib.Path(images_dir)
         self.annotation_file = pathlib.Path(annotation_file)
         self.max_pixels = max_pixels
+        self.follow_links = follow_links
         hint = ""
         if root is not None:
             found = sorted(p.stem for p in pathlib.Path(root).glob("annotations/*.json"))
             splits = [name.removeprefix("instances_") for name in found]
-            hint = f" (annotated splits there: {', '.join(splits) or 'none'})"
+            hint = (
+                f" (annotated splits there: {', '.join(splits) or 'none'}; "
+                "config.data.train_split and eval_split name them)"
+            )
         if not self.images_dir.is_dir():
             raise FileNotFoundError(f"COCO image folder {self.images_dir} does not exist{hint}")
         if not self.annotation_file.exists():
@@ -80,6 +100,7 @@ class CocoFolder(RecordDataset):
             category_ids=parsed.category_ids,
             records=parsed.records(),
             collector=parsed.collector,
+            notes=parsed.notes,
         )
 
     def _load_image(self, index: int) -> np.ndarray:
@@ -94,17 +115,26 @@ class CocoFolder(RecordDataset):
         """The path of image ``index``, links followed.
 
         Raises:
-          ImageReadError: a link leads outside the image folder.
+          ImageReadError: a link leads outside the image folder and may not.
         """
-        return resolve_inside(self.images_dir, self.file_name(index))
+        return resolve_inside(
+            self.images_dir, self.file_name(index), follow_links=self.follow_links
+        )
 
 
 def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
 
 
+def _whole_number(text: str) -> int | float:
+    return int(text) if len(text) <= _LONGEST_NUMBER else float(text)
+
+
 def read_json(path: pathlib.Path) -> Any:
     """Reads strict JSON (no NaN or Infinity literals).
+
+    Whole numbers of hundreds of digits, which no float holds and Python itself refuses from 4300
+    digits on, become infinite.
 
     Args:
       path: the file.
@@ -114,13 +144,13 @@ def read_json(path: pathlib.Path) -> Any:
       DatasetError: not valid JSON; the message names the file and the place.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"annotation file {path} does not exist") from None
     except (UnicodeDecodeError, OSError) as error:
         raise DatasetError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: not valid JSON ({error})") from error
 
@@ -136,6 +166,7 @@ class CocoParser:
       class_names: by ascending category id.
       category_ids: ascending.
       collector: counts of dropped boxes, complete after :meth:`records`.
+      notes: a sentence on the root category of a Roboflow export, if there is one.
 
     Raises:
       DatasetError: the content is malformed (also from :meth:`records`).
@@ -144,6 +175,7 @@ class CocoParser:
     def __init__(self, content: Any, path: str) -> None:
         self.path = path
         self.collector = BoxCollector()
+        self.notes: tuple[str, ...] = ()
         if not isinstance(content, dict):
             raise DatasetError(f"{path}: the top level must be an object, not a list or a value")
         for key in ("images", "annotations", "categories"):
@@ -154,21 +186,41 @@ class CocoParser:
                     raise DatasetError(f"{path}: {key}[{position}] must be an object")
         self._images = content["images"]
         self._annotations = content["annotations"]
-        self._read_categories(content["categories"])
+        self._read_categories(self._without_root(content["categories"]))
+
+    def _without_root(self, categories: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Leaves out the root that Roboflow writes: id 0, parent of all others, on no box."""
+        root = next((c for c in categories if type(c.get("id")) is int and c["id"] == 0), None)
+        others = [c for c in categories if c is not root]
+        if (
+            root is None
+            or not others
+            or not isinstance(root.get("name"), str)
+            or root.get("supercategory") not in (None, "", "none")
+            or any(c.get("supercategory") != root["name"] for c in others)
+            or any(a.get("category_id") == 0 for a in self._annotations)
+        ):
+            return categories
+        self.notes = (
+            f"category 0 ({reprlib.repr(root['name'])}) is left out: it is on no box, and the "
+            "parent of all others, as Roboflow's exports have it",
+        )
+        return others
 
     def _read_categories(self, categories: list[Mapping[str, Any]]) -> None:
         names: dict[int, str] = {}
+        ids: dict[str, int] = {}
         for position, entry in enumerate(categories):
             where = f"{self.path}: categories[{position}]"
             number = _integer(entry, "id", where)
-            name = entry.get("name")
-            if not isinstance(name, str) or not name:
-                raise DatasetError(f"{where}: needs a name")
             if number in names:
                 raise DatasetError(f"{where}: category id {number} is there twice")
-            if name in names.values():
-                raise DatasetError(f"{where}: category name {name!r} is there twice")
-            names[number] = name
+            name = label_name(entry.get("name"), f"{self.path}: category {number}")
+            if name in ids:
+                raise DatasetError(
+                    f"{self.path}: categories {ids[name]} and {number} have the same name, {name!r}"
+                )
+            names[number], ids[name] = name, number
         if not names:
             raise DatasetError(f"{self.path}: no categories")
         self.category_ids = tuple(sorted(names))
@@ -186,14 +238,17 @@ class CocoParser:
             seen.add(number)
             image_id = entry.get("image_id")
             if isinstance(image_id, bool) or not isinstance(image_id, int | str):
-                raise DatasetError(f"{self.path}: annotation {number}: image_id {image_id!r}")
+                raise DatasetError(
+                    f"{self.path}: annotation {number}: image_id must be a whole number or text, "
+                    f"got {reprlib.repr(image_id)}"
+                )
             if image_id not in by_image:
                 other = str(image_id) if isinstance(image_id, int) else None
-                if isinstance(image_id, str) and image_id.lstrip("-").isdecimal():
+                if isinstance(image_id, str) and re.fullmatch(r"-?[0-9]{1,18}", image_id):
                     other = int(image_id)  # type: ignore[assignment]
                 hint = "; numbers and strings are mixed" if other in by_image else ""
                 raise DatasetError(
-                    f"{self.path}: annotation {number} names image id {image_id!r}, "
+                    f"{self.path}: annotation {number} names image id {reprlib.repr(image_id)}, "
                     f"which is not among the images{hint}"
                 )
             by_image[image_id].append(entry)
@@ -204,15 +259,17 @@ class CocoParser:
         images: dict[int | str, Mapping[str, Any]] = {}
         for position, entry in enumerate(self._images):
             image_id = entry.get("id")
-            if isinstance(image_id, bool) or not isinstance(image_id, int | str):
-                raise DatasetError(f"{self.path}: images[{position}]: id {image_id!r}")
-            where = f"{self.path}: image {image_id!r}"
+            if not isinstance(image_id, str):
+                image_id = _integer(entry, "id", f"{self.path}: images[{position}]", "or text")
+            where = f"{self.path}: image {reprlib.repr(image_id)}"
             if image_id in images:
                 raise DatasetError(f"{where}: the id is there twice")
             check_relative(entry.get("file_name"), where)
             for key in ("height", "width"):
-                if _integer(entry, key, where) < 1:
-                    raise DatasetError(f"{where}: {key} must be positive, got {entry[key]}")
+                if not 1 <= _integer(entry, key, where) <= MAX_SIDE:
+                    raise DatasetError(
+                        f"{where}: {key} must be 1 to {MAX_SIDE} pixels, got {entry[key]}"
+                    )
             images[image_id] = entry
         return images
 
@@ -233,22 +290,24 @@ class CocoParser:
                 )
             bbox = entry.get("bbox")
             if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
-                raise DatasetError(f"{where}: bbox must be [x, y, width, height], got {bbox!r}")
+                raise DatasetError(
+                    f"{where}: bbox must be [x, y, width, height], got {reprlib.repr(bbox)}"
+                )
             iscrowd = entry.get("iscrowd", 0)
             if iscrowd not in (0, 1):
-                raise DatasetError(f"{where}: iscrowd must be 0 or 1, got {iscrowd!r}")
-            x, y, w, h = (_float(v) for v in bbox)
+                raise DatasetError(f"{where}: iscrowd must be 0 or 1, got {reprlib.repr(iscrowd)}")
+            x, y, w, h = (to_float(v) for v in bbox)
             offender = f"{image['file_name']}, annotation {entry['id']}"
             box = self.collector.clean((x, y, x + w, y + h), height, width, offender)
             if box is None:
                 continue
-            area = entry.get("area", -1.0)
-            if not _is_number(area) or not math.isfinite(_float(area)) or area < 0:
+            area = to_float(entry["area"]) if _is_number(entry.get("area")) else 0.0
+            if not 0 < area < math.inf:  # A placeholder, or NaN.
                 area = w * h
             boxes.append(box)
             labels.append(label_of[category])
             crowd.append(bool(iscrowd))
-            truths.append({"bbox": (x, y, w, h), "area": float(area)})
+            truths.append({"bbox": (x, y, w, h), "area": area})
         return Record(
             image_id=image["id"],
             file_name=image["file_name"],
@@ -265,15 +324,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # an integer literal too large for a float: dropped as infinite is
-        return math.copysign(math.inf, value)
-
-
-def _integer(entry: Mapping[str, Any], key: str, where: str) -> int:
+def _integer(entry: Mapping[str, Any], key: str, where: str, alternative: str = "") -> int:
+    """A whole number of 64 bits: arrays and pycocotools hold no longer one."""
     value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise DatasetError(f"{where}: {key} must be a whole number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        kinds = " ".join(filter(None, ("a whole number of up to 64 bits", alternative)))
+        raise DatasetError(f"{where}: {key} must be {kinds}, got {reprlib.repr(value)}")
     return value

@@ -39,6 +39,7 @@ class DataConfig:
       eval_short_side: short side of evaluation images, pixels; None = as they are.
       eval_max_size: limit of their long side.
       on_error: "error" stops at an unreadable image, "skip" replaces and counts it.
+      follow_links: read images through links that leave the folder of the set.
       num_threads: reader threads.
       prefetch: batches read ahead.
     """
@@ -65,5 +66,6 @@ class DataConfig:
     eval_short_side: int | None = None
     eval_max_size: int | None = None
     on_error: Literal["error", "skip"] = "error"
+    follow_links: bool = False
     num_threads: int = 1
     prefetch: int = 4

@@ -18,7 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from aqdetr_jax.data.class_names import class_name
+
 _MAX_DROP_EXAMPLES = 20
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+MAX_SIDE = 2**31 - 1
+"""Longest side of an image in pixels, as annotated; batches hold it as int32."""
 
 
 class DatasetError(ValueError):
@@ -27,6 +32,30 @@ class DatasetError(ValueError):
 
 class ImageReadError(DatasetError):
     """An image cannot be read: missing, truncated, over the pixel budget or no image at all."""
+
+
+def to_float(value: float) -> float:
+    """A number as a float; a whole number that is too large for one becomes infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def label_name(text: Any, where: str) -> str:
+    """A class's name as readers of data sets take it; see :func:`class_names.class_name`.
+
+    Args:
+      text: the name as annotated.
+      where: file and id, for the message.
+
+    Raises:
+      DatasetError: the name is no text, empty, or has control characters inside.
+    """
+    try:
+        return class_name(text, where)
+    except ValueError as error:
+        raise DatasetError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +90,7 @@ class DetectionDataset(abc.ABC):
       drops: number of boxes left out, by reason.
       drop_examples: the first offenders, each naming its file and annotation id.
       clipped: number of boxes that reached over the image border and were clipped.
+      notes: what else the reader decided and its user should know, one sentence each.
     """
 
     name: str
@@ -69,6 +99,7 @@ class DetectionDataset(abc.ABC):
     drops: dict[str, int]
     drop_examples: tuple[str, ...]
     clipped: int = 0
+    notes: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -155,7 +186,8 @@ class Record:
 class BoxCollector:
     """Cleans the raw boxes of one dataset: clips them, drops the unusable ones and keeps count.
 
-    Reasons: ``non_finite`` (NaN or infinity), ``negative`` (negative width or height),
+    Reasons: ``non_finite`` (NaN, infinity, or too large for float32), ``negative`` (negative width
+    or height),
     ``zero_area`` (zero width or height) and ``outside`` (nothing left inside the image).
     """
 
@@ -178,7 +210,10 @@ class BoxCollector:
         Returns:
           float32 [4], or None when the box was dropped (and counted).
         """
-        x1, y1, x2, y2 = (float(v) for v in xyxy)
+        x1, y1, x2, y2 = corners = tuple(to_float(v) for v in xyxy)
+        if not all(abs(v) <= _FLOAT32_MAX for v in corners):  # NaN is not less than anything.
+            self._drop("non_finite", where, corners)
+            return None
         clipped = (
             min(max(x1, 0.0), width),
             min(max(y1, 0.0), height),
@@ -186,23 +221,21 @@ class BoxCollector:
             min(max(y2, 0.0), height),
         )
         box = np.array(clipped, np.float32)
-        if not all(math.isfinite(v) for v in (x1, y1, x2, y2)):
-            self._drop("non_finite", where, xyxy)
-        elif x2 < x1 or y2 < y1:
-            self._drop("negative", where, xyxy)
+        if x2 < x1 or y2 < y1:
+            self._drop("negative", where, corners)
         elif x2 == x1 or y2 == y1:
-            self._drop("zero_area", where, xyxy)
+            self._drop("zero_area", where, corners)
         elif box[2] <= box[0] or box[3] <= box[1]:
-            self._drop("outside", where, xyxy)
+            self._drop("outside", where, corners)
         else:
-            self.clipped += clipped != (x1, y1, x2, y2)
+            self.clipped += clipped != corners
             return box
         return None
 
     def _drop(self, reason: str, where: str, xyxy: Sequence[float]) -> None:
         self.drops[reason] += 1
         if len(self.examples) < _MAX_DROP_EXAMPLES:
-            corners = ", ".join(f"{float(v):g}" for v in xyxy)
+            corners = ", ".join(f"{v:g}" for v in xyxy)
             self.examples.append(f"{reason}: {where}: box ({corners})")
 
 
@@ -217,6 +250,7 @@ class RecordDataset(DetectionDataset):
         category_ids: Sequence[int],
         records: Sequence[Record],
         collector: BoxCollector | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         if not class_names:
             raise DatasetError(f"{name}: no classes")
@@ -228,6 +262,7 @@ class RecordDataset(DetectionDataset):
         self.drops = dict(collector.drops)
         self.drop_examples = tuple(collector.examples)
         self.clipped = collector.clipped
+        self.notes = tuple(notes)
         self._fingerprint: str | None = None
 
     @abc.abstractmethod

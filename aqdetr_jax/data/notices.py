@@ -1,4 +1,4 @@
-"""What a data set left out, said once."""
+"""What a reader left out or decided, said once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from aqdetr_jax.parallel.hosts import say
 
 
 def say_drops(dataset: DetectionDataset) -> None:
-    """Says which boxes of a set were left out, if any."""
+    """Says which boxes of a set were left out, if any, and the reader's notes."""
+    for note in dataset.notes:
+        say(f"{dataset.name}: {note}")
     if dataset.drops:
         counts = ", ".join(f"{n} {reason}" for reason, n in dataset.drops.items())
         first = "; ".join(dataset.drop_examples[:3])

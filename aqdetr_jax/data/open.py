@@ -81,7 +81,10 @@ def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
         return _generated_set(
             place.split, data.image_size, count, data.set_seed, data.cache_dir or None
         )
-    return load_dataset(place.kind, **place.parameters)
+    parameters = dict(place.parameters)
+    if place.kind in ("coco", "voc", "yolo"):  # The kinds whose images are files of a folder.
+        parameters["follow_links"] = data.follow_links
+    return load_dataset(place.kind, **parameters)
 
 
 @functools.lru_cache(maxsize=8)

@@ -272,8 +272,8 @@ class EvalBatches:
             example = self._dataset[index]
         except ImageReadError as error:
             if config.on_error == "error":
-                raise
-            self.stats.add_skipped(str(error))
+                raise _with_remedy(error) from error
+            self.stats.add_skipped(self._dataset.file_name(index), str(error))
             return filler_row(bucket, config.max_boxes)
         original_size = example.image.shape[0], example.image.shape[1]
         size = _eval_size(original_size, config)
@@ -341,8 +341,9 @@ def _check_dataset(
     most = dataset.max_boxes_per_image()
     if boxes_matter and most > config.max_boxes and not config.allow_truncation:
         raise DatasetError(
-            f"{dataset.name}: an image has up to {most} boxes but max_boxes is "
-            f"{config.max_boxes}; raise max_boxes to {most} or set allow_truncation"
+            f"{dataset.name}: an image has up to {most} boxes but config.data.max_boxes is "
+            f"{config.max_boxes}: set --config.data.max_boxes={most}, or leave boxes out with "
+            "--config.data.allow_truncation=true"
         )
 
 
@@ -350,15 +351,21 @@ def _read_or_next(
     dataset: DetectionDataset, index: int, on_error: str, stats: PipelineStats
 ) -> tuple[int, Example]:
     """Reads image ``index``; when that fails and may be skipped, the next readable one."""
+    reason = ""
     for _ in range(min(len(dataset), _MAX_SKIPS_IN_A_ROW)):
         try:
             return index, dataset[index]
         except ImageReadError as error:
             if on_error == "error":
-                raise
-            stats.add_skipped(str(error))
+                raise _with_remedy(error) from error
+            reason = str(error)
+            stats.add_skipped(dataset.file_name(index), reason)
             index = (index + 1) % len(dataset)
     raise ImageReadError(
         f"{dataset.name}: {min(len(dataset), _MAX_SKIPS_IN_A_ROW)} images in a row cannot be "
-        f"read; the last reason: {stats.skipped_names[-1]}"
+        f"read; the last reason: {reason}"
     )
+
+
+def _with_remedy(error: ImageReadError) -> ImageReadError:
+    return ImageReadError(f"{error} (--config.data.on_error=skip goes on without such images)")

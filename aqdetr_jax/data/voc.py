@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-import math
+import codecs
 import os
 import pathlib
 import re
+import reprlib
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
 import numpy as np
 
 from aqdetr_jax.data.dataset import (
+    MAX_SIDE,
     BoxCollector,
     DatasetError,
     Record,
     RecordDataset,
+    label_name,
     stack_boxes,
 )
-from aqdetr_jax.data.files import check_relative, resolve_inside
+from aqdetr_jax.data.files import resolve_inside
 from aqdetr_jax.data.transforms import MAX_PIXELS, read_image
+from aqdetr_jax.data.voc_lists import IMAGE_SUFFIXES, Entry, ImageFolder, read_list
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 _MAX_XML_BYTES = 8_000_000
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    ("<".encode("utf-16-le"), "utf-16-le"),
+    ("<".encode("utf-16-be"), "utf-16-be"),
+)
+# As declared -> as decoded. Each of them decodes ASCII as ASCII.
+_ENCODINGS = {
+    **dict.fromkeys(("utf-8", "utf8", "us-ascii", "ascii"), "utf-8"),
+    **dict.fromkeys(("iso-8859-1", "latin-1", "latin1"), "latin-1"),
+    **dict.fromkeys(("windows-1252", "cp1252"), "cp1252"),
+    **dict.fromkeys(("gbk", "gb2312", "gb18030", "cp936"), "gb18030"),  # Each within the next.
+    **dict.fromkeys(("shift-jis", "sjis", "cp932", "windows-31j"), "cp932"),
+    "iso-8859-15": "iso-8859-15",
+    "euc-jp": "euc-jp",
+    **dict.fromkeys(("euc-kr", "cp949", "ks-c-5601-1987"), "cp949"),
+    **dict.fromkeys(("big5", "cp950"), "cp950"),
+}
 
 
 class VocFolder(RecordDataset):
@@ -39,6 +61,7 @@ class VocFolder(RecordDataset):
       class_names: names in label order; None takes all names in ``Annotations`` (of every split,
         so that the splits agree), sorted.
       max_pixels: refuse larger images.
+      follow_links: read images through links that leave the image folder.
 
     Raises:
       FileNotFoundError: a folder, list, annotation or image file is missing.
@@ -52,25 +75,37 @@ class VocFolder(RecordDataset):
         class_names: Sequence[str] | None = None,
         *,
         max_pixels: int = MAX_PIXELS,
+        follow_links: bool = False,
     ) -> None:
         self.root = pathlib.Path(root)
         self.max_pixels = max_pixels
+        self.follow_links = follow_links
         self._images_dir = self.root / "JPEGImages"
         annotations = self.root / "Annotations"
         for folder in (self._images_dir, annotations):
             if not folder.is_dir():
                 raise FileNotFoundError(f"Pascal VOC folder {folder} does not exist")
-        stems = _read_split(self.root, split)
+        images = ImageFolder(self._images_dir)
+        entries = read_list(self.root, split, images)
         if class_names is None:
             class_names = _all_class_names(annotations)
+        class_names = [label_name(name, f"{self.root}: class_names") for name in class_names]
         labels = {name: label for label, name in enumerate(class_names)}
         if len(labels) != len(class_names):
             raise DatasetError(f"{self.root}: class_names has a name twice: {list(class_names)}")
         collector = BoxCollector()
-        records = []
-        for number, stem in enumerate(stems, start=1):
-            image = _find_image(self._images_dir, stem)
-            records.append(_record(annotations / f"{stem}.xml", image, number, labels, collector))
+        records: list[Record] = []
+        owners: dict[str, str] = {}
+        for number, entry in enumerate(entries, start=1):
+            path = annotations / f"{entry.stem}.xml"
+            tree = parse_xml(path)
+            image = _image_of(entry, images, path, (tree.findtext("filename") or "").strip())
+            if image in owners:
+                raise DatasetError(
+                    f"{path}: its image is {image!r}, which is also that of {owners[image]}.xml"
+                )
+            owners[image] = entry.stem
+            records.append(_record(tree, path, image, number, labels, collector))
         super().__init__(
             name=f"voc/{split}",
             class_names=class_names,
@@ -91,29 +126,42 @@ class VocFolder(RecordDataset):
         """The path of image ``index``, links followed.
 
         Raises:
-          ImageReadError: a link leads outside the image folder.
+          ImageReadError: a link leads outside the image folder and may not.
         """
-        return resolve_inside(self._images_dir, self.file_name(index))
+        return resolve_inside(
+            self._images_dir, self.file_name(index), follow_links=self.follow_links
+        )
 
 
 def parse_xml(path: pathlib.Path) -> ElementTree.Element:
-    """Parses an XML file that must be plain: UTF-8, no DTD, no entity declarations.
+    """Parses an XML file that must be plain: no DTD, no entity declarations.
+
+    Its encoding is that of its byte-order mark, else the one it declares, else UTF-8.
 
     Args:
       path: the file.
 
     Raises:
       FileNotFoundError: no such file.
-      DatasetError: too large, a document type or entity declaration, or malformed XML.
+      DatasetError: too large, a document type or entity declaration, an encoding that is not
+        among the known ones, or malformed XML.
     """
     try:
         if path.stat().st_size > _MAX_XML_BYTES:
             raise DatasetError(f"{path}: larger than {_MAX_XML_BYTES} bytes")
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"annotation file {path} does not exist") from None
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error})") from error
+    encoding = _encoding(data, path)
+    try:
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: not UTF-8 text ({error})") from error
+        raise DatasetError(
+            f"{path}: is no {encoding} text, save it as UTF-8 or declare its encoding "
+            f'(<?xml version="1.0" encoding="..."?>): {error.reason} at byte {error.start}'
+        ) from error
     if re.search(r"<!\s*(DOCTYPE|ENTITY)", text, re.IGNORECASE):
         raise DatasetError(f"{path}: document type and entity declarations are refused")
     try:
@@ -123,56 +171,100 @@ def parse_xml(path: pathlib.Path) -> ElementTree.Element:
         raise DatasetError(f"{path}: malformed XML ({error})") from error
 
 
-def _read_split(root: pathlib.Path, split: str) -> list[str]:
-    lists = root / "ImageSets" / "Main"
-    path = lists / f"{check_relative(split, 'split')}.txt"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        known = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
-        raise FileNotFoundError(f"split list {path} does not exist (there are: {known})") from None
-    # Per-class lists of VOC have a second column (-1, 0 or 1).
-    stems = [line.split()[0] for line in lines if line.strip()]
-    if len(set(stems)) != len(stems):
-        twice = next(s for s in stems if stems.count(s) > 1)
-        raise DatasetError(f"{path}: {twice!r} is listed twice")
-    return [check_relative(stem, str(path)) for stem in stems]
+def _encoding(data: bytes, path: pathlib.Path) -> str:
+    for mark, encoding in _MARKS:
+        if data.startswith(mark):
+            return encoding
+    declared = re.match(rb"""\s*<\?xml[^>]{0,100}?\sencoding\s*=\s*["']([^"'>]{1,40})["']""", data)
+    if not declared:
+        return "utf-8"
+    name = declared[1].decode("latin-1")
+    encoding = _ENCODINGS.get(name.lower().replace("_", "-"), "")
+    if not encoding:
+        raise DatasetError(
+            f"{path}: declares the encoding {name!r}, which is not read; save it as UTF-8"
+        )
+    return encoding
 
 
-def _find_image(folder: pathlib.Path, stem: str) -> str:
-    for suffix in _SUFFIXES:
-        if (folder / (stem + suffix)).is_file():
-            return stem + suffix
-    raise FileNotFoundError(f"no image {folder / stem} with one of {', '.join(_SUFFIXES[:3])}")
+def _image_of(entry: Entry, images: ImageFolder, annotation: pathlib.Path, named: str) -> str:
+    """The image that an annotation file belongs to.
+
+    Args:
+      entry: the line of the list.
+      images: ``JPEGImages``.
+      annotation: the XML file, for messages.
+      named: its ``<filename>``; "" if it has none.
+
+    Raises:
+      FileNotFoundError: there is no such image.
+      DatasetError: two files may be meant.
+    """
+    if entry.image:
+        return entry.image
+    candidates = images.with_stem(entry.stem)
+    folder = entry.stem.rpartition("/")[0]
+    # <filename> counts from JPEGImages or from the sub-folder of the annotation file.
+    beside = [str(pathlib.PurePosixPath(at, named)) for at in (folder, "") if named]
+    meant = next((name for name in beside if images.has(name)), None)
+    if meant is not None and (meant in candidates or not candidates):
+        return meant
+    if meant is not None:
+        raise DatasetError(
+            f"{annotation}: its <filename> is {meant!r}, but {candidates[0]!r} is named as it is, "
+            f"and both are in {images.path}: correct <filename>, or remove one of the images"
+        )
+    if len(candidates) > 1:
+        raise DatasetError(
+            f"{annotation}: {' and '.join(map(repr, candidates))} have its name, and its "
+            f"<filename> names neither: write one there, or remove one from {images.path}"
+        )
+    if not candidates:
+        raise FileNotFoundError(
+            f"no image {images.path / entry.stem} with one of {', '.join(IMAGE_SUFFIXES)}"
+        )
+    return candidates[0]
 
 
 def _all_class_names(annotations: pathlib.Path) -> list[str]:
     names: set[str] = set()
-    for path in sorted(annotations.glob("*.xml")):
-        names.update(_text(entry, "name", path) for entry in parse_xml(path).iter("object"))
+    for folder, _, files in os.walk(annotations):
+        for file in sorted(files):
+            # Hidden files are no annotations: macOS leaves "._a.xml" beside "a.xml".
+            if file.endswith(".xml") and not file.startswith("."):
+                path = pathlib.Path(folder, file)
+                names.update(_class_of(entry, path) for entry in parse_xml(path).iter("object"))
     if not names:
-        raise DatasetError(f"{annotations}: no annotated object in any file; give class_names")
+        raise DatasetError(
+            f"{annotations}: no annotated object in any file, so that there are no classes to learn"
+        )
     return sorted(names)
 
 
+def _class_of(entry: ElementTree.Element, path: pathlib.Path) -> str:
+    return label_name(_text(entry, "name", path), f"{path}: <object>")
+
+
 def _record(
+    tree: ElementTree.Element,
     path: pathlib.Path,
     image: str,
     image_id: int,
     label_of: dict[str, int],
     collector: BoxCollector,
 ) -> Record:
-    tree = parse_xml(path)
     size = tree.find("size")
     if size is None:
         raise DatasetError(f"{path}: no <size>")
     rows, columns = (_number(size, key, path) for key in ("height", "width"))
-    if not (1 <= rows < math.inf and 1 <= columns < math.inf):
-        raise DatasetError(f"{path}: <size> must be positive, got {columns:g}x{rows:g}")
+    if not (1 <= rows <= MAX_SIDE and 1 <= columns <= MAX_SIDE):
+        raise DatasetError(
+            f"{path}: <size> must be 1 to {MAX_SIDE} pixels each way, got {columns:g}x{rows:g}"
+        )
     height, width = int(rows), int(columns)
     boxes, labels, difficult, truths = [], [], [], []
     for position, entry in enumerate(tree.iter("object"), start=1):
-        name = _text(entry, "name", path)
+        name = _class_of(entry, path)
         if name not in label_of:
             raise DatasetError(f"{path}: object {position} is a {name!r}, not one of the classes")
         corners = entry.find("bndbox")
@@ -218,4 +310,4 @@ def _number(entry: ElementTree.Element, key: str, path: pathlib.Path) -> float:
     try:
         return float(text)
     except ValueError:
-        raise DatasetError(f"{path}: <{key}> is no number: {text!r}") from None
+        raise DatasetError(f"{path}: <{key}> is no number: {reprlib.repr(text)}") from None
