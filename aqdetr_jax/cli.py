@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     from aqdetr_jax.training.loop import StoppedError
 
     try:
-        arguments.run(arguments, tuple(overrides))
+        return arguments.run(arguments, tuple(overrides)) or 0
     except StoppedError as stop:
         print(f"aqdetr: {stop}", file=sys.stderr)
         return EXIT_STOPPED
@@ -48,7 +48,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"aqdetr: {type(error).__name__}: {error}", file=sys.stderr)
         print("(--traceback shows where this came from)", file=sys.stderr)
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,7 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("prepare-data", _prepare, "write a data set as TFDS or COCO folder", config=True)
     sub.add_argument("--format", choices=("tfds", "coco"), default="tfds")
     sub.add_argument("--out", required=True, metavar="DIR")
-    verb("inspect-data", _inspect, "check a data set before training", config=True)
+    sub = verb("inspect-data", _inspect, "check a data set before training", config=True)
+    sub.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FILE.png|DIR",
+        help="draw images with their boxes, those with problems first: one picture, or one a set",
+    )
     verb("config", _config, "print a resolved configuration", config=True)
     return parser
 
@@ -296,24 +301,31 @@ def _prepare(arguments, overrides) -> None:
             print(f"written to {write_coco_folder(dataset, arguments.out)}")
 
 
-def _inspect(arguments, overrides) -> None:
+def _inspect(arguments, overrides) -> int:
     from aqdetr_jax.data.inspect import format_report, inspect_dataset
-    from aqdetr_jax.data.open import check_same_classes, open_dataset
-    from aqdetr_jax.data.pipeline import make_train_pipeline
-    from aqdetr_jax.training.setup import pipeline_config
-    from aqdetr_jax.training.sizing import with_data
+    from aqdetr_jax.data.open import open_dataset
+    from aqdetr_jax.training.data_check import reasons_to_stop
+    from aqdetr_jax.viz.contact_sheet import write_contact_sheets
 
     config = _experiment(arguments, overrides)
     evaluation = open_dataset(config.data, train=False)
     train = open_dataset(config.data, train=True)
-    queries = config.model.num_queries
+    queries = config.model.num_queries or None
     show = _counter("read", "images")
-    print(format_report(inspect_dataset(train, queries, other=evaluation, progress=show)))
-    print(format_report(inspect_dataset(evaluation, queries, progress=show)))
-    # What training would refuse.
-    check_same_classes(train, evaluation)
-    config = with_data(config, train)
-    make_train_pipeline(train, pipeline_config(config, train=True)).close()
+    reports = [
+        inspect_dataset(train, queries, other=evaluation, progress=show),
+        inspect_dataset(evaluation, queries, progress=show),
+    ]
+    for report in reports:
+        print(format_report(report))
+    if arguments.pictures:
+        sets = list(zip((train, evaluation), reports, strict=True))
+        for path in write_contact_sheets(arguments.pictures, sets, seed=config.seed):
+            print(f"written to {path}")
+    reasons = reasons_to_stop(config, train, evaluation, reports)
+    for reason in reasons:
+        print(f"training would stop: {reason}")
+    return int(bool(reasons))
 
 
 def _config(arguments, overrides) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,11 +12,44 @@ import numpy as np
 from PIL import Image
 
 from aqdetr_jax.data.dataset import DetectionDataset, ImageReadError
+from aqdetr_jax.data.suspicious import corner_boxes, normalised_boxes
 
 _SMALL, _MEDIUM = 32.0**2, 96.0**2
 _FIRST = 5
 _TWIN_IOU = 0.9
 _EXIF_ORIENTATION = 0x0112
+_MOST_PICTURES = 48
+
+TITLES = {
+    "dropped": "dropped boxes",
+    "normalised": "boxes that look normalised (within [0, 1])",
+    "corners": "boxes that look like corners (x1, y1, x2, y2)",
+    "over_queries": "images with more boxes than queries",
+    "classes_without_boxes": "classes without boxes",
+    "twin_boxes": "doubled boxes (same class, IoU > 0.9)",
+    "unreadable": "unreadable images",
+    "size_mismatch": "images of another size than annotated",
+    "exif_rotated": "images with an EXIF rotation",
+    "duplicates": "duplicate images",
+    "leakage": "images shared with the other split",
+}
+"""What each list of offenders of a report holds."""
+
+_OF_IMAGES = (
+    "unreadable",
+    "size_mismatch",
+    "normalised",
+    "corners",
+    "exif_rotated",
+    "over_queries",
+    "twin_boxes",
+    "duplicates",
+    "leakage",
+)
+"""The lists whose offenders have a picture, the worst first."""
+
+Found = list[tuple[int, str]]
+"""(index of the image, description) of each offender."""
 
 
 def inspect_dataset(
@@ -39,40 +73,30 @@ def inspect_dataset(
       A JSON-able dict. Counts: ``images``, ``boxes``, ``crowd_boxes``, ``empty_images``,
       ``clipped_boxes``, ``classes`` (boxes by name), ``areas`` (boxes by COCO's bins),
       ``boxes_per_image``, ``image_height``, ``image_width``, ``drops``. Lists of offenders, each
-      ``{"count", "first"}``: ``dropped``, ``over_queries``, ``unreadable``, ``size_mismatch``,
-      ``exif_rotated``, ``duplicates``, ``twin_boxes`` (same class, IoU > 0.9), ``leakage``,
-      ``classes_without_boxes``. ``checked_images`` says whether images were read.
+      ``{"count", "first"}``, by the keys of ``TITLES``. ``notes`` of the reader;
+      ``checked_images`` says whether images were read; ``problem_images`` are pairs (index, titles
+      of its problems), the worst first and each kind in turn, 48 at most.
     """
     truth = dataset.coco_ground_truth()
-    report = _annotation_report(dataset, truth, num_queries)
+    report = _annotation_report(dataset, truth)
+    report["num_queries"] = num_queries
     report["checked_images"] = check_images
-    offenders = _image_offenders(dataset, other, progress) if check_images else {}
-    for key in ("unreadable", "size_mismatch", "exif_rotated", "duplicates", "leakage"):
-        report[key] = _offenders(offenders.get(key, []))
+    found = _box_offenders(dataset, truth, num_queries)
+    found |= _image_offenders(dataset, other, progress) if check_images else {}
+    for key in _OF_IMAGES:
+        report[key] = _offenders([text for _, text in found.get(key, [])])
+    report["problem_images"] = _problem_images(found)
     return report
 
 
-def _annotation_report(
-    dataset: DetectionDataset, truth: dict[str, Any], num_queries: int | None
-) -> dict[str, Any]:
+def _annotation_report(dataset: DetectionDataset, truth: dict[str, Any]) -> dict[str, Any]:
     names = {c["id"]: c["name"] for c in truth["categories"]}
-    file_of = {image["id"]: image["file_name"] for image in truth["images"]}
     targets = [a for a in truth["annotations"] if not a["iscrowd"]]
     classes = dict.fromkeys(dataset.class_names, 0)
-    by_image: dict[int | str, list[dict[str, Any]]] = {key: [] for key in file_of}
     for annotation in targets:
         classes[names[annotation["category_id"]]] += 1
-        by_image[annotation["image_id"]].append(annotation)
-    counts = np.array([len(a) for a in by_image.values()], np.int64)
+    counts = np.array([len(boxes) for boxes in _by_image(truth)], np.int64)
     areas = np.array([a["area"] for a in targets], np.float64)
-    over = []
-    if num_queries is not None:
-        over = [
-            f"{file_of[key]}: {len(boxes)} boxes"
-            for key, boxes in by_image.items()
-            if len(boxes) > num_queries
-        ]
-    twins = [t for key, boxes in by_image.items() for t in _twins(file_of[key], boxes)]
     return {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
@@ -91,15 +115,53 @@ def _annotation_report(
         "boxes_per_image": _spread(counts),
         "image_height": _spread(np.array([i["height"] for i in truth["images"]], np.int64)),
         "image_width": _spread(np.array([i["width"] for i in truth["images"]], np.int64)),
-        "num_queries": num_queries,
-        "over_queries": _offenders(over),
+        "notes": list(dataset.notes),
         "drops": dict(dataset.drops),
         "dropped": {
             "count": sum(dataset.drops.values()),
             "first": list(dataset.drop_examples[:_FIRST]),
         },
-        "twin_boxes": _offenders(twins),
     }
+
+
+def _by_image(truth: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The training boxes of each image, in the order of the images."""
+    boxes: dict[int | str, list[dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
+    for annotation in truth["annotations"]:
+        if not annotation["iscrowd"]:
+            boxes[annotation["image_id"]].append(annotation)
+    return list(boxes.values())
+
+
+def _box_offenders(
+    dataset: DetectionDataset, truth: dict[str, Any], num_queries: int | None
+) -> dict[str, Found]:
+    found: dict[str, Found] = {
+        "normalised": list(normalised_boxes(dataset).offenders),
+        "corners": list(corner_boxes(dataset).offenders),
+        "over_queries": [],
+        "twin_boxes": [],
+    }
+    for index, boxes in enumerate(_by_image(truth)):
+        name = dataset.file_name(index)
+        if num_queries is not None and len(boxes) > num_queries:
+            found["over_queries"].append((index, f"{name}: {len(boxes)} boxes"))
+        found["twin_boxes"] += [(index, text) for text in _twins(name, boxes)]
+    return found
+
+
+def _problem_images(found: dict[str, Found]) -> list[tuple[int, list[str]]]:
+    """Images with problems, one of each kind in turn, and all problems of each."""
+    problems: dict[int, list[str]] = {}
+    kinds = [dict.fromkeys(index for index, _ in found.get(key, [])) for key in _OF_IMAGES]
+    for turn in itertools.zip_longest(*kinds):
+        for index in turn:
+            if index is not None and len(problems) < _MOST_PICTURES:
+                problems.setdefault(index, [])
+    for key, images in zip(_OF_IMAGES, kinds, strict=True):
+        for index in problems.keys() & images.keys():
+            problems[index].append(TITLES[key])
+    return list(problems.items())
 
 
 def _twins(file_name: str, annotations: Sequence[dict[str, Any]]) -> list[str]:
@@ -123,11 +185,12 @@ def _image_offenders(
     dataset: DetectionDataset,
     other: DetectionDataset | None,
     progress: Callable[[int, int], None] | None,
-) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {
+) -> dict[str, Found]:
+    found: dict[str, Found] = {
         key: [] for key in ("unreadable", "size_mismatch", "exif_rotated", "duplicates", "leakage")
     }
-    first_with: dict[str, str] = {}
+    first_with: dict[str, int] = {}
+    unreadable: set[str] = set()
     total = len(dataset) + (len(other) if other is not None else 0)
     for index in range(len(dataset)):
         if progress is not None:
@@ -139,12 +202,15 @@ def _image_offenders(
             if not mismatch:
                 _ = dataset[index]
         except ImageReadError as error:
-            found["unreadable"].append(str(error))
+            if name not in unreadable:  # Two entries may name one file.
+                found["unreadable"].append((index, str(error)))
+            unreadable.add(name)
             continue
         if digest in first_with:
-            found["duplicates"].append(f"{name} is the same as {first_with[digest]}")
+            first = dataset.file_name(first_with[digest])
+            found["duplicates"].append((index, f"{name} is the same as {first}"))
         else:
-            first_with[digest] = name
+            first_with[digest] = index
     for index in range(len(other) if other is not None else 0):
         assert other is not None
         if progress is not None:
@@ -154,13 +220,13 @@ def _image_offenders(
         except ImageReadError:
             continue  # The report on that split says so.
         if digest in first_with:
-            found["leakage"].append(
-                f"{first_with[digest]} is also {other.file_name(index)} of {other.name}"
-            )
+            mine = first_with[digest]
+            text = f"{dataset.file_name(mine)} is also {other.file_name(index)} of {other.name}"
+            found["leakage"].append((mine, text))
     return found
 
 
-def _check_header(dataset: DetectionDataset, index: int, found: dict[str, list[str]]) -> bool:
+def _check_header(dataset: DetectionDataset, index: int, found: dict[str, Found]) -> bool:
     """Notes EXIF rotation and a size unlike the annotated one; True for the latter."""
     find_path: Callable[[int], pathlib.Path] | None = getattr(dataset, "image_path", None)
     if find_path is None:
@@ -173,12 +239,11 @@ def _check_header(dataset: DetectionDataset, index: int, found: dict[str, list[s
         return False  # Decoding will name the reason.
     name, expected = dataset.file_name(index), dataset.image_size(index)
     if orientation != 1:
-        found["exif_rotated"].append(f"{name}: EXIF orientation {orientation}")
+        found["exif_rotated"].append((index, f"{name}: EXIF orientation {orientation}"))
     sizes = [(height, width)] + ([(width, height)] if orientation in (5, 6, 7, 8) else [])
     if expected not in sizes:
-        found["size_mismatch"].append(
-            f"{name}: {width}x{height} pixels, annotated as {expected[1]}x{expected[0]}"
-        )
+        text = f"{name}: {width}x{height} pixels, annotated as {expected[1]}x{expected[0]}"
+        found["size_mismatch"].append((index, text))
         return True
     return False
 
@@ -247,22 +312,12 @@ def format_report(report: dict[str, Any]) -> str:
         rows.append((f"class {name}", f"{count} ({100 * count / boxes:.1f} %)"))
     for reason, count in report["drops"].items():
         rows.append((f"dropped: {reason}", str(count)))
-    titles = {
-        "dropped": "dropped boxes",
-        "over_queries": "images with more boxes than queries",
-        "classes_without_boxes": "classes without boxes",
-        "twin_boxes": "doubled boxes (same class, IoU > 0.9)",
-        "unreadable": "unreadable images",
-        "size_mismatch": "images of another size than annotated",
-        "exif_rotated": "images with an EXIF rotation",
-        "duplicates": "duplicate images",
-        "leakage": "images shared with the other split",
-    }
+    rows += [("note", note) for note in report["notes"]]
     if not report["checked_images"]:
         rows.append(("image files", "not checked"))
     width = max(len(label) for label, _ in rows)
     lines = [f"{label:<{width}}  {value}" for label, value in rows]
-    problems = [(titles[key], report[key]) for key in titles if report[key]["count"]]
+    problems = [(title, report[key]) for key, title in TITLES.items() if report[key]["count"]]
     for title, offenders in problems:
         lines.append(f"! {title}: {offenders['count']}")
         lines.extend(f"    {item}" for item in offenders["first"])

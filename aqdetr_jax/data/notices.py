@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from aqdetr_jax.data.dataset import DetectionDataset
+from aqdetr_jax.data.suspicious import corner_boxes, normalised_boxes
 from aqdetr_jax.parallel.hosts import say
 
 
-def say_drops(dataset: DetectionDataset) -> None:
-    """Says which boxes of a set were left out, if any, and the reader's notes."""
+def say_findings(dataset: DetectionDataset) -> None:
+    """Says which boxes of a set were left out or look wrong, and the reader's notes."""
     for note in dataset.notes:
         say(f"{dataset.name}: {note}")
     if dataset.drops:
         counts = ", ".join(f"{n} {reason}" for reason, n in dataset.drops.items())
         first = "; ".join(dataset.drop_examples[:3])
         say(f"{dataset.name}: left out boxes: {counts} ({first})")
+    for found, look in (
+        (normalised_boxes(dataset), "normalised, as fractions of the image"),
+        (corner_boxes(dataset), "like corners (x1, y1, x2, y2), not (x, y, width, height)"),
+    ):
+        if found.offenders:
+            count, first = len(found.offenders), found.offenders[0][1]
+            say(f"{dataset.name}: {count} of {found.boxes} boxes look {look} (first: {first})")

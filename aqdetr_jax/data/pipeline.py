@@ -201,7 +201,7 @@ def train_map_dataset(
     Raises:
       DatasetError: see :func:`make_train_pipeline`.
     """
-    _check_dataset(dataset, config)
+    check_dataset(dataset, config)
     counts = stats or PipelineStats()
 
     def load(item: tuple[int, int], rng: np.random.Generator) -> Batch:
@@ -239,7 +239,7 @@ class EvalBatches:
     """
 
     def __init__(self, dataset: DetectionDataset, config: PipelineConfig) -> None:
-        _check_dataset(dataset, config, boxes_matter=False)
+        check_dataset(dataset, config, boxes_matter=False)
         self.stats = PipelineStats()
         self._dataset = dataset
         self._config = config
@@ -333,9 +333,19 @@ def _eval_size(size: tuple[int, int], config: PipelineConfig) -> tuple[int, int]
     return transforms.resized_size(height, width, config.eval_short_side, config.eval_max_size)
 
 
-def _check_dataset(
+def check_dataset(
     dataset: DetectionDataset, config: PipelineConfig, boxes_matter: bool = True
 ) -> None:
+    """Refuses a set that the pipeline cannot deliver.
+
+    Args:
+      dataset: images with boxes.
+      config: parameters.
+      boxes_matter: images with more than ``max_boxes`` are refused, unless it allows truncation.
+
+    Raises:
+      DatasetError: the dataset is empty, or an image has too many boxes.
+    """
     if len(dataset) == 0:
         raise DatasetError(f"{dataset.name}: the dataset has no images")
     most = dataset.max_boxes_per_image()

@@ -32,6 +32,9 @@ from aqdetr_jax.data.dataset import (
 )
 from aqdetr_jax.data.transforms import MAX_PIXELS, read_image
 
+_INFO, _FEATURES, _METADATA = "dataset_info.json", "features.json", "metadata.json"
+_DESCRIBED = {"ground_truth", "drops", "drop_examples", "clipped"}
+_AGAIN = "; copy the whole folder again, or remove it and prepare it again (aqdetr prepare-data)"
 _PASSED_THROUGH = ("JPEG", "PNG")
 
 
@@ -168,13 +171,10 @@ def prepared_splits(data_dir: str | os.PathLike[str]) -> list[str]:
     """Names of the splits that :func:`prepare` wrote to a folder.
 
     Raises:
-      FileNotFoundError: nothing whole is prepared there.
+      FileNotFoundError: nothing is prepared there.
+      DatasetError: a file is missing or damaged; the message names it.
     """
-    builder = AqdetrDetection(data_dir=os.fspath(data_dir))
-    if not builder.is_prepared():
-        where = os.fspath(builder.data_path)
-        raise FileNotFoundError(f"no prepared dataset in {where}; prepare it first")
-    return list(builder.info.splits)
+    return list(_open(data_dir).info.splits)
 
 
 class TfdsDataset(RecordDataset):
@@ -187,7 +187,8 @@ class TfdsDataset(RecordDataset):
 
     Raises:
       FileNotFoundError: nothing is prepared there.
-      DatasetError: unknown split, or the folder is damaged.
+      DatasetError: unknown split, or a file is missing or damaged, as after a copy that broke off;
+        the message names it.
     """
 
     def __init__(
@@ -198,16 +199,18 @@ class TfdsDataset(RecordDataset):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.max_pixels = max_pixels
-        builder = AqdetrDetection(data_dir=os.fspath(data_dir))
+        builder = _open(data_dir)
         where = os.fspath(builder.data_path)
-        if not builder.is_prepared():
-            raise FileNotFoundError(f"no prepared dataset in {where}; prepare it first")
-        metadata = builder.info.metadata or {}
-        if split not in builder.info.splits or split not in metadata:
-            known = ", ".join(sorted(metadata)) or "none"
-            raise DatasetError(f"{where}: unknown split {split!r} (there are: {known})")
-        described = metadata[split]
-        parsed = CocoParser(described["ground_truth"], f"{where}/metadata.json")
+        described = (builder.info.metadata or {}).get(split)
+        if split not in builder.info.splits or not isinstance(described, Mapping):
+            known = ", ".join(sorted(builder.info.splits)) or "none"
+            raise DatasetError(
+                f"{where}: unknown split {split!r} (there are: {known}; config.data.train_split "
+                "and eval_split name them)"
+            )
+        if missing := sorted(_DESCRIBED - set(described)):
+            raise DatasetError(f"{where}/{_METADATA}: {split!r} has no {missing[0]!r}{_AGAIN}")
+        parsed = CocoParser(described["ground_truth"], f"{where}/{_METADATA}")
         collector = BoxCollector()
         collector.drops.update(described["drops"])
         collector.examples.extend(described["drop_examples"])
@@ -224,14 +227,37 @@ class TfdsDataset(RecordDataset):
         if len(self._source) != len(self.records):
             raise DatasetError(
                 f"{where}: {len(self._source)} records but {len(self.records)} annotated images"
+                f"{_AGAIN}"
             )
+        shards = builder.info.splits[split]
+        self._files = [os.fspath(path) for path in shards.filepaths]
+        self._ends = np.cumsum(shards.shard_lengths)
+        # A file that was cut off cannot be opened: its index is at its end.
+        for end, length in zip(self._ends.tolist(), shards.shard_lengths, strict=True):
+            if length:
+                try:
+                    self._stored(end - length)
+                except ImageReadError as error:
+                    raise DatasetError(str(error)) from error
+
+    def _stored(self, index: int) -> Mapping[str, Any]:
+        """Record ``index`` as stored; the image encoded."""
+        try:
+            return self._source[index]
+        except Exception as error:  # Whatever TFDS and its readers make of a damaged file.
+            file = self._files[int(np.searchsorted(self._ends, index, side="right"))]
+            reason = str(error).partition("\n")[0]
+            raise ImageReadError(
+                f"{file}: missing or damaged, record {index} cannot be read ({reason}){_AGAIN}"
+            ) from error
 
     def _load_image(self, index: int) -> np.ndarray:
-        stored, record = self._source[index], self.records[index]
+        stored, record = self._stored(index), self.records[index]
         image_id = json.loads(_text(stored["image_id"]))
         if image_id != record.image_id:
             raise ImageReadError(
                 f"{self.name}: record {index} is image {image_id!r}, expected {record.image_id!r}"
+                f"{_AGAIN}"
             )
         return read_image(
             bytes(stored["image"]),
@@ -239,6 +265,29 @@ class TfdsDataset(RecordDataset):
             max_pixels=self.max_pixels,
             name=record.file_name,
         )
+
+
+def _open(data_dir: str | os.PathLike[str]) -> AqdetrDetection:
+    """The builder of a prepared folder, what it is made from checked."""
+    version = AqdetrDetection.VERSION
+    folder = pathlib.Path(data_dir) / AqdetrDetection.name / str(version)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no prepared dataset in {folder}: write one with aqdetr prepare-data --out={data_dir}"
+        )
+    # Before TFDS, which knows no file's name in its errors, or makes up what is missing.
+    for name in (_INFO, _FEATURES, _METADATA):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{folder / name}: missing or cut off ({error}){_AGAIN}") from error
+        if not isinstance(content, dict):
+            raise DatasetError(f"{folder / name}: is no JSON object{_AGAIN}")
+    try:
+        return AqdetrDetection(data_dir=os.fspath(data_dir))
+    except Exception as error:  # Protocol buffers have errors of their own.
+        reason = str(error).partition("\n")[0]
+        raise DatasetError(f"{folder / _INFO}: damaged ({reason}){_AGAIN}") from error
 
 
 def _text(value: str | bytes) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 
 from aqdetr_jax.checkpoint.model_folder import InputRule, ModelBundle
 from aqdetr_jax.data.config import DataConfig
-from aqdetr_jax.data.notices import say_drops
+from aqdetr_jax.data.notices import say_findings
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import PipelineConfig
+from aqdetr_jax.data.suspicious import check_pixel_boxes
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
 from aqdetr_jax.parallel.hosts import say
@@ -43,7 +44,8 @@ def evaluate_bundle(
     other ids.
 
     Raises:
-      ValueError: the set has classes that the model does not know.
+      ValueError: the set has classes that the model does not know, or all of its boxes are
+        normalised.
     """
     dataset = open_dataset(data, train=False)
     known = set(bundle.class_names)
@@ -60,7 +62,8 @@ def evaluate_bundle(
             f"{dataset.name} has {len(ids)} of the model's {len(bundle.class_names)} classes: "
             "detections of the others are left out"
         )
-    say_drops(dataset)
+    check_pixel_boxes(dataset)
+    say_findings(dataset)
     evaluator = Evaluator(
         bundle.module(),
         dataset,

@@ -17,8 +17,8 @@ from aqdetr_jax.checkpoint.model_folder import MODEL_FOLDER, ModelBundle, load_m
 from aqdetr_jax.checkpoint.steps import Checkpoints
 from aqdetr_jax.checkpoint.transfer import match_classes
 from aqdetr_jax.config_types import from_dataclass
-from aqdetr_jax.data.dataset import DatasetError, DetectionDataset
-from aqdetr_jax.data.open import check_same_classes, open_dataset
+from aqdetr_jax.data.dataset import DetectionDataset
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
@@ -29,10 +29,11 @@ from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
 from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.report import bit_report, format_bit_report
-from aqdetr_jax.training import initial, setup, sizing
+from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.bundles import run_bundle
 from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.data_check import check_data
 from aqdetr_jax.training.metrics import MetricsWriter, Progress
 from aqdetr_jax.training.notices import check_step, counts_by_image, say_limits
 from aqdetr_jax.training.state import TrainState
@@ -108,11 +109,7 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     )
     train_set = open_dataset(config.data, train=True)
     eval_set = open_dataset(config.data, train=False)
-    config = sizing.with_data(config, train_set)
-    check_same_classes(train_set, eval_set)
-    for dataset in (train_set, eval_set):
-        if not len(dataset):
-            raise DatasetError(f"{dataset.name}: the dataset has no images")
+    config = check_data(config, train_set, eval_set)
     fingerprint = {"train": train_set.fingerprint, "eval": eval_set.fingerprint}
     with (
         prepare_workdir(

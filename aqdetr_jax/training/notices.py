@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from aqdetr_jax.data.dataset import DetectionDataset
-from aqdetr_jax.data.notices import say_drops
+from aqdetr_jax.data.notices import say_findings
 from aqdetr_jax.parallel.hosts import say
 from aqdetr_jax.training.config import ExperimentConfig
 
@@ -25,7 +25,7 @@ def say_limits(
 ) -> None:
     """Says what was left out of the data, and where the number of queries will bite."""
     for dataset in (train_set, eval_set):
-        say_drops(dataset)
+        say_findings(dataset)
     most = train_set.max_boxes_per_image()
     if config.task == "detect" and most > config.model.num_queries:
         say(

@@ -225,7 +225,7 @@ def tile(
     draw = ImageDraw.Draw(canvas)
     x = _GAP
     for column, width in enumerate(widths):
-        title = _shorten(titles[column], title_font, width)
+        title = shorten(titles[column], title_font, width)
         draw.text((x, _GAP + 8), title, font=title_font, fill=_INK, anchor="lt")
         y = head + _GAP
         for row, height in zip(pictures, heights, strict=True):
@@ -310,7 +310,8 @@ def _draw_name(
             return
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, its end cut off where it is wider than ``width`` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -324,7 +325,7 @@ def _wrap(
     lines: list[list[tuple[str, palette.RGB]]] = []
     room = 0.0
     for name, color in legend:
-        name = _shorten(name, font, width - 43)
+        name = shorten(name, font, width - 43)
         need = font.getlength(name) + 43
         if not lines or need > room:
             lines.append([])

@@ -1,0 +1,96 @@
+"""What of its data would stop a training run: asked by the run itself, and before by people."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from aqdetr_jax.data.dataset import DetectionDataset
+from aqdetr_jax.data.open import check_same_classes
+from aqdetr_jax.data.pipeline import check_dataset
+from aqdetr_jax.data.suspicious import check_pixel_boxes
+from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.setup import pipeline_config
+from aqdetr_jax.training.sizing import with_data
+
+
+def check_data(
+    config: ExperimentConfig, train_set: DetectionDataset, eval_set: DetectionDataset
+) -> ExperimentConfig:
+    """Refuses data that a run cannot use, by their annotations alone.
+
+    Args:
+      config: the experiment.
+      train_set: its training set.
+      eval_set: its evaluation set.
+
+    Returns:
+      The experiment with what depends on the data filled in.
+
+    Raises:
+      ValueError: a set is empty, has too many boxes an image or normalised ones, or the sets have
+        other classes than each other or than the model; the message names the culprit.
+    """
+    resolved, errors = _judged(config, train_set, eval_set)
+    if errors:
+        raise errors[0]
+    return resolved
+
+
+def reasons_to_stop(
+    config: ExperimentConfig,
+    train_set: DetectionDataset,
+    eval_set: DetectionDataset,
+    reports: Sequence[Mapping[str, Any]] = (),
+) -> list[str]:
+    """All reasons for which training would stop; [] if it would not.
+
+    Args:
+      config: the experiment.
+      train_set: its training set.
+      eval_set: its evaluation set.
+      reports: of :func:`aqdetr_jax.data.inspect.inspect_dataset`, which has read the images.
+    """
+    reasons = [str(error) for error in _judged(config, train_set, eval_set)[1]]
+    for report in reports:
+        counts = {key: report[key]["count"] for key in _UNUSABLE}
+        if config.data.on_error == "error":
+            reasons += [
+                f"{report['name']}: {count} {_UNUSABLE[key]} (first: {report[key]['first'][0]}); "
+                "--config.data.on_error=skip goes on without them"
+                for key, count in counts.items()
+                if count
+            ]
+        elif report["images"] and sum(counts.values()) >= report["images"]:
+            reasons.append(f"{report['name']}: none of its images can be used")
+    return list(dict.fromkeys(reasons))
+
+
+_UNUSABLE = {"unreadable": "unreadable images", "size_mismatch": "images of another size"}
+
+
+def _judged(
+    config: ExperimentConfig, train_set: DetectionDataset, eval_set: DetectionDataset
+) -> tuple[ExperimentConfig, list[ValueError]]:
+    """The experiment with its data, and every check's error in order."""
+    errors: list[ValueError] = []
+
+    def judge(check: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return check(*arguments, **options)
+        except ValueError as error:
+            errors.append(error)
+            return None
+
+    resolved = judge(with_data, config, train_set)
+    if resolved is None:  # The other checks need some number where the data are to give one.
+        most = config.data.max_boxes or max(train_set.max_boxes_per_image(), 1)
+        data = dataclasses.replace(config.data, max_boxes=most)
+        resolved = dataclasses.replace(config, data=data)
+    judge(check_dataset, train_set, pipeline_config(resolved, train=True))
+    judge(check_dataset, eval_set, pipeline_config(resolved, train=False), boxes_matter=False)
+    judge(check_same_classes, train_set, eval_set)
+    judge(check_pixel_boxes, train_set)
+    judge(check_pixel_boxes, eval_set)
+    return resolved, errors
