@@ -231,6 +231,23 @@ def test_inspect_data(trained, capsys):
     assert "shapes/train" in capsys.readouterr().out
 
 
+def test_inspect_data_ends_with_the_reasons_why_training_would_stop(coco, tmp_path, capsys):
+    (_, config, _), target = coco(), tmp_path / "sheets" / "all.png"
+    command = ["inspect-data", config, f"--pictures={target}"]
+    assert main(command) == 0
+    assert f"written to {target}" in capsys.readouterr().out
+    assert Image.open(target).size[0] > 300
+    (tmp_path / "images" / "one.png").write_bytes(b"no image")
+    assert main(command) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(
+        "training would stop: coco/validation: unreadable images: 1 (first:"
+    )
+    assert "one.png" in lines[-1]
+    # What that line advises.
+    assert main([*command, "--config.data.on_error=skip"]) == 0
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -360,6 +377,22 @@ def test_empty_set(coco, tmp_path, capsys, verb):
     line = error_line(capsys, *command)
     assert "instances.json" in line or "coco" in line
     assert "no images" in line or "empty" in line
+
+
+def test_names_that_end_in_a_line_break(coco, capsys):
+    """They are the same classes to a model that was trained on the clean names."""
+
+    def broken(content):
+        for category in content["categories"]:
+            category["name"] += "\r\n"
+
+    assert main(coco(broken)) == 0
+    assert "AP50" in capsys.readouterr().out
+
+
+def test_normalised_boxes(coco, capsys):
+    command = coco(lambda content: content["annotations"][0].update(bbox=[0.1, 0.1, 0.3, 0.3]))
+    assert "all 1 boxes lie within [0, 1]" in error_line(capsys, *command)
 
 
 def test_set_without_a_single_box(coco, tmp_path, capsys):

@@ -11,7 +11,7 @@ from aqdetr_jax.data.dataset import DatasetError, DetectionDataset, Record, Reco
 _SMALLEST_SIDE = 8
 _TOLERANCE = 1e-3
 _CORNERS_FIT = 0.95
-_CORNERS_NEEDED = 0.2
+_CORNERS_NEEDED = 0.3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,9 +49,9 @@ class ImageFolder:
 
     def with_stem(self, stem: str) -> list[str]:
         """The images ``stem`` + suffix, sorted; case counts in the stem, not in the suffix."""
-        folder, _, name = stem.rpartition("/")
-        if folder and not _is_safe(folder):
+        if not _is_safe(stem):
             return []
+        folder, _, name = stem.rpartition("/")
         if folder not in self._listed:
             self._listed[folder] = self._list(folder)
         prefix = f"{folder}/" if folder else ""

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from aqdetr_jax.data.coco import CocoFolder
+from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.dataset import DatasetError, ImageReadError
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import PipelineConfig, make_train_pipeline
 
 CONTENT = {
@@ -82,10 +85,112 @@ def test_dropped_boxes_are_counted_and_named(folder):
     assert folder[2].boxes.tolist() == [[1, 2, 4, 6]]
 
 
-def test_infinite_numbers_are_dropped(tmp_path):
-    raw = json.dumps(CONTENT).replace("[1, 2, 3, 4]", "[1, 2, 1e999, 4]")
+@pytest.mark.parametrize(
+    "number", ["1e999", "9" * 400, "-" + "9" * 400, "9" * 5000, "-1e39", "9" * 299]
+)
+@pytest.mark.parametrize("place", range(4))
+def test_numbers_that_no_box_can_have_are_dropped(tmp_path, number, place):
+    box = ["1", "2", "3", "4"]
+    box[place] = number
+    raw = json.dumps(CONTENT).replace("[1, 2, 3, 4]", f"[{', '.join(box)}]")
     folder = CocoFolder(*write(tmp_path, None, raw))
     assert folder.drops["non_finite"] == 1
+    assert folder.drop_examples[-1].startswith("non_finite: sub/c.png, annotation 921: box (")
+    assert len(folder.drop_examples[-1]) < 120
+    json.dumps(folder.coco_ground_truth(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"id": 9, "file_name"', "images[1]: id must be a whole number"),
+        ('"height": 30', "image 9: height must be a whole number"),
+        ('"id": 918', "annotations[3]: id must be a whole number"),
+        ('"category_id": 90, "bbox": [1', "annotation 921: category_id must be a whole number"),
+        ('"id": 90, "name"', "categories[0]: id must be a whole number"),
+        ('"image_id": 3, "category_id": 90', "annotation 921: image_id must be a whole number"),
+        ('"iscrowd": 1', "annotation 2: iscrowd must be 0 or 1"),
+    ],
+)
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_long_numbers_elsewhere_are_named(tmp_path, text, message, digits):
+    key, _, rest = text.partition(": ")
+    number = re.match(r"\d+", rest).group()
+    long = f"{key}: {'9' * digits}{rest.removeprefix(number)}"
+    raw = json.dumps(CONTENT)
+    assert raw.count(text) == 1
+    with pytest.raises(DatasetError, match=re.escape(message)) as caught:
+        CocoFolder(*write(tmp_path, None, raw.replace(text, long)))
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("area", ["0", "-3", "0.0", "null", '"5"', "true", "1e999", "9" * 400])
+def test_an_area_that_is_none_is_that_of_the_box(tmp_path, area):
+    raw = json.dumps(CONTENT).replace("77.5", area)
+    truth = CocoFolder(*write(tmp_path, None, raw)).coco_ground_truth()
+    assert truth["annotations"][0]["area"] == 10 * 12
+
+
+def roboflow(names, parent="cells", **root):
+    """Categories as Roboflow's exports have them."""
+    first = {"id": 0, "name": parent, "supercategory": "none"} | root
+    return [first] + [
+        {"id": i, "name": name, "supercategory": parent} for i, name in enumerate(names, 1)
+    ]
+
+
+def with_categories(categories):
+    content = copy.deepcopy(CONTENT)
+    content["categories"] = categories
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 1 if annotation["category_id"] == 90 else 2
+    return content
+
+
+@pytest.mark.parametrize("parent", ["cells", "bicycle"])
+def test_the_root_category_of_roboflow_is_left_out(tmp_path, parent):
+    content = with_categories(roboflow(["toothbrush", "bicycle"], parent))
+    folder = CocoFolder(*write(tmp_path, content))
+    assert (folder.class_names, folder.category_ids) == (("toothbrush", "bicycle"), (1, 2))
+    assert folder[0].labels.tolist() == [0, 1, 1]
+    (note,) = folder.notes
+    assert f"category 0 ('{parent}') is left out" in note
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["annotations"][0].update(category_id=0),  # It is on a box.
+        lambda c: c["categories"][2].update(supercategory="other"),  # Not the parent of all.
+        lambda c: c["categories"][0].update(supercategory="cells"),  # A class of its own group.
+        lambda c: c["categories"][0].update(id=5),
+    ],
+)
+def test_other_categories_without_boxes_stay(tmp_path, change):
+    content = with_categories(roboflow(["toothbrush", "bicycle"]))
+    change(content)
+    folder = CocoFolder(*write(tmp_path, content))
+    assert set(folder.class_names) == {"cells", "toothbrush", "bicycle"}
+    assert folder.notes == ()
+
+
+def test_a_name_twice_is_an_error_where_there_is_no_root(tmp_path):
+    content = with_categories(roboflow(["toothbrush", "bicycle"], "bicycle"))
+    content["annotations"][0]["category_id"] = 0
+    with pytest.raises(DatasetError, match="categories 0 and 2 have the same name, 'bicycle'"):
+        CocoFolder(*write(tmp_path, content))
+
+
+def test_class_names_are_lines_of_text(tmp_path):
+    content = changed(["categories", 0, "name"], "\ufeff tooth brush\r\n")
+    folder = CocoFolder(*write(tmp_path, content))
+    assert folder.class_names == ("bicycle", "tooth brush")
+    assert folder.coco_ground_truth()["categories"][1]["name"] == "tooth brush"
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    raw = "\ufeff" + json.dumps(CONTENT)
+    assert len(CocoFolder(*write(tmp_path, None, raw))) == 3
 
 
 def test_ground_truth_scores_one_against_itself(folder, capsys):
@@ -133,10 +238,10 @@ def test_string_image_ids(tmp_path):
     ("path", "value", "message"),
     [
         (["images", 1, "id"], 7, r"image 7: the id is there twice"),
-        (["images", 1, "id"], None, r"images\[1\]: id None"),
-        (["images", 1, "id"], 1.5, r"images\[1\]: id 1.5"),
-        (["images", 1, "height"], "30", r"image 9: height must be a whole number, got '30'"),
-        (["images", 1, "width"], 0, r"image 9: width must be positive"),
+        (["images", 1, "id"], None, r"images\[1\]: id must be a whole number .* or text, got None"),
+        (["images", 1, "id"], 1.5, r"images\[1\]: id must be a whole number .* or text, got 1.5"),
+        (["images", 1, "height"], "30", r"image 9: height must be a whole number .*, got '30'"),
+        (["images", 1, "width"], 0, r"image 9: width must be 1 to 2147483647 pixels, got 0"),
         (["images", 1, "file_name"], "/etc/passwd", "image 9: .*outside the image folder"),
         (["images", 1, "file_name"], "../b.png", "outside the image folder"),
         (["images", 1, "file_name"], "sub/../../b.png", "outside the image folder"),
@@ -152,10 +257,16 @@ def test_string_image_ids(tmp_path):
         (["annotations", 1, "category_id"], "2", "annotation 1: category_id must be a whole"),
         (["annotations", 1, "bbox"], [1, 2, 3], r"annotation 1: bbox must be \[x, y, width"),
         (["annotations", 1, "bbox"], ["1", 2, 3, 4], "annotation 1: bbox must be"),
+        (["images", 1, "height"], 2**31, "height must be 1 to 2147483647 pixels"),
+        (["images", 1, "id"], 2**63, "id must be a whole number of up to 64 bits or text"),
+        (["annotations", 1, "id"], -(2**63) - 1, "id must be a whole number of up to 64 bits"),
         (["annotations", 1, "iscrowd"], 2, "annotation 1: iscrowd must be 0 or 1"),
         (["categories", 1, "id"], 90, "category id 90 is there twice"),
-        (["categories", 1, "name"], "toothbrush", "name 'toothbrush' is there twice"),
-        (["categories", 1, "name"], "", r"categories\[1\]: needs a name"),
+        (["categories", 1, "name"], "toothbrush", "categories 90 and 2 have the same name"),
+        (["categories", 1, "name"], " toothbrush\n", "90 and 2 have the same name, 'toothbrush'"),
+        (["categories", 1, "name"], "", "category 2: a class's name is empty"),
+        (["categories", 1, "name"], "a\nb", "category 2: .* has a line break"),
+        (["categories", 1, "name"], 5, "category 2: a class's name is text"),
         (["categories"], [], "no categories"),
         (["categories"], None, "needs a list 'categories'"),
         (["annotations", 2], 5, r"annotations\[2\] must be an object"),
@@ -186,7 +297,7 @@ def test_missing_annotations_of_a_root_name_those_that_are_there(tmp_path):
     (tmp_path / "val").mkdir()
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_test.json").write_text("{}")
-    reason = r"instances_val\.json does not exist \(annotated splits there: test\)"
+    reason = r"instances_val\.json does not exist \(annotated splits there: test; config"
     with pytest.raises(FileNotFoundError, match=reason):
         CocoFolder(root=tmp_path, split="val")
 
@@ -199,7 +310,7 @@ def test_missing_paths(tmp_path):
         CocoFolder(tmp_path / "gone", path)
     with pytest.raises(DatasetError, match="root and split"):
         CocoFolder()
-    with pytest.raises(DatasetError, match="either root and split"):
+    with pytest.raises(DatasetError, match=r"give root and split .*config\.data\.root.* not both"):
         CocoFolder(images, path, root=tmp_path)
 
 
@@ -223,8 +334,18 @@ def test_links_may_not_leave_the_folder(tmp_path):
     Image.new("RGB", (60, 40)).save(outside)
     (folder.images_dir / "a.png").unlink()
     (folder.images_dir / "a.png").symlink_to(outside)
-    with pytest.raises(ImageReadError, match=r"a\.png: a link leads outside"):
+    with pytest.raises(ImageReadError, match=r"a\.png: a link leads outside .*follow_links=true"):
         folder[0]
+    follow = CocoFolder(folder.images_dir, folder.annotation_file, follow_links=True)
+    assert follow[0].image.max() == 0
+    assert follow.fingerprint == folder.fingerprint
+    data = DataConfig(
+        kind="coco",
+        train_images=str(folder.images_dir),
+        train_annotations=str(folder.annotation_file),
+        follow_links=True,
+    )
+    assert open_dataset(data, train=True)[0].image.max() == 0
     (folder.images_dir / "a.png").unlink()
     (folder.images_dir / "a.png").symlink_to(folder.images_dir / "sub" / "c.png")
     assert np.array_equal(folder[0].image, folder[2].image)

@@ -25,10 +25,13 @@ def test_box_cleaning_counts_and_names_offenders():
     assert collector.clean((1, math.nan, 2, 4), 10, 10, "e") is None
     assert collector.clean((1, 1, math.inf, 4), 10, 10, "f") is None
     assert collector.clean((50, 1, 60, 4), 10, 10, "g") is None
+    assert collector.clean((1, 1, 10**400, -(10**400)), 10, 10, "h") is None
+    assert collector.examples[-1] == "non_finite: h: box (1, 1, inf, -inf)"
+    assert collector.clean((1, 1, 1e39, 4), 10, 10, "i") is None  # No float32.
     assert dict(collector.drops) == {
         "zero_area": 1,
         "negative": 1,
-        "non_finite": 2,
+        "non_finite": 4,
         "outside": 1,
     }
     assert collector.clipped == 1

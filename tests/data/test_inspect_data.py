@@ -75,11 +75,58 @@ def test_every_fault_is_found(faulty):
     assert report["unreadable"]["count"] == 2
     assert "cut.png" in report["unreadable"]["first"][0]
     assert "gone.png" in report["unreadable"]["first"][1]
+    assert report["normalised"]["count"] == report["corners"]["count"] == 0
+    # The worst of each kind first, and each image once, with all of its problems.
+    problems = dict(report["problem_images"])
+    assert list(problems)[:3] == [4, 2, 3]
+    assert set(problems) == set(range(6))
+    assert problems[5] == ["unreadable images"]
+    assert problems[0] == [
+        "images with more boxes than queries",
+        "doubled boxes (same class, IoU > 0.9)",
+        "images shared with the other split",
+    ]
     assert report["leakage"]["count"] == 4  # All that can be read, the copy included.
     table = format_report(report)
     assert all(text in table for text in first.values())
     assert "! unreadable images: 2" in table
     assert "... and" not in table
+
+
+def test_a_file_that_two_entries_name_is_one_unreadable_image(faulty, tmp_path):
+    content = json.loads(faulty.annotation_file.read_text())
+    content["images"].append({"id": 99, "file_name": "cut.png", "height": 40, "width": 60})
+    (tmp_path / "twice.json").write_text(json.dumps(content))
+    report = inspect_dataset(CocoFolder(faulty.images_dir, tmp_path / "twice.json"))
+    assert report["images"] == 7
+    assert report["unreadable"]["count"] == 2
+
+
+@pytest.mark.parametrize(
+    ("box", "key", "line"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], "normalised", "! boxes that look normalised (within [0, 1]): 2"),
+        ([30, 20, 58, 39], "corners", "! boxes that look like corners (x1, y1, x2, y2): 2"),
+    ],
+)
+def test_other_notations_are_named(faulty, tmp_path, box, key, line):
+    content = json.loads(faulty.annotation_file.read_text())
+    content["annotations"] = [
+        {"id": i, "image_id": i, "category_id": 1, "bbox": box} for i in range(2)
+    ]
+    content["categories"].append({"id": 0, "name": "root"})
+    for category in content["categories"][:2]:
+        category["supercategory"] = "root"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    report = inspect_dataset(
+        CocoFolder(faulty.images_dir, tmp_path / "other.json"), check_images=False
+    )
+    numbers = ", ".join(f"{value:g}" for value in box)
+    assert report[key]["first"][0] == f"good.png: box [{numbers}] on 60x40 pixels"
+    assert [index for index, _ in report["problem_images"]] == [0, 1]
+    table = format_report(report)
+    assert line in table
+    assert "category 0 ('root') is left out" in table
 
 
 def test_annotations_alone_need_no_image(faulty):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from aqdetr_jax.data import tfds_builder
 from aqdetr_jax.data.coco import CocoFolder
-from aqdetr_jax.data.dataset import DatasetError
+from aqdetr_jax.data.dataset import DatasetError, ImageReadError
 from aqdetr_jax.data.pipeline import PipelineConfig, make_train_pipeline
 from aqdetr_jax.data.shapes.dataset import ShapesDataset
 from aqdetr_jax.data.tfds_builder import TfdsDataset, prepare
@@ -107,7 +108,9 @@ def test_odd_images_ids_and_drops_survive(tmp_path):
 def test_errors(shapes, prepared, tmp_path):
     with pytest.raises(FileNotFoundError, match="no prepared dataset in"):
         TfdsDataset(tmp_path, "train")
-    with pytest.raises(DatasetError, match=r"unknown split 'dev' \(there are: train, validation"):
+    with pytest.raises(
+        DatasetError, match=r"unknown split 'dev' \(there are: train, validation; config"
+    ):
         TfdsDataset(prepared, "dev")
     with pytest.raises(DatasetError, match="prepared already"):
         prepare(shapes, prepared)
@@ -117,6 +120,56 @@ def test_errors(shapes, prepared, tmp_path):
     other.class_names = tuple(reversed(other.class_names))
     with pytest.raises(DatasetError, match="disagree on classes"):
         prepare({"train": shapes["train"], "other": other}, tmp_path)
+
+
+SHARD = "aqdetr_detection-train.array_record-00000-of-00001"
+DAMAGES = {
+    "missing": lambda file, data: file.unlink(),
+    "empty": lambda file, data: file.write_bytes(b""),
+    "cut": lambda file, data: file.write_bytes(data[: 2 * len(data) // 3]),
+    "one byte short": lambda file, data: file.write_bytes(data[:-1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [SHARD, "dataset_info.json", "features.json", "metadata.json"])
+def test_a_partly_copied_folder_names_the_file(prepared, tmp_path, name, damage):
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "aqdetr_detection" / "1.0.0" / name
+    DAMAGES[damage](file, file.read_bytes())
+    with pytest.raises(DatasetError, match="prepare it again") as caught:
+        TfdsDataset(tmp_path, "train")
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not isinstance(caught.value, ImageReadError)  # Nothing that a run may skip.
+
+
+def test_metadata_of_another_program_are_refused(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "aqdetr_detection" / "1.0.0" / "metadata.json"
+    for content, message in (([], "is no JSON object"), ({"train": {}}, "has no 'clipped'")):
+        file.write_text(json.dumps(content))
+        with pytest.raises(DatasetError, match=message):
+            TfdsDataset(tmp_path, "train")
+
+
+def test_damage_that_shows_when_reading_names_the_file(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "aqdetr_detection" / "1.0.0" / SHARD
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 50] = bytes(50)
+    file.write_bytes(bytes(data))
+    damaged = TfdsDataset(tmp_path, "train")
+    whole = TfdsDataset(prepared, "train")
+    errors = []
+    for i in range(len(whole)):
+        try:
+            assert np.array_equal(damaged[i].image, whole[i].image)
+        except ImageReadError as error:
+            errors.append(str(error))
+    assert errors
+    assert all(f"{file}: missing or damaged, record" in error for error in errors)
 
 
 def test_a_failed_preparation_leaves_nothing_that_looks_finished(shapes, tmp_path, monkeypatch):

@@ -1,0 +1,90 @@
+"""What of its data stops a run, and that the run and the inspection say the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from aqdetr_jax.data.coco import CocoFolder
+from aqdetr_jax.data.inspect import inspect_dataset
+from aqdetr_jax.training.data_check import check_data, reasons_to_stop
+
+
+def make(root, split, *, boxes=((8, 8, 20, 20),), names=("a", "b"), images=2):
+    """A COCO folder of grey images, the first with boxes."""
+    root.mkdir(exist_ok=True)
+    content = {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "width": 32, "height": 32} for i in range(images)
+        ],
+        "annotations": [
+            {"id": k, "image_id": 0, "category_id": 1, "bbox": list(box)}
+            for k, box in enumerate(boxes)
+            if images
+        ],
+        "categories": [{"id": i, "name": n} for i, n in enumerate(names, 1)],
+    }
+    for i in range(images):
+        Image.fromarray(np.full((32, 32, 3), 40 * i, np.uint8)).save(root / f"{i}.png")
+    (root / f"{split}.json").write_text(json.dumps(content))
+    return CocoFolder(root, root / f"{split}.json", split=split)
+
+
+def experiment(num_classes=0, **data):
+    model = dataclasses.replace(tiny.MODEL, num_classes=num_classes)
+    config = dataclasses.replace(tiny.FLOAT, model=model)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "config", "reasons"),
+    [
+        ({}, {}, {}, []),
+        ({"images": 0}, {}, {}, ["coco/train: the dataset has no images"]),
+        ({}, {"images": 0}, {}, ["coco/val: the dataset has no images"]),
+        ({"boxes": [(1, 1, 9, 9)] * 13}, {}, {}, ["coco/train: .* --config.data.max_boxes=13"]),
+        ({"boxes": [(1, 1, 9, 9)] * 13}, {}, {"max_boxes": 13}, []),
+        ({"boxes": [(1, 1, 9, 9)] * 13}, {}, {"allow_truncation": True}, []),
+        ({}, {"boxes": [(1, 1, 9, 9)] * 13}, {}, []),
+        ({}, {"names": ("a", "c")}, {}, ["coco/train has 2 classes .* differ"]),
+        ({}, {}, {"num_classes": 1}, ["has 2 classes, but config.model.num_classes is 1"]),
+        ({"boxes": [(0.1, 0.1, 0.2, 0.3)]}, {}, {}, ["coco/train: all 1 boxes lie within"]),
+        (
+            {"boxes": [(0.1, 0.1, 0.2, 0.3)] * 13},
+            {"names": ("a",), "boxes": [(0, 0, 0.2, 0.3)]},
+            {},
+            ["max_boxes=13", "differ", "coco/train: all 13 boxes", "coco/val: all 1 boxes"],
+        ),
+    ],
+)
+def test_reasons(tmp_path, train, evaluation, config, reasons):
+    sets = make(tmp_path / "t", "train", **train), make(tmp_path / "e", "val", **evaluation)
+    config = experiment(**config)
+    found = reasons_to_stop(config, *sets)
+    assert len(found) == len(reasons)
+    for reason, pattern in zip(found, reasons, strict=True):
+        assert re.search(pattern, reason)
+    if not reasons:
+        check_data(config, *sets)
+        return
+    with pytest.raises(ValueError, match=reasons[0]):
+        check_data(config, *sets)
+
+
+def test_images_that_cannot_be_read(tmp_path):
+    sets = make(tmp_path / "t", "train"), make(tmp_path / "e", "val")
+    (tmp_path / "t" / "1.png").write_bytes(b"no image")
+    Image.new("RGB", (33, 32)).save(tmp_path / "e" / "0.png")
+    reports = [inspect_dataset(dataset) for dataset in sets]
+    unreadable, size = reasons_to_stop(experiment(), *sets, reports)
+    assert unreadable.startswith("coco/train: unreadable images: 1 (first: ")
+    assert "1.png" in unreadable
+    assert size.startswith("coco/val: images of another size: 1 (first: 0.png: 33x32 pixels")
+    assert "--config.data.on_error=skip" in size
+    assert reasons_to_stop(experiment(on_error="skip"), *sets, reports) == []
