@@ -244,8 +244,9 @@ def test_inspect_data_ends_with_the_reasons_why_training_would_stop(coco, tmp_pa
         "training would stop: coco/validation: unreadable images: 1 (first:"
     )
     assert "one.png" in lines[-1]
-    # What that line advises.
-    assert main([*command, "--config.data.on_error=skip"]) == 0
+    # What that line advises is of no use to a set without any other image.
+    assert main([*command, "--config.data.on_error=skip"]) == 1
+    assert "none of its images can be used" in capsys.readouterr().out.splitlines()[-1]
 
 
 # --- errors --------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ import reprlib
 
 from aqdetr_jax.data.dataset import DatasetError, ImageReadError
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""Of files that are taken for images, where no annotation names them; in any case."""
+
 
 def check_relative(name: object, where: str) -> str:
     """Refuses a file name that could point outside its folder, by its text alone.

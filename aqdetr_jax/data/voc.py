@@ -21,9 +21,9 @@ from aqdetr_jax.data.dataset import (
     label_name,
     stack_boxes,
 )
-from aqdetr_jax.data.files import resolve_inside
+from aqdetr_jax.data.files import IMAGE_SUFFIXES, resolve_inside
 from aqdetr_jax.data.transforms import MAX_PIXELS, read_image
-from aqdetr_jax.data.voc_lists import IMAGE_SUFFIXES, Entry, ImageFolder, read_list
+from aqdetr_jax.data.voc_lists import Entry, ImageFolder, read_list
 
 _MAX_XML_BYTES = 8_000_000
 _MARKS = (

@@ -11,9 +11,8 @@ import reprlib
 from collections.abc import Callable
 
 from aqdetr_jax.data.dataset import DatasetError
-from aqdetr_jax.data.files import check_relative
+from aqdetr_jax.data.files import IMAGE_SUFFIXES, check_relative
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # Before UTF-16, whose mark it begins with.

@@ -26,12 +26,11 @@ from aqdetr_jax.data.dataset import (
     RecordDataset,
     stack_boxes,
 )
-from aqdetr_jax.data.files import check_relative, resolve_inside
+from aqdetr_jax.data.files import IMAGE_SUFFIXES, check_relative, resolve_inside
 from aqdetr_jax.data.transforms import MAX_PIXELS, read_image
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _SPLIT_KEYS = ("train", "val", "test")
 _MAX_TEXT = 8_000_000
 _NOT_NORMALISED = 2.0  # beyond it a number is no share of a side, however far a box sticks out
@@ -306,7 +305,9 @@ def _images_of(root: pathlib.Path, places: Sequence[pathlib.Path]) -> list[str]:
         if place.is_file():
             found += _listed(root, place)
         else:
-            files = (p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            files = (
+                p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+            )
             found += sorted(path.relative_to(root).as_posix() for path in files)
     for name, count in collections.Counter(found).items():
         if count > 1:

@@ -57,7 +57,7 @@ def reasons_to_stop(
         counts = {key: report[key]["count"] for key in _UNUSABLE}
         if config.data.on_error == "error":
             reasons += [
-                f"{report['name']}: {count} {_UNUSABLE[key]} (first: {report[key]['first'][0]}); "
+                f"{report['name']}: {_UNUSABLE[key]}: {count} (first: {report[key]['first'][0]}); "
                 "--config.data.on_error=skip goes on without them"
                 for key, count in counts.items()
                 if count

@@ -343,6 +343,8 @@ def test_links_may_not_leave_the_folder(tmp_path):
         kind="coco",
         train_images=str(folder.images_dir),
         train_annotations=str(folder.annotation_file),
+        eval_images=str(folder.images_dir),
+        eval_annotations=str(folder.annotation_file),
         follow_links=True,
     )
     assert open_dataset(data, train=True)[0].image.max() == 0

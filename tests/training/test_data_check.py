@@ -53,6 +53,9 @@ def experiment(num_classes=0, **data):
         ({"boxes": [(1, 1, 9, 9)] * 13}, {}, {"allow_truncation": True}, []),
         ({}, {"boxes": [(1, 1, 9, 9)] * 13}, {}, []),
         ({}, {"names": ("a", "c")}, {}, ["coco/train has 2 classes .* differ"]),
+        ({"boxes": [(1, 1, 9, 9)] * 13}, {}, {"max_boxes": 0}, []),
+        ({"images": 0}, {}, {"fit": 64}, ["coco/train: the dataset has no images"]),
+        ({}, {}, {"num_classes": 1, "max_boxes": 0}, ["config.model.num_classes is 1"]),
         ({}, {}, {"num_classes": 1}, ["has 2 classes, but config.model.num_classes is 1"]),
         ({"boxes": [(0.1, 0.1, 0.2, 0.3)]}, {}, {}, ["coco/train: all 1 boxes lie within"]),
         (
@@ -71,7 +74,8 @@ def test_reasons(tmp_path, train, evaluation, config, reasons):
     for reason, pattern in zip(found, reasons, strict=True):
         assert re.search(pattern, reason)
     if not reasons:
-        check_data(config, *sets)
+        resolved = check_data(config, *sets)
+        assert resolved.model.num_classes == 2
         return
     with pytest.raises(ValueError, match=reasons[0]):
         check_data(config, *sets)
@@ -88,3 +92,8 @@ def test_images_that_cannot_be_read(tmp_path):
     assert size.startswith("coco/val: images of another size: 1 (first: 0.png: 33x32 pixels")
     assert "--config.data.on_error=skip" in size
     assert reasons_to_stop(experiment(on_error="skip"), *sets, reports) == []
+    (tmp_path / "t" / "0.png").unlink()
+    reports = [inspect_dataset(dataset) for dataset in sets]
+    assert reasons_to_stop(experiment(on_error="skip"), *sets, reports) == [
+        "coco/train: none of its images can be used"
+    ]
