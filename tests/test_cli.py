@@ -236,13 +236,12 @@ def test_inspect_data_ends_with_the_reasons_why_training_would_stop(coco, tmp_pa
     command = ["inspect-data", config, f"--pictures={target}"]
     assert main(command) == 0
     assert f"written to {target}" in capsys.readouterr().out
-    assert Image.open(target).size[0] > 300
+    with Image.open(target) as picture:
+        assert picture.width > 300
     (tmp_path / "images" / "one.png").write_bytes(b"no image")
     assert main(command) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith(
-        "training would stop: coco/validation: unreadable images: 1 (first:"
-    )
+    assert lines[-1].startswith("training would stop: coco/eval: unreadable images: 1 (first:")
     assert "one.png" in lines[-1]
     # What that line advises is of no use to a set without any other image.
     assert main([*command, "--config.data.on_error=skip"]) == 1
