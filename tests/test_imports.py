@@ -101,6 +101,11 @@ def test_outside_systems_have_one_door():
     assert users("safetensors") == {"interop/checkpoints.py"}
 
 
+def test_pictures_are_opened_by_one_reader():
+    opening = {str(p) for p in SOURCES if "Image.open(" in (ROOT / p).read_text()}
+    assert opening == {"data/images.py"}
+
+
 def test_no_heavy_framework():
     assert not users("torch")
     assert not users("tensorflow")

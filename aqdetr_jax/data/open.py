@@ -81,7 +81,7 @@ def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
         return _generated_set(
             place.split, data.image_size, count, data.set_seed, data.cache_dir or None
         )
-    return load_dataset(place.kind, **place.parameters)
+    return load_dataset(place.kind, **place.parameters, max_pixels=data.max_pixels)
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,7 +19,7 @@ from aqdetr_jax.data.dataset import (
     stack_boxes,
 )
 from aqdetr_jax.data.files import check_relative, resolve_inside
-from aqdetr_jax.data.transforms import MAX_PIXELS, read_image
+from aqdetr_jax.data.images import MAX_PIXELS, read_image
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 _MAX_XML_BYTES = 8_000_000

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from aqdetr_jax.data.images import to_rgb
 from aqdetr_jax.viz import palette
 
 Panel = tuple[str, Any, Any, Any]
@@ -34,10 +35,11 @@ def to_image(image: Any) -> Image.Image:
       A new RGB image.
 
     Raises:
-      ValueError: the array has another shape or dtype.
+      ValueError: the array has another shape or dtype, or the image no fixed scale (see
+        ``data.images.to_rgb``).
     """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return Image.fromarray(to_rgb(image))
     array = np.asarray(image)
     if array.dtype.kind == "f":
         array = np.round(np.clip(np.nan_to_num(array), 0, 1) * 255).astype(np.uint8)

@@ -6,13 +6,13 @@ import base64
 import html
 import io
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
+
+from aqdetr_jax.data.images import read_image
 
 MISSING = "–"
 _JPEG_ABOVE = 1_500_000
@@ -109,7 +109,7 @@ def picture(image: Any, *, title: str = "", caption: str = "") -> Markup:
     """Embeds a picture.
 
     Args:
-      image: PIL image, or the path of a PNG or JPEG file.
+      image: PIL image, or the path of an image file.
       title: shown in bold; also the alternative text.
       caption: shown beside it.
 
@@ -117,18 +117,10 @@ def picture(image: Any, *, title: str = "", caption: str = "") -> Markup:
       A figure.
 
     Raises:
-      FileNotFoundError: the path has no file.
-      ValueError: the file is not an image.
+      ImageReadError: the path has no file, or no image.
     """
     if not isinstance(image, Image.Image):
-        path = Path(os.fspath(image))
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such picture for the report")
-        try:
-            with Image.open(path, formats=("PNG", "JPEG")) as opened:
-                image = opened.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{path}: not a PNG or JPEG picture ({error})") from error
+        image = Image.fromarray(read_image(image, upright=True))
     stream = io.BytesIO()
     image.convert("RGB").save(stream, "PNG", compress_level=PNG_LEVEL)
     kind = "png"
