@@ -43,13 +43,12 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any, *, indent: int | N
     target = Path(path)
     plain = _plain(obj, "$", target)
     text = json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    # UTF-8 cannot hold a lone surrogate; Python's escape of one is JSON's too.
-    return write_bytes_atomic(target, text.encode("utf-8", "backslashreplace"))
+    return write_text_atomic(target, text)  # Python's escape of a lone surrogate is JSON's too
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
-    """Writes UTF-8 text so that a reader never sees half a file; see ``write_bytes_atomic``."""
-    return write_bytes_atomic(path, text.encode("utf-8"))
+    """Writes UTF-8 text (lone surrogates as escapes); see ``write_bytes_atomic``."""
+    return write_bytes_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> Path:

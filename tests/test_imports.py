@@ -17,7 +17,7 @@ LAYERS = (
     ("interop", "checkpoint"),
     ("evaluation",),
     ("training", "viz"),
-    ("quickstart", "reporting"),
+    ("quickstart", "reporting", "predicting"),
     ("cli",),
     ("__init__", "__main__"),
 )
