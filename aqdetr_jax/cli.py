@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", metavar="DIR", help="a run or its model folder")
     sub.add_argument("--out", default="predictions", metavar="DIR")
     sub.add_argument("--threshold", type=float, default=0.5)
+    sub.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images")
     sub = verb("convert", _convert, "a published checkpoint becomes a model folder")
     sub.add_argument("source", metavar="SOURCE", help="weights file, or transformers' model folder")
     sub.add_argument("--to", required=True, metavar="DIR", help="the model folder to write")
@@ -174,12 +175,12 @@ def _eval(arguments, overrides) -> None:
         rule=rule,
         progress=_counter("evaluated", "batches"),
     )
-    print(format_results(block))
-    if arguments.out:
+    if arguments.out:  # before anything is said of it
         out = Path(arguments.out)
         write_json_atomic(out / "results.json", block)
         detections.write(out)
         print(f"written to {out}")
+    print(format_results(block))
 
 
 def _counter(verb: str, things: str) -> Callable[[int, int], None]:
@@ -194,45 +195,18 @@ def _counter(verb: str, things: str) -> Callable[[int, int], None]:
 
 
 def _predict(arguments, overrides) -> None:
-    from aqdetr_jax.data.dataset import ImageReadError
-    from aqdetr_jax.evaluation.predict import as_array, load
-    from aqdetr_jax.io import write_json_atomic
-    from aqdetr_jax.quickstart import TEACHERS
-    from aqdetr_jax.viz.detections import draw_boxes
-    from aqdetr_jax.viz.html import PNG_LEVEL
+    from aqdetr_jax.predicting import predict_files
 
     if overrides:
         raise ValueError(f"predict takes no configuration overrides, found {overrides[0]!r}")
-    detector = load(arguments.model or TEACHERS["detr"])
-    if not arguments.model:
-        names = ", ".join(detector.class_names)
-        print(f"no --model given: {TEACHERS['detr']}, which knows {names}")
-    out = Path(arguments.out)
-    taken: set[str] = set()
-    failed = []
-    for path in arguments.images:
-        try:
-            array = as_array(path)
-        except ImageReadError as error:
-            failed.append(str(error))  # the others are done first
-            continue
-        found = detector.predict(array, threshold=arguments.threshold)
-        stem, number = Path(path).stem, 1
-        while stem in taken:  # a/1.png and b/1.png
-            number += 1
-            stem = f"{Path(path).stem}_{number}"
-        taken.add(stem)
-        # Never the name of an image: predicting in place must not overwrite what it reads.
-        target = out / f"{stem}.detections"
-        write_json_atomic(f"{target}.json", {"image": str(path), **found.to_dict()})
-        picture = draw_boxes(
-            array, found.boxes, found.labels, found.scores, detector.class_names, min_score=0.0
-        )
-        picture.save(f"{target}.png", compress_level=PNG_LEVEL)
-        print(f"{path}: {len(found)} objects -> {target}.png, .json")
-    if failed:
-        reasons = "; ".join(failed[:3])
-        raise ImageReadError(f"{len(failed)} of {len(arguments.images)} images: {reasons}")
+    options = {} if arguments.max_pixels is None else {"max_pixels": arguments.max_pixels}
+    predict_files(
+        arguments.images,
+        arguments.out,
+        model=arguments.model,
+        threshold=arguments.threshold,
+        **options,
+    )
 
 
 def _convert(arguments, overrides) -> None:

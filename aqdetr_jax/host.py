@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -18,9 +19,20 @@ def prepare(*, compilation_cache: bool = True) -> None:
       compilation_cache: False in benchmarks that state compile times.
     """
     use_huge_pages()
+    print_any_name()
     use_every_core()
     if compilation_cache:
         use_compilation_cache()
+
+
+def print_any_name() -> None:
+    """Lets output show what the terminal cannot as escapes, as Python does for errors.
+
+    A file name need not be text, and a terminal need not know a class's script; neither is a reason
+    to stop.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def use_every_core() -> None:

@@ -23,8 +23,9 @@ import numpy as np
 def write_json_atomic(path: str | os.PathLike[str], obj: Any, *, indent: int | None = 2) -> Path:
     """Writes ``obj`` as JSON so that a reader never sees half a file.
 
-    NumPy and JAX scalars and arrays become numbers and lists, paths become strings. The parent
-    folder is created when missing.
+    NumPy and JAX scalars and arrays become numbers and lists, paths become strings (bytes of a
+    name that are no text as escapes, from which the name can be made again). The parent folder is
+    created when missing.
 
     Args:
       path: the target file; replaced if it exists.
@@ -42,15 +43,20 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any, *, indent: int | N
     target = Path(path)
     plain = _plain(obj, "$", target)
     text = json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    return write_text_atomic(target, text)
+    return write_text_atomic(target, text)  # Python's escape of a lone surrogate is JSON's too
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
-    """Writes UTF-8 text so that a reader never sees half a file.
+    """Writes UTF-8 text (lone surrogates as escapes); see ``write_bytes_atomic``."""
+    return write_bytes_atomic(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Writes a file so that a reader never sees half of it.
 
     Args:
       path: the target file; replaced if it exists, its folder is made when missing.
-      text: the content.
+      data: the content.
 
     Returns:
       The path written.
@@ -60,12 +66,14 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Part of the name only: with all of it, the temporary name could be too long where the name
+    # itself is not.
     handle, temporary = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
+        dir=target.parent, prefix=f".{target.name[:16]}.", suffix=".tmp"
     )
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         # mkstemp makes the file private; results are meant to be read by others.
@@ -75,6 +83,21 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return target
+
+
+def printable(name: object, most: int = 4096) -> str:
+    """A name as one line that any file and terminal takes.
+
+    Line breaks, control characters and bytes that are no text become escapes.
+
+    Args:
+      name: a name, message or path.
+      most: longer texts are cut to their first 100 characters; no path is longer than 4096.
+    """
+    text = os.fsdecode(name) if isinstance(name, os.PathLike) else str(name)
+    if len(text) > most:
+        text = f"{text[:100]}... ({len(text)} characters)"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def is_empty_folder(path: Path) -> bool:

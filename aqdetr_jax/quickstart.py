@@ -115,7 +115,8 @@ def quickstart(
     for name, block in blocks.items():
         print(f"\n{name}\n{format_results(block)}")
     kept = blocks["student"]["AP"] / max(blocks["teacher"]["AP"], 1e-9)
-    print(f"\nthe 4-bit student keeps {kept:.1%} of the teacher's AP; report: {report}")
+    where = f"report: {report}" if report else f"results: {workdir / 'results.json'}"
+    print(f"\nthe 4-bit student keeps {kept:.1%} of the teacher's AP; {where}")
     return blocks
 
 

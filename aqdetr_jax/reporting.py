@@ -1,9 +1,14 @@
-"""Pictures and the report of a run: curves, detections side by side, attention, bits."""
+"""Pictures and the report of a run: curves, detections side by side, attention, bits.
+
+The results of a run are on the disk before any of this begins, and none of it fails the run: what
+cannot be drawn or written is one line on stderr (``spare``).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +21,38 @@ from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.data.dataset import DetectionDataset, Example, ImageReadError
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
-from aqdetr_jax.io import read_json
+from aqdetr_jax.io import printable, read_json
 from aqdetr_jax.ops.boxes import cxcywh_to_xyxy, pairwise_giou
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.loop import RunResult
 from aqdetr_jax.viz.attention import attention_grid, attention_rows, focused_cells, real_cells
 from aqdetr_jax.viz.curves import save_figure, training_curves
 from aqdetr_jax.viz.detections import Panel, detection_grid
-from aqdetr_jax.viz.html import PNG_LEVEL
+from aqdetr_jax.viz.fonts import class_text, note_of_numbers
+from aqdetr_jax.viz.png import save_png
 from aqdetr_jax.viz.records import read_metrics
 from aqdetr_jax.viz.report import write_report
 from aqdetr_jax.viz.sampling import Samples, sampling_grid, splat
 
 Results = Sequence[Mapping[str, Any]]
+
+
+@contextlib.contextmanager
+def spare(what: str, notes: list[str] | None = None) -> Iterator[None]:
+    """Spares a finished run the failure of its report: the body's error becomes one line.
+
+    Args:
+      what: what is being made, for the line.
+      notes: receives the line too.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = printable(f"{type(error).__name__}: {error}", most=500)
+        line = f"{what} could not be made ({reason})"
+        if notes is not None:
+            notes.append(line)
+        print(f"aqdetr: {line}; the results are not affected", file=sys.stderr, flush=True)
 
 
 def detection_picture(
@@ -188,7 +212,9 @@ def _sampling_picture(
             box = output.boxes[-1, 0, same]
             row.append(Samples(maps.locations[0, same] * scale, weights, box))
         rows.append(row)
-    labels = [f"{class_names[scores[q].argmax()]} {scores[q].max():.2f}" for q in best]
+    labels = [
+        f"{class_text(class_names, int(scores[q].argmax()))} {scores[q].max():.2f}" for q in best
+    ]
     return sampling_grid(image, rows, titles=names, labels=labels)
 
 
@@ -227,8 +253,10 @@ def write_run_report(
     bits: Path | None = None,
     manifest: Path | None = None,
     notes: Sequence[str] = (),
-) -> Path:
+) -> Path | None:
     """Writes ``report.html`` and its pictures (``pictures/*.png``) into a work directory.
+
+    A part that cannot be made is left out, and said in the report and on stderr.
 
     Args:
       workdir: folder of the run.
@@ -246,34 +274,43 @@ def write_run_report(
       notes: remarks and limits.
 
     Returns:
-      Path of the report.
+      Path of the report; None if it could not be written.
     """
     workdir = Path(workdir)
     folder = workdir / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
+    remarks = list(notes)
     context: dict[str, Any] = {"title": title, "summary": list(summary), "results": dict(blocks)}
-    metrics = {name: read_metrics(path) for name, path in curves.items() if path.is_file()}
-    if metrics:
-        context["metrics"] = metrics
-        figure = training_curves(metrics)
+    with spare("the picture of the training curves", remarks):
+        metrics = {name: read_metrics(path) for name, path in curves.items() if path.is_file()}
+        figure = training_curves(metrics) if metrics else None
         if figure is not None:
             save_figure(figure, folder / "curves.png")
+            context["metrics"] = metrics
     if pictures and detections:
-        picture = detection_picture(dataset, detections, pictures)
-        if picture is not None:
-            picture.save(folder / "detections.png", compress_level=PNG_LEVEL)
-            context["detections"] = [picture]
+        with spare("the picture of detections", remarks):
+            picture = detection_picture(dataset, detections, pictures)
+            if picture is not None:
+                context["detections"] = [picture]
+                save_png(picture, folder / "detections.png")
     if pictures and teacher is not None and student is not None:
-        context["attention"] = attention_pictures(dataset, teacher, student, min(3, pictures))
-        for number, item in enumerate(context["attention"]):
-            item["image"].save(folder / f"attention_{number}.png", compress_level=PNG_LEVEL)
+        with spare("the pictures of attention", remarks):
+            context["attention"] = attention_pictures(dataset, teacher, student, min(3, pictures))
+            for number, item in enumerate(context["attention"]):
+                save_png(item["image"], folder / f"attention_{number}.png")
     if bits is not None and bits.is_file():
-        context["bit_report"] = read_json(bits)
+        with spare("the table of bits", remarks):
+            context["bit_report"] = read_json(bits)
     if manifest is not None and manifest.is_file():
-        context["run"] = _run_facts(read_json(manifest), blocks)
-    if notes:
-        context["notes"] = list(notes)
-    return write_report(workdir, context)
+        with spare("the list of what was run", remarks):
+            context["run"] = _run_facts(read_json(manifest), blocks)
+    if context.get("detections") or context.get("attention"):
+        with spare("the note on names", remarks):
+            remarks += filter(None, [note_of_numbers(dataset.class_names)])
+    if remarks:
+        context["notes"] = remarks
+    with spare("the report"):
+        return write_report(workdir, context)
+    return None
 
 
 def report_training(result: RunResult, workdir: str | Path) -> None:
@@ -286,23 +323,25 @@ def report_training(result: RunResult, workdir: str | Path) -> None:
     if result.block is None or result.detections is None:
         return
     workdir, config = Path(workdir), result.config
-    teacher = setup.load_teacher(config)
     kind = "student" if config.quant.quantized else "teacher"
-    report = write_run_report(
-        workdir,
-        title=config.name,
-        summary=[f"{config.train.steps} steps of {config.train.batch_size} images."],
-        blocks={kind: result.block},
-        curves={config.name: workdir / "metrics.jsonl"},
-        detections={config.name: result.detections.results},
-        dataset=open_dataset(config.data, train=False),
-        pictures=config.train.pictures,
-        teacher=teacher,
-        student=result.bundle if teacher else None,
-        bits=workdir / "bit_report.json",
-        manifest=workdir / "manifest.json",
-    )
-    print(f"report: {report}")
+    with spare("the report"):
+        teacher = setup.load_teacher(config)
+        report = write_run_report(
+            workdir,
+            title=config.name,
+            summary=[f"{config.train.steps} steps of {config.train.batch_size} images."],
+            blocks={kind: result.block},
+            curves={config.name: workdir / "metrics.jsonl"},
+            detections={config.name: result.detections.results},
+            dataset=open_dataset(config.data, train=False),
+            pictures=config.train.pictures,
+            teacher=teacher,
+            student=result.bundle if teacher else None,
+            bits=workdir / "bit_report.json",
+            manifest=workdir / "manifest.json",
+        )
+        if report is not None:
+            print(f"report: {report}")
 
 
 def _run_facts(manifest: Mapping[str, Any], blocks: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -93,6 +94,31 @@ def test_train_again_does_nothing(trained, capsys):
     assert main(["train", f"--config={file}", f"--workdir={folder}"]) == 0
     assert "this run is finished" in capsys.readouterr().out
     assert (folder / "results.json").read_bytes() == before
+
+
+def test_a_report_that_fails_leaves_a_finished_run(trained, monkeypatch, capsys):
+    folder, file = trained
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("aqdetr_jax.reporting.write_report", full)
+    assert main(["train", f"--config={file}", f"--workdir={folder}"]) == 0
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith("aqdetr: the report could not be made (OSError: [Errno 28] No space")
+    assert "report:" not in said.out
+    after = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert after["results.json"] == before["results.json"]
+    assert after.keys() == before.keys()
+
+    def lost(config):
+        raise FileNotFoundError("the teacher was moved away")
+
+    monkeypatch.setattr("aqdetr_jax.reporting.setup.load_teacher", lost)
+    assert main(["train", f"--config={file}", f"--workdir={folder}"]) == 0
+    assert "moved away" in capsys.readouterr().err
 
 
 def test_eval_gives_the_numbers_of_the_run(trained, tmp_path, capsys):
@@ -275,13 +301,31 @@ def test_predict_takes_no_overrides(trained, capsys):
     assert "'train.steps=2'" in line
 
 
-def test_predict_names_an_unreadable_image(trained, tmp_path, capsys):
-    broken = tmp_path / "broken.jpg"
+def test_predict_does_what_it_can(trained, tmp_path, capsys):
+    """Status 1, a line for the image that failed, and the results of the other."""
+    broken, good = tmp_path / "broken.jpg", tmp_path / "good.png"
     broken.write_bytes(b"no image")
-    out = f"--out={tmp_path / 'out'}"
-    line = error_line(capsys, "predict", str(broken), f"--model={trained[0]}", out)
-    assert "broken.jpg" in line
-    assert not (tmp_path / "out").exists()
+    Image.fromarray(np.full((40, 60, 3), 128, np.uint8)).save(good)
+    command = ["predict", str(broken), str(good), f"--model={trained[0]}"]
+    assert main([*command, f"--out={tmp_path / 'out'}"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"aqdetr: {broken}: not an image file that Pillow can read"
+    assert lines[1].startswith("aqdetr: PredictError: 1 of 2 images failed")
+    made = {"good.detections.json", "good.detections.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == made
+    assert main([*command[:1], str(broken), command[3], f"--out={tmp_path / 'none'}"]) == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_predict_has_the_remedy_that_it_names(trained, tmp_path, capsys):
+    path = tmp_path / "large.png"
+    Image.fromarray(np.full((40, 60, 3), 128, np.uint8)).save(path)
+    command = ["predict", str(path), f"--model={trained[0]}", f"--out={tmp_path / 'out'}"]
+    assert main([*command, "--max-pixels=2399"]) == 1
+    text = capsys.readouterr().err
+    assert "large.png: 60x40 pixels are over the budget of 2399; " in text
+    assert "predict's --max-pixels" in text
+    assert main([*command, "--max-pixels=2400"]) == 0
 
 
 def test_other_configuration_on_the_same_folder(trained, capsys):

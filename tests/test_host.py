@@ -1,4 +1,4 @@
-"""One virtual CPU device a core, unless the user says otherwise."""
+"""One virtual CPU device a core, unless the user says otherwise; output on any terminal."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ def test_a_power_of_two_and_never_more_than_eight(cores, wanted):
 def test_what_the_user_set_wins():
     assert devices(XLA_FLAGS="--xla_force_host_platform_device_count=3") == 3
     assert devices(JAX_NUM_CPU_DEVICES="5") == 5
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
+def test_any_name_can_be_printed(encoding):
+    program = "import aqdetr_jax.host as h; h.print_any_name(); print('a\u732b\\udcff')"
+    child = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=True,
+    )
+    cat = "\u732b" if encoding == "utf-8" else "\\u732b"
+    assert child.stdout.decode(encoding).strip() == f"a{cat}\\udcff"

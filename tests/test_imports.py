@@ -17,7 +17,7 @@ LAYERS = (
     ("interop", "checkpoint"),
     ("evaluation",),
     ("training", "viz"),
-    ("quickstart", "reporting"),
+    ("quickstart", "reporting", "predicting"),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -99,6 +99,11 @@ def test_outside_systems_have_one_door():
     assert {part(Path(p)) for p in users("grain")} == {"data"}
     assert users("tensorflow_datasets") == {"data/tfds_builder.py"}
     assert users("safetensors") == {"interop/checkpoints.py"}
+
+
+def test_pictures_are_opened_by_one_reader():
+    opening = {str(p) for p in SOURCES if "Image.open(" in (ROOT / p).read_text()}
+    assert opening == {"data/images.py"}
 
 
 def test_no_heavy_framework():

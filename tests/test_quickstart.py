@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from fnmatch import fnmatchcase
 
@@ -52,9 +53,19 @@ def test_quickstart(tiny_teacher, tmp_path, monkeypatch, capsys):
     assert student.quant.policy == "w4a4"
     assert student.config.num_auxiliary == 0
 
-    # The same command again goes through without training, to the same numbers.
+    # The same command again goes through without training, to the same numbers; that the report
+    # cannot be written is a line.
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("aqdetr_jax.reporting.write_report", full)
     again = qs.quickstart(tmp_path, overrides=overrides(config))
-    assert "this run is finished" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "this run is finished" in said.out
+    assert "the 4-bit student keeps" in said.out
+    assert "results.json" in said.out.splitlines()[-1]
+    assert "the report could not be made (OSError: [Errno 28] No space" in said.err
+    assert json.loads((tmp_path / "results.json").read_text()) == again
     for name in ("teacher", "calibrated", "student"):
         assert again[name]["AP"] == blocks[name]["AP"]
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 
 from aqdetr_jax import reporting
 from aqdetr_jax.data.open import open_dataset
+from aqdetr_jax.evaluation.coco import METRIC_NAMES, results_block
 from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.models.config import DeformableConfig
 from aqdetr_jax.models.deformable_attention import DeformableMaps
@@ -192,3 +196,100 @@ def test_deformable_models_have_both_pictures_in_the_report(dataset, tmp_path):
     for number in range(2):
         with Image.open(tmp_path / "pictures" / f"attention_{number}.png") as picture:
             assert np.ptp(np.asarray(picture)) > 100
+
+
+# --- a report never fails a run ------------------------------------------------------------------
+
+
+def full(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def broken(*arguments, **options):
+    raise RuntimeError("Pillow or matplotlib\nhas a bad day")
+
+
+@pytest.fixture
+def write(dataset, tmp_path):
+    """Writes the report of one run with every part that needs no second model."""
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"step": s, "loss": 1.0 / s}) + "\n" for s in (1, 2, 3)))
+    numbers = dict.fromkeys(METRIC_NAMES, 0.5)
+    block = results_block(
+        numbers | {"per_class": {}}, images=6, config="x", seed=0, commit="c", seconds=1.0
+    )
+    bits = tmp_path / "bits.json"
+    bits.write_text(json.dumps({"rows": []}))
+    return lambda: reporting.write_run_report(
+        tmp_path,
+        title="run",
+        summary=["all of it"],
+        blocks={"student": block},
+        curves={"run": metrics},
+        detections={"student": as_results(dataset)},
+        dataset=dataset,
+        pictures=1,
+        bits=bits,
+    )
+
+
+def test_nothing_is_said_of_a_report_that_works(write, tmp_path, capsys):
+    assert write() == tmp_path / "report.html"
+    assert capsys.readouterr().err == ""
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"curves.png", "detections.png"}
+
+
+@pytest.mark.parametrize("fault", [full, broken])
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ("reporting.detection_grid", "the picture of detections"),
+        ("reporting.save_png", "the picture of detections"),
+        ("reporting.training_curves", "the picture of the training curves"),
+        ("reporting.save_figure", "the picture of the training curves"),
+        ("reporting.read_json", "the table of bits"),
+    ],
+)
+def test_a_part_that_fails_is_one_line_and_a_note(write, monkeypatch, capsys, fault, part, what):
+    monkeypatch.setattr(f"aqdetr_jax.{part}", fault)
+    path = write()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"aqdetr: {what} could not be made (")
+    reason = os.strerror(errno.ENOSPC) if fault is full else "has a bad day"
+    assert reason in line
+    assert f"{what} could not be made" in path.read_text()
+
+
+@pytest.mark.parametrize("fault", [full, broken])
+@pytest.mark.parametrize(
+    "part", ["reporting.write_report", "io.tempfile.mkstemp", "viz.report.render_report"]
+)
+def test_a_report_that_fails_is_a_line(write, tmp_path, monkeypatch, capsys, fault, part):
+    with monkeypatch.context() as patch:
+        patch.setattr(f"aqdetr_jax.{part}", fault)
+        assert write() is None
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("aqdetr: the report could not be made (")
+    assert not (tmp_path / "report.html").exists()
+    if "tempfile" in part:  # nothing at all can be written: a line each, and nothing half-written
+        assert len(lines) == 3
+        assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "bits.json", "pictures"}
+        assert not any((tmp_path / "pictures").iterdir())
+
+
+def test_ctrl_c_stops_a_report(write, monkeypatch):
+    def pressed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reporting, "detection_grid", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+
+
+def test_names_that_no_font_can_draw_are_in_the_report(dataset, write, monkeypatch, capsys):
+    monkeypatch.setattr("aqdetr_jax.viz.fonts._system_fonts", lambda: ())
+    names = ("\u732b", "a\nb", *dataset.class_names[2:])
+    monkeypatch.setattr(dataset, "class_names", names)
+    text = write().read_text()
+    assert "in pictures they are numbers: class 0 = \u732b, class 1 = a\nb" in text
+    assert capsys.readouterr().err == ""

@@ -24,7 +24,7 @@ from aqdetr_jax.data.dataset import (
     to_float,
 )
 from aqdetr_jax.data.files import check_relative, resolve_inside
-from aqdetr_jax.data.transforms import MAX_PIXELS, read_image
+from aqdetr_jax.data.images import MAX_PIXELS, read_image
 
 _LONGEST_NUMBER = 300
 """Digits of a whole number, which then has a float; what is longer is read as one, infinite."""

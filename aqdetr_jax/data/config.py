@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from aqdetr_jax.data.images import MAX_PIXELS
 from aqdetr_jax.data.transforms import AugmentConfig
 
 
@@ -38,6 +39,7 @@ class DataConfig:
       augment: training augmentation.
       eval_short_side: short side of evaluation images, pixels; None = as they are.
       eval_max_size: limit of their long side.
+      max_pixels: refuse image files with more pixels (an unreadable image, see ``on_error``).
       on_error: "error" stops at an unreadable image, "skip" replaces and counts it.
       follow_links: read images through links that leave the folder of the set.
       num_threads: reader threads.
@@ -65,6 +67,7 @@ class DataConfig:
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     eval_short_side: int | None = None
     eval_max_size: int | None = None
+    max_pixels: int = MAX_PIXELS
     on_error: Literal["error", "skip"] = "error"
     follow_links: bool = False
     num_threads: int = 1

@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from aqdetr_jax.data import exif
 from aqdetr_jax.data.dataset import DetectionDataset, ImageReadError
+from aqdetr_jax.data.images import read_header
 from aqdetr_jax.data.suspicious import corner_boxes, normalised_boxes
 
 _SMALL, _MEDIUM = 32.0**2, 96.0**2
 _FIRST = 5
 _TWIN_IOU = 0.9
-_EXIF_ORIENTATION = 0x0112
 _MOST_PICTURES = 48
 
 TITLES = {
@@ -232,15 +232,14 @@ def _check_header(dataset: DetectionDataset, index: int, found: dict[str, Found]
     if find_path is None:
         return False
     try:
-        with Image.open(find_path(index)) as picture:
-            width, height = picture.size
-            orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        header = read_header(find_path(index))
+    except ImageReadError:
         return False  # Decoding will name the reason.
+    height, width, orientation = header.height, header.width, header.orientation
     name, expected = dataset.file_name(index), dataset.image_size(index)
     if orientation != 1:
         found["exif_rotated"].append((index, f"{name}: EXIF orientation {orientation}"))
-    sizes = [(height, width)] + ([(width, height)] if orientation in (5, 6, 7, 8) else [])
+    sizes = [(height, width)] + ([(width, height)] if orientation in exif.SIDEWAYS else [])
     if expected not in sizes:
         text = f"{name}: {width}x{height} pixels, annotated as {expected[1]}x{expected[0]}"
         found["size_mismatch"].append((index, text))

@@ -81,7 +81,7 @@ def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
         return _generated_set(
             place.split, data.image_size, count, data.set_seed, data.cache_dir or None
         )
-    parameters = dict(place.parameters)
+    parameters = {**place.parameters, "max_pixels": data.max_pixels}
     if place.kind in ("coco", "voc", "yolo"):  # The kinds whose images are files of a folder.
         parameters["follow_links"] = data.follow_links
     return load_dataset(place.kind, **parameters)

@@ -30,7 +30,7 @@ from aqdetr_jax.data.dataset import (
     ImageReadError,
     RecordDataset,
 )
-from aqdetr_jax.data.transforms import MAX_PIXELS, read_image
+from aqdetr_jax.data.images import MAX_PIXELS, read_header, read_image
 
 _INFO, _FEATURES, _METADATA = "dataset_info.json", "features.json", "metadata.json"
 _DESCRIBED = {"ground_truth", "drops", "drop_examples", "clipped"}
@@ -117,10 +117,9 @@ def _encoded(source: DetectionDataset, index: int, image: np.ndarray) -> bytes:
     find_path = getattr(source, "image_path", None)
     if find_path is not None:
         path = find_path(index)
-        with Image.open(path) as picture:
-            size = (picture.height, picture.width)
-            plain = picture.format in _PASSED_THROUGH and picture.mode == "RGB"
-        if plain and size == image.shape[:2]:
+        header = read_header(path)
+        plain = header.format in _PASSED_THROUGH and header.mode == "RGB"
+        if plain and (header.height, header.width) == image.shape[:2]:
             return path.read_bytes()
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")

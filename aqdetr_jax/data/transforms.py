@@ -1,4 +1,4 @@
-"""Image reading and the augmentation of DETR, in NumPy and Pillow on :class:`Example`.
+"""The augmentation of DETR, in NumPy and Pillow on :class:`Example`.
 
 Rules follow ``datasets/transforms.py`` of facebookresearch/detr: flip; then with equal chance
 either one random resize, or a resize, a crop of random size and another resize. Boxes are
@@ -8,20 +8,14 @@ either one random resize, or a resize, a crop of random size and another resize.
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
-import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance
 
-from aqdetr_jax.data.dataset import Example, ImageReadError
-
-MAX_PIXELS = 50_000_000
-_EXIF_ORIENTATION = 0x0112
-# Formats of photographs; Pillow knows more, some of which start other programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
+from aqdetr_jax.data.dataset import Example
+from aqdetr_jax.data.images import MAX_PIXELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,86 +251,3 @@ def _random_resize(
     if bucket is not None:
         size = fitted_size(*size, bucket)
     return resize(example, size)
-
-
-def read_image(
-    source: str | os.PathLike[str] | bytes,
-    *,
-    expected_size: tuple[int, int] | None = None,
-    max_pixels: int = MAX_PIXELS,
-    name: str | None = None,
-    upright: bool = False,
-) -> np.ndarray:
-    """Reads an image file to RGB.
-
-    Any mode is converted (grey, palette, CMYK; transparency is dropped). The header is read
-    first, so an image over the pixel budget costs no memory.
-
-    EXIF policy: COCO's own tools ignore the orientation tag and annotate the stored pixels, other
-    tools annotate the turned image. For annotated images the tag is therefore applied only if
-    ``expected_size`` agrees with the turned image and not with the stored one; a half turn or a
-    mirror leaves the size as it is and is never applied. With ``upright`` the tag is always
-    obeyed, as a viewer does.
-
-    Args:
-      source: path or encoded bytes.
-      expected_size: ``(height, width)`` as annotated, or None.
-      max_pixels: refuse larger images.
-      name: name for messages; the path by default.
-      upright: turn the image as its tag says.
-
-    Returns:
-      uint8 [H, W, 3].
-
-    Raises:
-      ImageReadError: missing, unreadable, truncated or too large; the message names the file.
-    """
-    if name is None:
-        name = "image" if isinstance(source, bytes) else str(source)
-    try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=_FORMATS) as picture:
-            width, height = picture.size
-            if width * height > max_pixels:
-                raise ImageReadError(
-                    f"{name}: {width}x{height} pixels are over the budget of {max_pixels}; "
-                    "scale the image down or raise max_pixels"
-                )
-            orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
-            image = to_rgb(ImageOps.exif_transpose(picture) if upright else picture)
-    except ImageReadError:
-        raise
-    except FileNotFoundError as error:
-        raise ImageReadError(f"{name}: no such image file") from error
-    except UnidentifiedImageError as error:
-        raise ImageReadError(f"{name}: not an image file that Pillow can read") from error
-    except Exception as error:  # Broken files make Pillow's decoders raise nearly anything.
-        reason = str(error) or type(error).__name__
-        raise ImageReadError(f"{name}: cannot be decoded ({reason})") from error
-    turned = orientation in (5, 6, 7, 8) and expected_size == (width, height)
-    if turned and height != width and not upright:
-        image = _apply_orientation(image, orientation)
-    return image
-
-
-def to_rgb(picture: Image.Image) -> np.ndarray:
-    """Any mode of Pillow's as uint8 [H, W, 3]; transparency is dropped."""
-    if picture.mode.startswith("I;16"):  # Pillow would cut 16-bit grey off at 255.
-        grey = (np.asarray(picture) >> 8).astype(np.uint8)
-        return np.stack([grey] * 3, axis=-1)
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # Pillow warns about going straight to RGB.
-    return np.array(picture.convert("RGB"))
-
-
-def _apply_orientation(image: np.ndarray, orientation: int) -> np.ndarray:
-    """EXIF orientations 5 to 8, the ones that swap the sides."""
-    if orientation == 5:
-        image = image.transpose(1, 0, 2)
-    elif orientation == 6:
-        image = np.rot90(image, -1)
-    elif orientation == 7:
-        image = np.rot90(image.transpose(1, 0, 2), 2)
-    else:
-        image = np.rot90(image, 1)
-    return np.ascontiguousarray(image)

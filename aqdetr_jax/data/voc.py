@@ -22,7 +22,7 @@ from aqdetr_jax.data.dataset import (
     stack_boxes,
 )
 from aqdetr_jax.data.files import IMAGE_SUFFIXES, resolve_inside
-from aqdetr_jax.data.transforms import MAX_PIXELS, read_image
+from aqdetr_jax.data.images import MAX_PIXELS, read_image
 from aqdetr_jax.data.voc_lists import Entry, ImageFolder, read_list
 
 _MAX_XML_BYTES = 8_000_000

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image
 
+from aqdetr_jax.data import exif
 from aqdetr_jax.data.class_names import class_name
 from aqdetr_jax.data.dataset import (
     BoxCollector,
@@ -27,7 +27,7 @@ from aqdetr_jax.data.dataset import (
     stack_boxes,
 )
 from aqdetr_jax.data.files import IMAGE_SUFFIXES, check_relative, resolve_inside
-from aqdetr_jax.data.transforms import MAX_PIXELS, read_image
+from aqdetr_jax.data.images import MAX_PIXELS, read_header, read_image
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names")
@@ -393,7 +393,6 @@ def _parse(
 
 
 def _upright_size(path: pathlib.Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        width, height = picture.size
-        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (width, height) if turned else (height, width)
+    header = read_header(path)
+    stored = header.height, header.width
+    return stored[::-1] if header.orientation in exif.SIDEWAYS else stored

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
 
 from aqdetr_jax.checkpoint.model_folder import ModelBundle, load_model
 from aqdetr_jax.data.dataset import DetectionDataset, Example
+from aqdetr_jax.data.images import MAX_PIXELS, ImageLike, as_array
 from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
-from aqdetr_jax.data.transforms import read_image, to_rgb
 from aqdetr_jax.evaluation.evaluator import make_predict_fn
-
-ImageLike = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +72,29 @@ class Detector:
         """Names of the labels."""
         return self.bundle.class_names
 
-    def predict(self, image: ImageLike, *, threshold: float = 0.5) -> Prediction:
+    def predict(
+        self, image: ImageLike, *, threshold: float = 0.5, max_pixels: int = MAX_PIXELS
+    ) -> Prediction:
         """Detects the objects of one image.
 
         Args:
-          image: path, encoded bytes, PIL image, or array [H, W, 3] (or [H, W]) of uint8.
+          image: path, encoded file as bytes, Pillow image, or NumPy or JAX array uint8 [H, W, 3]
+            (or [H, W]); see ``data.images.as_array``.
           threshold: smallest score.
+          max_pixels: refuse larger files.
 
         Raises:
-          FileNotFoundError, ImageReadError, ValueError: the image cannot be used; says why.
+          ImageReadError, ValueError, TypeError: the image cannot be used; says why.
         """
-        return self.predict_batch([image], threshold=threshold)[0]
+        return self.predict_batch([image], threshold=threshold, max_pixels=max_pixels)[0]
 
     def predict_batch(
-        self, images: Sequence[ImageLike], *, threshold: float = 0.5, batch_size: int = 1
+        self,
+        images: Sequence[ImageLike],
+        *,
+        threshold: float = 0.5,
+        batch_size: int = 1,
+        max_pixels: int = MAX_PIXELS,
     ) -> list[Prediction]:
         """Detects the objects of several images; see ``predict``.
 
@@ -97,12 +102,12 @@ class Detector:
           images: any number, of any sizes.
           threshold: smallest score.
           batch_size: images a batch.
+          max_pixels: refuse larger files.
         """
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+        check_threshold(threshold)
         if not images:
             return []
-        source = _Images([as_array(image) for image in images], self.bundle)
+        source = _Images([as_array(i, max_pixels=max_pixels) for i in images], self.bundle)
         config = PipelineConfig(
             batch_size=batch_size, num_threads=0, prefetch=0, **self.bundle.input.pipeline()
         )
@@ -140,25 +145,10 @@ def load(path: str | Path) -> Detector:
     return Detector(load_model(path))
 
 
-def as_array(image: ImageLike) -> np.ndarray:
-    """Any accepted image as uint8 [H, W, 3], turned as its EXIF orientation says.
-
-    Raises:
-      FileNotFoundError, ImageReadError: the file cannot be read.
-      ValueError: an array of another shape or dtype.
-    """
-    if isinstance(image, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(image))
-    if isinstance(image, np.ndarray):
-        if image.ndim == 2:
-            image = np.repeat(image[..., None], 3, axis=-1)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-            raise ValueError(
-                f"an image array must be uint8 [H, W, 3] (or [H, W]), got {image.dtype} "
-                f"{list(image.shape)}; for floats in [0, 1] use (x * 255).astype('uint8')"
-            )
-        return image
-    return read_image(image, upright=True)
+def check_threshold(threshold: float) -> None:
+    """Raises ValueError unless a threshold of scores is in [0, 1]."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
 
 
 class _Images(DetectionDataset):

@@ -74,6 +74,7 @@ def idle(config: ExperimentConfig) -> Iterator[Rule]:
 def _data(config: ExperimentConfig) -> Iterator[Rule]:
     data = config.data
     if data.kind == "shapes":
+        yield "data.max_pixels", "data.kind is 'shapes': generated images are not read from files"
         for key in ("root", *_FILES):
             yield f"data.{key}", "data.kind is 'shapes', the generated set: set data.kind=auto"
     else:

@@ -56,6 +56,7 @@ CHANGEABLE = (
     "data.num_threads",
     "data.prefetch",
     "data.cache_dir",
+    "data.max_pixels",
     "data.on_error",
 )
 """Keys that may differ when a run is resumed: none of them changes what was trained so far."""

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-from aqdetr_jax.viz import detections
+from aqdetr_jax.viz import detections, fonts
 
 _HEAT = "inferno"
 _SIGNED = "RdBu_r"
@@ -266,13 +266,14 @@ def _with_scales(grid: Image.Image, titles: tuple[str, str]) -> Image.Image:
     canvas = Image.new("RGB", (grid.width, grid.height + 34), (255, 255, 255))
     canvas.paste(grid, (0, 0))
     draw = ImageDraw.Draw(canvas)
-    font = detections.load_font(14)
     x, y = 12, grid.height + 6
     scales = (
         (_HEAT, "attention: 0", "the row's maximum"),
         (_SIGNED, f"difference: {titles[1]} less", f"{titles[1]} more"),
     )
     for colormap, low, high in scales:
+        low, high = fonts.drawable(low), fonts.drawable(high)
+        font = fonts.load_font(14, low + high)
         draw.text((x, y + 8), low, font=font, fill=(93, 103, 120), anchor="lm")
         x += round(font.getlength(low)) + 8
         ramp = matplotlib.colormaps[colormap](np.linspace(0, 1, 140))[None, :, :3] * 255

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw
 
 from aqdetr_jax.data.dataset import DetectionDataset, ImageReadError
 from aqdetr_jax.viz import palette
-from aqdetr_jax.viz.detections import draw_boxes, load_font, shorten, tile
-from aqdetr_jax.viz.html import PNG_LEVEL
+from aqdetr_jax.viz.detections import draw_boxes, shorten, tile
+from aqdetr_jax.viz.fonts import drawable, load_font
+from aqdetr_jax.viz.png import save_png
 
 _IMAGES = 24
 _COLUMNS = 6
@@ -90,14 +91,13 @@ def write_contact_sheets(
     count = _IMAGES // len(sets) if single else _IMAGES
     sheets = [contact_sheet(d, r["problem_images"], count=count, seed=seed) for d, r in sets]
     folder = target.parent if single else target
-    folder.mkdir(parents=True, exist_ok=True)
     if single:
         pictures = {target: _stacked(sheets)}
     else:
         names = [f"{i}_{d.name.replace('/', '_')}.png" for i, (d, _) in enumerate(sets, 1)]
         pictures = {folder / name: sheet for name, sheet in zip(names, sheets, strict=True)}
     for path, picture in pictures.items():
-        picture.save(path, compress_level=PNG_LEVEL)
+        save_png(picture, path)
     return list(pictures)
 
 
@@ -122,12 +122,12 @@ def _cell(
             example.image, example.boxes, example.labels, None, dataset.class_names, scale=scale
         )
         used |= set(example.labels.tolist())
-    font = load_font(13)
     cell = Image.new("RGB", (_WIDTH, picture.height + _LINE * len(lines) + 4), _PAPER)
     cell.paste(picture, ((_WIDTH - picture.width) // 2, 0))
     draw = ImageDraw.Draw(cell)
     for number, (text, colour) in enumerate(lines):
-        y = picture.height + 4 + _LINE * number
+        y, text = picture.height + 4 + _LINE * number, drawable(text)
+        font = load_font(13, text)
         draw.text((0, y), shorten(text, font, _WIDTH), font=font, fill=colour, anchor="lt")
     return cell
 

@@ -6,6 +6,7 @@ state, no display, safe beside a user's own plots.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from aqdetr_jax.io import write_bytes_atomic
 from aqdetr_jax.viz import palette
 from aqdetr_jax.viz.records import Records, series, smooth
 
@@ -204,10 +206,9 @@ def capacity_curves(rows: Records, *, theme: str = "light") -> Figure | None:
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Writes a figure as PNG, making its folder; returns the path."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, format="png", dpi=_DPI, facecolor=figure.get_facecolor())
-    return target
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=_DPI, facecolor=figure.get_facecolor())
+    return write_bytes_atomic(path, stream.getvalue())
 
 
 def _curve(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:

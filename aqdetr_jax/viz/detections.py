@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from aqdetr_jax.data.images import to_rgb
 from aqdetr_jax.viz import palette
+from aqdetr_jax.viz.fonts import class_text, drawable, load_font
 
 Panel = tuple[str, Any, Any, Any]
 """(title, boxes_xyxy [N, 4] in pixels, labels [N], scores [N] or None for ground truth)."""
@@ -21,6 +21,8 @@ _GAP = 12
 _PAPER = (255, 255, 255)
 _INK = (27, 34, 48)
 _MUTED = (93, 103, 120)
+_LEGEND = 16
+_Entry = tuple[str, palette.RGB]
 
 
 def to_image(image: Any) -> Image.Image:
@@ -34,10 +36,11 @@ def to_image(image: Any) -> Image.Image:
       A new RGB image.
 
     Raises:
-      ValueError: the array has another shape or dtype.
+      ValueError: the array has another shape or dtype, or the image no fixed scale (see
+        ``data.images.to_rgb``).
     """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return Image.fromarray(to_rgb(image))
     array = np.asarray(image)
     if array.dtype.kind == "f":
         array = np.round(np.clip(np.nan_to_num(array), 0, 1) * 255).astype(np.uint8)
@@ -46,12 +49,6 @@ def to_image(image: Any) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
         raise ValueError(f"want an image uint8 [H, W, 3], got {array.dtype} {array.shape}")
     return Image.fromarray(array).convert("RGB")
-
-
-def load_font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Loads the font that comes with matplotlib (Latin, Greek, Cyrillic) at ``size`` pixels."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name), size)
 
 
 def draw_boxes(
@@ -74,7 +71,8 @@ def draw_boxes(
       boxes: float [N, 4] (x1, y1, x2, y2) in pixels of the image as given.
       labels: int [N], contiguous classes.
       scores: float [N], or None for ground truth, which shows no numbers.
-      class_names: name of each class; missing names show as "class 5".
+      class_names: name of each class; names that are missing, or that no font of this machine can
+        draw, show as "class 5" (``fonts.note_of_numbers`` says which).
       min_score: detections below are left out.
       scale: enlargement; by default the long side becomes ``MIN_PANEL`` to ``MAX_PANEL`` pixels.
 
@@ -91,7 +89,7 @@ def draw_boxes(
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     stroke = max(2, round(max(width, height) / 190))
-    font = load_font(max(13, round(max(width, height) / 34)))
+    size = max(13, round(max(width, height) / 34))
 
     keep = np.isfinite(boxes).all(axis=1)
     if scores is not None:
@@ -111,10 +109,10 @@ def draw_boxes(
         draw.rectangle(box, outline=palette.class_color(int(labels[i])), width=stroke)
     taken: list[tuple[float, float, float, float]] = []
     for i in order[::-1]:
-        text = _name(class_names, int(labels[i]))
+        text = class_text(class_names, int(labels[i]))
         if scores is not None:
             text += f" {scores[i]:.2f}".replace(" 0.", " .")
-        _draw_name(draw, rectangles[i], text, palette.class_color(int(labels[i])), font, taken)
+        _draw_name(draw, rectangles[i], text, palette.class_color(int(labels[i])), size, taken)
     return picture
 
 
@@ -179,18 +177,19 @@ def detection_grid(
             used |= set(labels[slice(None) if scores is None else scores >= min_score].tolist())
         pictures.append(line)
     titles = [str(panel[0]) for panel in rows[0][1]]
-    legend = [(_name(class_names, int(c)), palette.class_color(int(c))) for c in sorted(used)]
+    legend = [(class_text(class_names, int(c)), palette.class_color(int(c))) for c in sorted(used)]
     return tile(pictures, titles, legend)
 
 
 def note(picture: Image.Image, text: str) -> Image.Image:
     """Sets a short note under the picture."""
+    text = drawable(text)
     canvas = Image.new("RGB", (picture.width, picture.height + 20), _PAPER)
     canvas.paste(picture, (0, 0))
     ImageDraw.Draw(canvas).text(
         (0, picture.height + 11),
         text,
-        font=load_font(13),
+        font=load_font(13, text),
         fill=_MUTED,
         anchor="lm",
     )
@@ -214,10 +213,9 @@ def tile(
     """
     widths = [max(row[c].width for row in pictures) for c in range(len(pictures[0]))]
     heights = [max(picture.height for picture in row) for row in pictures]
-    title_font, text_font = load_font(19, bold=True), load_font(16)
     head = 38 if any(titles) else 0
     total = sum(widths) + _GAP * (len(widths) + 1)
-    lines = _wrap(legend, text_font, total - 2 * _GAP)
+    lines = _wrap(legend, total - 2 * _GAP)
     foot = 26 * len(lines) + (10 if lines else 0)
     canvas = Image.new(
         "RGB", (total, head + _GAP + sum(heights) + _GAP * len(heights) + foot), _PAPER
@@ -225,8 +223,9 @@ def tile(
     draw = ImageDraw.Draw(canvas)
     x = _GAP
     for column, width in enumerate(widths):
-        title = shorten(titles[column], title_font, width)
-        draw.text((x, _GAP + 8), title, font=title_font, fill=_INK, anchor="lt")
+        title = drawable(titles[column])
+        font = load_font(19, title, bold=True)
+        draw.text((x, _GAP + 8), shorten(title, font, width), font=font, fill=_INK, anchor="lt")
         y = head + _GAP
         for row, height in zip(pictures, heights, strict=True):
             canvas.paste(row[column], (x, y))
@@ -237,8 +236,9 @@ def tile(
         x = _GAP
         for name, color in line:
             draw.rounded_rectangle((x, y + 2, x + 14, y + 16), 3, fill=color)
-            draw.text((x + 21, y + 9), name, font=text_font, fill=_MUTED, anchor="lm")
-            x += 21 + round(text_font.getlength(name)) + 22
+            font = load_font(_LEGEND, name)
+            draw.text((x + 21, y + 9), name, font=font, fill=_MUTED, anchor="lm")
+            x += 21 + round(font.getlength(name)) + 22
         y += 26
     return canvas
 
@@ -263,10 +263,6 @@ def _scale(picture: Image.Image) -> float:
     return min(1.0, MAX_PANEL / long_side)
 
 
-def _name(class_names: Sequence[str], label: int) -> str:
-    return str(class_names[label]) if 0 <= label < len(class_names) else f"class {label}"
-
-
 def _grow(box: tuple[float, float, float, float], by: float) -> tuple[float, float, float, float]:
     return box[0] - by, box[1] - by, box[2] + by, box[3] + by
 
@@ -282,11 +278,11 @@ def _draw_name(
     box: tuple[float, float, float, float],
     text: str,
     color: palette.RGB,
-    font: ImageFont.FreeTypeFont,
+    size: int,
     taken: list[tuple[float, float, float, float]],
 ) -> None:
     """Sets a name chip at the box, in the first of five places that hides no other chip."""
-    pad = 3
+    pad, font = 3, load_font(size, text)
     # Line height from the font, so that chips of "circle" and "square" are equally high.
     ascent, descent = font.getmetrics()
     wide, high = font.getlength(text) + 2 * pad, ascent + descent
@@ -320,11 +316,12 @@ def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def _wrap(
-    legend: Sequence[tuple[str, palette.RGB]], font: ImageFont.FreeTypeFont, width: float
+    legend: Sequence[tuple[str, palette.RGB]], width: float
 ) -> list[list[tuple[str, palette.RGB]]]:
     lines: list[list[tuple[str, palette.RGB]]] = []
     room = 0.0
     for name, color in legend:
+        font = load_font(_LEGEND, name)
         name = shorten(name, font, width - 43)
         need = font.getlength(name) + 43
         if not lines or need > room:

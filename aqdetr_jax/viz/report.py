@@ -61,8 +61,8 @@ def write_report(workdir: str | os.PathLike[str], context: Mapping[str, Any]) ->
       The path of the report.
 
     Raises:
-      ValueError: an unknown key, an invalid results block, or a file that is not a picture.
-      FileNotFoundError: a metrics file or a picture is missing.
+      ValueError: an unknown key, an invalid results block, or a picture that cannot be read.
+      FileNotFoundError: a metrics file is missing.
     """
     unknown = sorted(set(context) - set(CONTEXT_KEYS))
     if unknown:

@@ -148,7 +148,7 @@ def test_a_folder_of_no_kind_says_what_is_wanted(tmp_path, kind):
 
 
 def layout(tmp_path, *names):
-    return Layout("voc", "a Pascal VOC folder", tmp_path, dict.fromkeys(names, {}))
+    return Layout("voc", "a Pascal VOC folder", tmp_path, {name: {} for name in names})
 
 
 @pytest.mark.parametrize(

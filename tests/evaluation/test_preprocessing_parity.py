@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aqdetr_jax.data.images import as_array
 from aqdetr_jax.data.open import load_dataset
 from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
 from aqdetr_jax.data.transforms import resized_size
 from aqdetr_jax.evaluation.coco import postprocess
-from aqdetr_jax.evaluation.predict import as_array
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.heads import normalize_images
 
