@@ -43,7 +43,7 @@ def test_quickstart(tiny_teacher, tmp_path, monkeypatch, capsys):
     for name, block in stored.items():
         validate_results_block(block)
         assert block["images"] == 6, name
-    assert "the 4-bit student keeps" in capsys.readouterr().out
+    assert "the w4a4 student keeps" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     for text in ("teacher", "calibrated", "student", "baseline"):
         assert text in page
@@ -62,7 +62,7 @@ def test_quickstart(tiny_teacher, tmp_path, monkeypatch, capsys):
     again = qs.quickstart(tmp_path, overrides=overrides(config))
     said = capsys.readouterr()
     assert "this run is finished" in said.out
-    assert "the 4-bit student keeps" in said.out
+    assert "the w4a4 student keeps" in said.out
     assert "results.json" in said.out.splitlines()[-1]
     assert "the report could not be made (OSError: [Errno 28] No space" in said.err
     assert json.loads((tmp_path / "results.json").read_text()) == again

@@ -1,0 +1,118 @@
+"""From a float teacher to a low-bit student: calibrated, trained, judged and reported.
+
+What the quickstart and ``finetune`` have in common.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aqdetr_jax.checkpoint.model_folder import ModelBundle
+from aqdetr_jax.data.open import open_dataset
+from aqdetr_jax.evaluation.coco import format_results
+from aqdetr_jax.evaluation.evaluator import Detections
+from aqdetr_jax.evaluation.models import evaluate_bundle
+from aqdetr_jax.io import write_json_atomic
+from aqdetr_jax.reporting import write_run_report
+from aqdetr_jax.training.bundles import calibrated_bundle
+from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.loop import train
+
+
+def compress(
+    workdir: Path,
+    *,
+    teacher: ModelBundle,
+    configs: Mapping[str, ExperimentConfig],
+    runs: Mapping[str, str],
+    curves: Mapping[str, str],
+    title: str,
+    start: float,
+) -> dict[str, Any]:
+    """Judges the teacher, calibrates and trains the students, writes results and report.
+
+    Args:
+      workdir: folder of everything; what is finished in it is not done again.
+      teacher: the float model.
+      configs: "student" and, if wanted, "baseline".
+      runs: the folder in ``workdir`` of each.
+      curves: further runs whose training curves are drawn, by name.
+      title: of the report.
+      start: ``time.perf_counter()`` when the command started.
+
+    Returns:
+      The content of ``results.json``: a results block each for "teacher", "calibrated",
+      "student" and, if asked for, "baseline".
+    """
+    config = configs["student"]
+    bits = config.quant.policy
+
+    def judge(bundle: ModelBundle, name: str) -> None:
+        block, detections = evaluate_bundle(
+            bundle, config.data, name, batch_size=config.train.eval_batch_size
+        )
+        blocks[name], found[name] = block, detections
+        print(f"   {name:<11} AP {block['AP']:.4f}")
+
+    print(f"1. the float teacher, and the same weights at {bits} after calibration only")
+    blocks: dict[str, dict[str, Any]] = {}
+    found: dict[str, Detections] = {}
+    judge(teacher, "teacher")
+    judge(calibrated_bundle(config, teacher), "calibrated")
+
+    print(f"2. the {bits} student: auxiliary queries and layer-by-layer attention distillation")
+    student = train(config, workdir / runs["student"])
+    assert student.block is not None
+    assert student.detections is not None
+    blocks["student"], found["student"] = student.block, student.detections
+    if "baseline" in configs:
+        print("3. the baseline: plain LSQ for as many steps")
+        lsq = train(configs["baseline"], workdir / runs["baseline"])
+        assert lsq.block is not None
+        blocks["baseline"] = lsq.block
+
+    write_json_atomic(workdir / "results.json", blocks)
+    report = write_run_report(
+        workdir,
+        title=title,
+        summary=_summary(blocks, bits, time.perf_counter() - start),
+        blocks=blocks,
+        curves={
+            name: workdir / run / "metrics.jsonl"
+            for name, run in {**curves, **runs}.items()
+            if name in (*curves, *blocks)
+        },
+        detections={name: d.results for name, d in found.items() if name != "calibrated"},
+        dataset=open_dataset(config.data, train=False),
+        pictures=config.train.pictures,
+        teacher=teacher,
+        student=student.bundle,
+        bits=workdir / runs["student"] / "bit_report.json",
+        manifest=workdir / runs["student"] / "manifest.json",
+    )
+    for name, block in blocks.items():
+        print(f"\n{name}\n{format_results(block)}")
+    kept = blocks["student"]["AP"] / max(blocks["teacher"]["AP"], 1e-9)
+    where = f"report: {report}" if report else f"results: {workdir / 'results.json'}"
+    print(f"\nthe {bits} student keeps {kept:.1%} of the teacher's AP; {where}")
+    return blocks
+
+
+def _summary(blocks: Mapping[str, Mapping[str, Any]], bits: str, seconds: float) -> list[str]:
+    teacher, student = blocks["teacher"]["AP"], blocks["student"]["AP"]
+    text = (
+        f"The float teacher reaches AP {teacher:.3f} on {blocks['teacher']['images']} images. With "
+        f"weights, activations and attention at {bits} it falls to "
+        f"{blocks['calibrated']['AP']:.3f} by calibration alone; trained with auxiliary queries "
+        f"and attention distillation it reaches {student:.3f}, "
+        f"{student / max(teacher, 1e-9):.1%} of the teacher."
+    )
+    if "baseline" in blocks:
+        text += f" Plain LSQ, trained as long, reaches {blocks['baseline']['AP']:.3f}."
+    return [
+        text,
+        f"This command took {seconds / 60:.1f} minutes; what was finished is not done again.",
+    ]
