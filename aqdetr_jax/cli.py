@@ -31,14 +31,13 @@ def main(argv: Sequence[str]) -> int:
       Exit status: 0, 1 for bad input (one line on stderr says what), 75 for a run that was asked
       to stop and can go on.
     """
-    from aqdetr_jax.training.config_tools import split_overrides
+    from aqdetr_jax.training.arguments import parse_arguments
 
-    overrides, rest = split_overrides(argv)
-    arguments = _parser().parse_args(rest)
+    arguments, overrides = parse_arguments(_parser(), argv)
     from aqdetr_jax.training.loop import StoppedError
 
     try:
-        arguments.run(arguments, tuple(overrides))
+        arguments.run(arguments, overrides)
     except StoppedError as stop:
         print(f"aqdetr: {stop}", file=sys.stderr)
         return EXIT_STOPPED
@@ -55,13 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aqdetr",
         description="Low-bit detection transformers: train, evaluate, predict.",
-        epilog="Overrides: --config.a.b=value or a.b=value, after any verb that takes --config.",
+        epilog="Verbs that take --config, and quickstart, take overrides of the configuration: "
+        "a.b=value, --config.a.b=value or --config.a.b value, any number of them. Options and "
+        "arguments take their words first: the value of --workdir lr=1e-3 is no override.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name, run, text, *, config=False, workdir=False):
         sub = verbs.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, overrides=config or name == "quickstart")
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         if config:
             sub.add_argument("--config", required=True, metavar="configs/NAME.py")
@@ -234,8 +235,6 @@ def _predict(arguments, overrides) -> None:
 def _convert(arguments, overrides) -> None:
     from aqdetr_jax.interop.convert import REPORT, convert
 
-    if overrides:
-        raise ValueError(f"convert takes no configuration overrides, found {overrides[0]!r}")
     made = convert(
         arguments.source,
         arguments.to,
@@ -253,8 +252,6 @@ def _convert(arguments, overrides) -> None:
 def _export(arguments, overrides) -> None:
     from aqdetr_jax.interop.export import REPORT, export
 
-    if overrides:
-        raise ValueError(f"export takes no configuration overrides, found {overrides[0]!r}")
     made = export(arguments.model, arguments.to, fake_quantized=arguments.fake_quantized)
     print(made.summary())
     for note in made.report["notes"]:
