@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="SOURCE", help="weights file, or transformers' model folder")
     sub.add_argument("--to", required=True, metavar="DIR", help="the model folder to write")
     sub.add_argument("--num-classes", type=int, metavar="N", help="a new class head, N classes")
+    sub.add_argument(
+        "--classes", metavar="FILE|a,b,c", help="names of the classes; see docs/weights.md"
+    )
+    sub.add_argument(
+        "--weights", metavar="KEY", help="which set of weights, of a file with several: ema"
+    )
     sub.add_argument("--name", help="name in results")
     sub.add_argument(
         "--dilation",
@@ -239,6 +245,8 @@ def _convert(arguments, overrides) -> None:
         arguments.source,
         arguments.to,
         num_classes=arguments.num_classes,
+        classes=arguments.classes,
+        weights=arguments.weights,
         name=arguments.name,
         dilation=arguments.dilation,
     )
