@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +72,7 @@ class Checkpoint:
     settings_from: Literal["", "config.json", "args"]
     preprocessing: dict[str, Any]
     hashes: dict[str, str]
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
 def read_checkpoint(path: str | Path, weights: str | None = None) -> Checkpoint:
