@@ -31,14 +31,13 @@ def main(argv: Sequence[str]) -> int:
       Exit status: 0, 1 for bad input (one line on stderr says what), 75 for a run that was asked
       to stop and can go on.
     """
-    from aqdetr_jax.training.config_tools import split_overrides
+    from aqdetr_jax.training.arguments import parse_arguments
 
-    overrides, rest = split_overrides(argv)
-    arguments = _parser().parse_args(rest)
+    arguments, overrides = parse_arguments(_parser(), argv)
     from aqdetr_jax.training.loop import StoppedError
 
     try:
-        return arguments.run(arguments, tuple(overrides)) or 0
+        return arguments.run(arguments, overrides) or 0
     except StoppedError as stop:
         print(f"aqdetr: {stop}", file=sys.stderr)
         return EXIT_STOPPED
@@ -54,13 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aqdetr",
         description="Low-bit detection transformers: train, evaluate, predict.",
-        epilog="Overrides: --config.a.b=value or a.b=value, after any verb that takes --config.",
+        epilog="Verbs that take --config, and quickstart and finetune, take overrides of the "
+        "configuration: a.b=value, --config.a.b=value or --config.a.b value, any number of them. Options and "
+        "arguments take their words first: the value of --workdir lr=1e-3 is no override.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name, run, text, *, config=False, workdir=False):
         sub = verbs.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, overrides=config or name in ("quickstart", "finetune"))
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         if config:
             sub.add_argument("--config", required=True, metavar="configs/NAME.py")
@@ -83,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="SOURCE", help="weights file, or transformers' model folder")
     sub.add_argument("--to", required=True, metavar="DIR", help="the model folder to write")
     sub.add_argument("--num-classes", type=int, metavar="N", help="a new class head, N classes")
+    sub.add_argument(
+        "--classes", metavar="FILE|a,b,c", help="names of the classes; see docs/weights.md"
+    )
+    sub.add_argument(
+        "--weights", metavar="KEY", help="which set of weights, of a file with several: ema"
+    )
     sub.add_argument("--name", help="name in results")
     sub.add_argument(
         "--dilation",
@@ -104,6 +111,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", choices=("detr", "deformable"), default="detr")
     sub.add_argument("--from-scratch", action="store_true", help="train the float teacher too")
     sub.add_argument("--baseline", action="store_true", help="also train plain LSQ as long")
+    sub = verb("finetune", _finetune, "a folder of your own images becomes a low-bit detector")
+    sub.add_argument("data", metavar="DIR", help="COCO, Roboflow, Pascal VOC, YOLO or prepared")
+    sub.add_argument("--workdir", metavar="DIR", help="default: runs/finetune-NAME")
+    sub.add_argument("--model", choices=("detr", "deformable"), help="default: deformable")
+    sub.add_argument("--from", dest="source", metavar="DIR", help="a float model to start from")
+    sub.add_argument("--baseline", action="store_true", help="also train plain LSQ as long")
+    sub.add_argument(
+        "--effort", type=float, default=1.0, metavar="X", help="length of every stage, 1 = recipe"
+    )
     sub = verb("prepare-data", _prepare, "write a data set as TFDS or COCO folder", config=True)
     sub.add_argument("--format", choices=("tfds", "coco"), default="tfds")
     sub.add_argument("--out", required=True, metavar="DIR")
@@ -212,12 +228,12 @@ def _predict(arguments, overrides) -> None:
 def _convert(arguments, overrides) -> None:
     from aqdetr_jax.interop.convert import REPORT, convert
 
-    if overrides:
-        raise ValueError(f"convert takes no configuration overrides, found {overrides[0]!r}")
     made = convert(
         arguments.source,
         arguments.to,
         num_classes=arguments.num_classes,
+        classes=arguments.classes,
+        weights=arguments.weights,
         name=arguments.name,
         dilation=arguments.dilation,
     )
@@ -231,8 +247,6 @@ def _convert(arguments, overrides) -> None:
 def _export(arguments, overrides) -> None:
     from aqdetr_jax.interop.export import REPORT, export
 
-    if overrides:
-        raise ValueError(f"export takes no configuration overrides, found {overrides[0]!r}")
     made = export(arguments.model, arguments.to, fake_quantized=arguments.fake_quantized)
     print(made.summary())
     for note in made.report["notes"]:
@@ -248,6 +262,20 @@ def _quickstart(arguments, overrides) -> None:
         model=arguments.model,
         from_scratch=arguments.from_scratch,
         baseline=arguments.baseline,
+        overrides=overrides,
+    )
+
+
+def _finetune(arguments, overrides) -> None:
+    from aqdetr_jax.finetune import finetune
+
+    finetune(
+        arguments.data,
+        arguments.workdir or f"runs/finetune-{Path(arguments.data).resolve().name}",
+        family=arguments.model,
+        source=arguments.source or "",
+        baseline=arguments.baseline,
+        effort=arguments.effort,
         overrides=overrides,
     )
 

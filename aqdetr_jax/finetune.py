@@ -50,7 +50,7 @@ def finetune(
     root: str,
     workdir: str | Path,
     *,
-    family: str = "deformable",
+    family: str | None = None,
     source: str = "",
     baseline: bool = False,
     effort: float = 1.0,
@@ -63,7 +63,7 @@ def finetune(
     Args:
       root: folder of the data set, in any layout of ``data.layout``.
       workdir: folder for everything; one folder a stage.
-      family: "deformable" or "detr", where ``source`` does not say.
+      family: "deformable" (None) or "detr"; of a detector to start from, what it is.
       source: a float model to start from (a converted checkpoint, a run): a detector is fine-tuned
         as it is, a backbone gets this family's transformer. "" = a small model from scratch.
       baseline: also train plain LSQ for as many steps.
@@ -116,7 +116,7 @@ def make_plan(
     root: str,
     workdir: Path,
     *,
-    family: str = "deformable",
+    family: str | None = None,
     source: str = "",
     baseline: bool = False,
     effort: float = 1.0,
@@ -147,9 +147,14 @@ def make_plan(
             f"--from={source} is quantized ({bundle.quant.policy}): give the float model that it "
             "comes from"
         )
-    detector = bundle is not None and "decoder" in bundle.variables["params"]
-    if detector:
-        family = bundle.config.family  # type: ignore[union-attr]
+    if bundle is not None and "decoder" in bundle.variables["params"]:
+        if family not in (None, bundle.config.family):
+            raise ValueError(
+                f"--model={family} does not fit --from={source}, which is a {bundle.config.family} "
+                "model: leave --model out"
+            )
+        family = bundle.config.family
+    family = family or "deformable"
 
     def stage(kind: str, init_from: str | Path, overrides: tuple[str, ...]) -> ExperimentConfig:
         config = load_experiment(f"custom:{family}-{kind}", overrides, init_from=str(init_from))
@@ -189,9 +194,8 @@ def _with_source(
     """The configuration of a stage that starts from a given model, and not from scratch."""
     backbone = dataclasses.replace(bundle.config.backbone, norm="frozen")
     if "decoder" not in bundle.variables["params"]:
-        return dataclasses.replace(
-            config, model=dataclasses.replace(config.model, backbone=backbone)
-        )
+        model = dataclasses.replace(config.model, backbone=backbone)
+        return dataclasses.replace(config, model=model)
     pinned = {key.partition("=")[0] for key in overrides}
     auxiliary = config.model.num_auxiliary
     model = dataclasses.replace(
@@ -202,7 +206,7 @@ def _with_source(
         dropout=config.model.dropout,
     )
     optimizer = config.optimizer
-    rates = {"lr": FINE_LR, "lr_backbone": FINE_LR_BACKBONE}
+    rates: dict[str, Any] = {"lr": FINE_LR, "lr_backbone": FINE_LR_BACKBONE}
     optimizer = dataclasses.replace(
         optimizer, **{k: v for k, v in rates.items() if f"optimizer.{k}" not in pinned}
     )

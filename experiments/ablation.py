@@ -20,8 +20,8 @@ from aqdetr_jax import host
 from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.evaluation.models import evaluate_bundle
 from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.training.arguments import parse_arguments
 from aqdetr_jax.training.bundles import calibrated_bundle
-from aqdetr_jax.training.config_tools import split_overrides
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.loop import train
 
@@ -48,15 +48,15 @@ def command(
 
 def main() -> None:
     """Runs what is missing and writes the JSON file."""
-    overrides, rest = split_overrides(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.set_defaults(overrides=True)
     parser.add_argument("--config", required=True, help="configuration that takes :VARIANT")
     parser.add_argument("--teacher", required=True, help="the float teacher's folder")
     parser.add_argument("--work", required=True, help="folder of the runs")
     parser.add_argument("--out", required=True, help="JSON file of the results")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--variants", default="lsq,auxiliary,distill,aqdetr")
-    options = parser.parse_args(rest)
+    options, overrides = parse_arguments(parser, sys.argv[1:])
     variants, seeds = options.variants.split(","), [int(s) for s in options.seeds.split(",")]
 
     def config_of(variant, seed):

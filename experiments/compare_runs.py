@@ -1,6 +1,6 @@
 """Is one run better than another, or were the evaluation images kind to it?
 
-python experiments/compare_runs.py --out=FILE [--draws=1000] REFERENCE RUN [RUN ...] [a.b=value ...]
+python experiments/compare_runs.py --out=FILE [--draws=N] [--config.a.b=VALUE] REFERENCE RUN ...
 
 Paired bootstrap over the evaluation images: AP of every run on the same images drawn with
 replacement, and the difference to the reference on each draw. Prints and keeps the mean difference,
@@ -8,7 +8,7 @@ its standard deviation, and the share of draws in which the run is better. It sa
 noise: another seed of the same training differs too.
 
 REFERENCE and RUN are work directories of finished runs on one evaluation set; the set is that of
-the reference's configuration (data.root and the like as overrides).
+the reference's configuration (--config.data.root=... and the like as overrides).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from aqdetr_jax.evaluation.bootstrap import bootstrap_ap, image_draws
 from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.provenance import git_commit
-from aqdetr_jax.training.config_tools import split_overrides
+from aqdetr_jax.training.arguments import parse_arguments
 from aqdetr_jax.training.experiment import load_experiment
 
 
 def main() -> None:
     """Draws, evaluates, and writes the JSON file."""
-    overrides, rest = split_overrides(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.set_defaults(overrides=True)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
-    options = parser.parse_args(rest)
-    config = load_experiment(str(options.runs[0] / "config.json"), tuple(overrides))
+    options, overrides = parse_arguments(parser, sys.argv[1:])
+    config = load_experiment(str(options.runs[0] / "config.json"), overrides)
     dataset = open_dataset(config.data, train=False)
     truth = dataset.coco_ground_truth()
     draws = image_draws(len(truth["images"]), options.draws, options.seed)

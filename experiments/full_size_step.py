@@ -25,7 +25,7 @@ from aqdetr_jax.parallel.mesh import make_mesh, replicated
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training.config_tools import split_overrides
+from aqdetr_jax.training.arguments import parse_arguments
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.loop import TRAINED_KEYS
 from aqdetr_jax.training.state import TrainState
@@ -69,14 +69,14 @@ def peak_bytes() -> int:
 
 def main() -> None:
     """Takes the step and writes the JSON file."""
-    overrides, rest = split_overrides(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.set_defaults(overrides=True)
     parser.add_argument("--config", default="coco:r50,w4a4")
     parser.add_argument("--height", type=int, default=800)
     parser.add_argument("--width", type=int, default=1333)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--out", default="experiments/results/full_size_step.json")
-    options = parser.parse_args(rest)
+    options, overrides = parse_arguments(parser, sys.argv[1:])
     # COCO's official head: 91 ids and "no object".
     config = load_experiment(options.config, ("model.num_classes=91", *overrides))
     bucket = (options.height, options.width)

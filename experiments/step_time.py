@@ -41,7 +41,7 @@ from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training.config_tools import split_overrides
+from aqdetr_jax.training.arguments import parse_arguments
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.loop import TRAINED_KEYS
 from aqdetr_jax.training.state import TrainState
@@ -225,14 +225,14 @@ def ratio(times: list[float], others: list[float]) -> float:
 
 def main() -> None:
     """Measures and writes the JSON file."""
-    overrides, rest = split_overrides(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.set_defaults(overrides=True)
     parser.add_argument("--config", default="shapes_w4a4,shapes_w4a4:deformable-aqdetr")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", default="experiments/results/step_time.json")
-    options = parser.parse_args(rest)
+    options, overrides = parse_arguments(parser, sys.argv[1:])
     names = options.config.split(",")
-    mesh = make_mesh(batch_size=load_experiment(names[0], tuple(overrides)).train.batch_size)
+    mesh = make_mesh(batch_size=load_experiment(names[0], overrides).train.batch_size)
     jax.set_mesh(mesh)
     # Time does not depend on the weights: every model starts from random ones.
     on_cpu = mesh.devices.flat[0].platform == "cpu"

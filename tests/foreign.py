@@ -98,21 +98,32 @@ def torch_file(
     state: Mapping[str, np.ndarray], args: Mapping[str, Any] | None = None, *, stream: bool = False
 ) -> bytes:
     """A training checkpoint: {"model": state, "epoch": 49, "args": Namespace(...)}."""
-    kinds = {"f": "torch.FloatStorage", "i": "torch.LongStorage"}
-    rows, storages = [], {}
-    for number, (name, array) in enumerate(state.items()):
-        data = np.array(array, np.float32 if array.dtype.kind == "f" else np.int64, order="C")
-        key = str(number)
-        memory = tb.storage(data.size, key=key, kind=kinds[data.dtype.kind], stream=stream)
-        strides = [step // data.itemsize for step in data.strides]
-        rows.append(tb.text(name) + tb.tensor(memory, 0, data.shape, strides))
-        storages[key] = (data.size, data.tobytes())
-    model = tb.call("collections.OrderedDict") + b"(" + b"".join(rows) + b"u"
-    items = {"model": model, "epoch": tb.number(49)}
+    content = {"model": state, "epoch": 49}
     if args is not None:
         attributes = tb.table(**{key: _value(value) for key, value in args.items()})
-        items["args"] = tb.call("argparse.Namespace") + attributes + b"b"
-    body = tb.table(**items)
+        content["args"] = tb.call("argparse.Namespace") + attributes + b"b"
+    return torch_tree(content, stream=stream)
+
+
+def torch_tree(content: Mapping[str, Any], *, stream: bool = False) -> bytes:
+    """A file of nested dicts of arrays, numbers, texts, and opcodes as they are."""
+    kinds = {"f": "torch.FloatStorage", "i": "torch.LongStorage"}
+    storages = {}
+
+    def opcodes(value: Any) -> bytes:
+        if isinstance(value, Mapping):
+            rows = [tb.text(name) + opcodes(item) for name, item in value.items()]
+            return tb.call("collections.OrderedDict") + b"(" + b"".join(rows) + b"u"
+        if not isinstance(value, np.ndarray):
+            return value if isinstance(value, bytes) else _value(value)
+        data = np.array(value, np.float32 if value.dtype.kind == "f" else np.int64, order="C")
+        key = str(len(storages))
+        storages[key] = (data.size, data.tobytes())
+        memory = tb.storage(data.size, key=key, kind=kinds[data.dtype.kind], stream=stream)
+        strides = [step // data.itemsize for step in data.strides]
+        return tb.tensor(memory, 0, data.shape, strides)
+
+    body = tb.table(**{key: opcodes(value) for key, value in content.items()})
     if stream:
         return tb.stream_file(body, storages)
     return tb.zip_file(body, {key: data for key, (_, data) in storages.items()})

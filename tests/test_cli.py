@@ -296,9 +296,17 @@ def test_missing_model(trained, tmp_path, capsys):
     assert f"no such folder: {tmp_path / 'nothing'}" in line
 
 
-def test_predict_takes_no_overrides(trained, capsys):
-    line = error_line(capsys, "predict", "x.png", f"--model={trained[0]}", "train.steps=2")
-    assert "'train.steps=2'" in line
+@pytest.mark.parametrize("form", ["trian.steps=3", "--config.trian.steps=3"])
+def test_misspelt_group(trained, capsys, form):
+    line = error_line(capsys, "config", f"--config={trained[1]}", form)
+    assert "did you mean 'train'?" in line
+
+
+def test_a_picture_may_be_called_like_an_override(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((40, 60, 3), 128, np.uint8)).save("train.steps=2.png")
+    assert main(["predict", "train.steps=2.png", "--model", str(trained[0]), "--out", "a=b"]) == 0
+    assert (tmp_path / "a=b" / "train.steps=2.detections.json").is_file()
 
 
 def test_predict_does_what_it_can(trained, tmp_path, capsys):

@@ -17,7 +17,9 @@ LAYERS = (
     ("interop", "checkpoint"),
     ("evaluation",),
     ("training", "viz"),
-    ("quickstart", "reporting", "predicting"),
+    ("reporting", "predicting"),
+    ("compress",),
+    ("quickstart", "finetune"),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -14,6 +14,7 @@ from aqdetr_jax import quickstart as qs
 from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.config_types import from_dataclass
 from aqdetr_jax.evaluation.coco import validate_results_block
+from aqdetr_jax.evaluation.models import evaluate_bundle
 from aqdetr_jax.training.config_tools import flatten_config
 from aqdetr_jax.training.effects import idle
 
@@ -106,4 +107,4 @@ def test_unknown_model(tmp_path):
 def test_model_of_other_classes_is_not_evaluated(tiny_teacher):
     bundle = dataclasses.replace(load_model(tiny_teacher), class_names=("cat", "dog"))
     with pytest.raises(ValueError, match=r"has 10 classes .* 2 classes \(cat, dog\)"):
-        qs.evaluate_bundle(bundle, tiny.FLOAT.data, "wrong", batch_size=8)
+        evaluate_bundle(bundle, tiny.FLOAT.data, "wrong", batch_size=8)

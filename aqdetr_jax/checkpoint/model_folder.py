@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from aqdetr_jax.checkpoint.checksums import read_manifest
 from aqdetr_jax.checkpoint.params import load_params, save_params
 from aqdetr_jax.config_types import from_dataclass, to_dataclass
 from aqdetr_jax.data.config import DataConfig
@@ -130,6 +133,35 @@ def save_model(
     save_params(path, variables, metadata, more)
 
 
+def _model_folder(path: str | Path) -> Path:
+    """Where the model of a path is, see ``load_model``; whether there is one is not looked at."""
+    if str(path).startswith(PACKAGED):
+        path = Path(__file__).parents[1] / "assets" / str(path).removeprefix(PACKAGED)
+        if not path.is_dir():
+            known = ", ".join(sorted(PACKAGED + p.name for p in path.parent.glob("*/")))
+            raise FileNotFoundError(
+                f"no packaged model {path.name!r}; there are: {known or 'none'}"
+            )
+    path = Path(path)
+    return path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
+
+
+def model_checksum(path: str | Path) -> str | None:
+    """SHA-256 over the files of a model folder (what is loaded is checked against it), hex.
+
+    Args:
+      path: as for ``load_model``.
+
+    Returns:
+      The checksum, the same wherever a copy of the folder lies; None where there is no model.
+    """
+    try:
+        files = read_manifest(_model_folder(path) / "manifest.json")["files"]
+    except (OSError, ValueError, KeyError):  # said when it is loaded
+        return None
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def load_model(path: str | Path) -> ModelBundle:
     """Reads a model folder, or the model of a run's work directory.
 
@@ -140,15 +172,7 @@ def load_model(path: str | Path) -> ModelBundle:
       FileNotFoundError: there is no model; the message says what the folder is instead.
       CheckpointError: a file is damaged.
     """
-    if str(path).startswith(PACKAGED):
-        path = Path(__file__).parents[1] / "assets" / str(path).removeprefix(PACKAGED)
-        if not path.is_dir():
-            known = ", ".join(sorted(PACKAGED + p.name for p in path.parent.glob("*/")))
-            raise FileNotFoundError(
-                f"no packaged model {path.name!r}; there are: {known or 'none'}"
-            )
-    path = Path(path)
-    folder = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
+    folder = _model_folder(path)
     variables, metadata = load_params(folder)
     missing = {"model", "quant", "input", "class_names", "category_ids"} - set(metadata)
     if missing:

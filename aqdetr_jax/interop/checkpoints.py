@@ -1,8 +1,8 @@
 """Foreign checkpoints as files: arrays by name, and what is said of the model they belong to.
 
-A source is a file of ``torch.save`` (``.pth``, ``.pt``, ``.bin``), a ``.safetensors`` file, or a
-model folder of Hugging Face transformers: ``config.json`` beside one weights file or beside several
-and their index. Nothing in a source is run or imported.
+A source is a file of ``torch.save`` (``.pth``, ``.pt``, ``.bin``, ``.ckpt``), a ``.safetensors``
+file, or a model folder of Hugging Face transformers: ``config.json`` beside one weights file or
+beside several and their index. Nothing in a source is run or imported.
 
 A source is not believed about its size: its arrays have at most MAX_BYTES and MAX_GROWTH bytes for
 each byte of their files, each array counted as if it had its own memory, and at most MAX_PARAMETERS
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from aqdetr_jax.interop.source import shown
-from aqdetr_jax.interop.torch_file import MAX_BYTES, MAX_PATH, Namespace, parameters, read_torch
+from aqdetr_jax.interop.source import Malformed, shown
+from aqdetr_jax.interop.torch_file import MAX_BYTES, MAX_PATH, Namespace, read_torch
+from aqdetr_jax.interop.weight_sets import choose
 from aqdetr_jax.io import read_json
 
-TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Weights of a model folder, the preferred first; NAME.index.json stands for several files."""
@@ -62,6 +63,7 @@ class Checkpoint:
       settings_from: where that is from, "" = nowhere.
       preprocessing: preprocessor_config.json of a model folder, empty if there is none.
       hashes: SHA-256 of each weights file, by file name.
+      notes: what else the files hold.
     """
 
     name: str
@@ -70,13 +72,15 @@ class Checkpoint:
     settings_from: Literal["", "config.json", "args"]
     preprocessing: dict[str, Any]
     hashes: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, weights: str | None = None) -> Checkpoint:
     """Reads a source.
 
     Args:
       path: file or folder, see the module.
+      weights: which of several sets of weights, see ``weight_sets.choose``; None = the usual one.
 
     Returns:
       ``Checkpoint``; floating-point arrays are float32, whatever they were stored as.
@@ -89,13 +93,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not str(path).isprintable():
         raise ValueError(f"{shown(str(path), MAX_PATH)}: has a line break or the like: rename it")
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, weights)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    state, arguments = _weights(path)
+    state, arguments, notes = _weights(path, weights)
     where: Literal["args", ""] = "args" if arguments else ""
     hashes = {path.name: _sha256(path)}
-    return Checkpoint(str(path), _float32(state, path), arguments, where, {}, hashes)
+    return Checkpoint(str(path), _float32(state, path), arguments, where, {}, hashes, notes)
 
 
 def write_safetensors(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
@@ -116,7 +120,7 @@ def write_safetensors(path: str | Path, state: Mapping[str, np.ndarray]) -> None
     Path(path).write_bytes(save(dict(state), metadata={"format": "pt"}))
 
 
-def _folder(path: Path) -> Checkpoint:
+def _folder(path: Path, weights: str | None) -> Checkpoint:
     """A model folder of transformers."""
     if (path / "manifest.json").is_file():
         raise ValueError(f"{path} is a run or a model folder of ours already: use it as it is")
@@ -130,7 +134,7 @@ def _folder(path: Path) -> Checkpoint:
     files = _weight_files(path)
     state: dict[str, np.ndarray] = {}
     for file, wanted in files.items():
-        found, _ = _weights(file)
+        found, _, _ = _weights(file, None)
         missing = [name for name in wanted if name not in found]
         if missing:
             raise ValueError(
@@ -142,6 +146,7 @@ def _folder(path: Path) -> Checkpoint:
             raise ValueError(f"{file}: holds {twice[0]}, as another file of the folder does")
         state |= found
     _check_names(list(state), path)
+    state, notes = _chosen(state, weights, path)
     return Checkpoint(
         str(path),
         _float32(state, path),
@@ -149,6 +154,7 @@ def _folder(path: Path) -> Checkpoint:
         "config.json",
         _object(preprocessing) if preprocessing.is_file() else {},
         {file.name: _sha256(file) for file in files},
+        notes,
     )
 
 
@@ -192,22 +198,33 @@ def _is_file_name(text: str) -> bool:
     return known and text == Path(text).name and text.isprintable() and len(text) <= MAX_NAME
 
 
-def _weights(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays of one file by name, and the run arguments in it (empty = none)."""
+def _weights(
+    path: Path, weights: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
+    """The arrays of one file by name, the run arguments in it (empty = none), and notes."""
     _refuse_other_things(path)
     if path.suffix == SAFETENSORS:
-        return _safetensors(path), {}
-    if path.suffix in TORCH_SUFFIXES:
+        value: Any = _safetensors(path)
+    elif path.suffix in TORCH_SUFFIXES:
         most = min(MAX_BYTES, MAX_GROWTH * path.stat().st_size)
         value = read_torch(path, max_bytes=most)
-        state = parameters(value, path)
-        _check_names(list(state), path)
-        arguments = value.get("args") if state is not value else None
-        return state, arguments.attributes if isinstance(arguments, Namespace) else {}
-    raise ValueError(
-        f"{path}: unknown kind of file; known are {', '.join((*TORCH_SUFFIXES, SAFETENSORS))} "
-        "and model folders of transformers"
-    )
+    else:
+        raise ValueError(
+            f"{path}: unknown kind of file; known are {', '.join((*TORCH_SUFFIXES, SAFETENSORS))} "
+            "and model folders of transformers"
+        )
+    state, notes = _chosen(value, weights, path)
+    _check_names(list(state), path)
+    arguments = value.get("args") if state is not value else None
+    return state, arguments.attributes if isinstance(arguments, Namespace) else {}, notes
+
+
+def _chosen(value: Any, weights: str | None, path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """One set of weights and notes; see ``choose``."""
+    try:
+        return choose(value, weights)
+    except Malformed as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _refuse_other_things(path: Path) -> None:

@@ -20,6 +20,7 @@ from aqdetr_jax.interop import labels, names, recognise, variant
 from aqdetr_jax.interop.checkpoints import Checkpoint, read_checkpoint
 from aqdetr_jax.interop.preprocessing import LONG_SIDE, SHORT_SIDE, ImageRule, image_rule
 from aqdetr_jax.interop.tables import TABLES
+from aqdetr_jax.interop.weight_sets import unwrap
 from aqdetr_jax.models.config import DeformableConfig, DetrConfig
 from aqdetr_jax.models.detector import build_detector, example_input
 from aqdetr_jax.models.resnet import BackboneConfig, ResNet
@@ -85,6 +86,8 @@ def convert(
     folder: str | Path,
     *,
     num_classes: int | None = None,
+    classes: str | None = None,
+    weights: str | None = None,
     name: str | None = None,
     dilation: bool | None = None,
 ) -> Conversion:
@@ -94,6 +97,8 @@ def convert(
       source: file or folder, see ``interop.checkpoints``.
       folder: the model folder; an earlier model of that name is replaced, nothing else is.
       num_classes: classes of a new, random class head; None, or the source's number, keeps its.
+      classes: names of the classes, see ``labels.given``; None = the source's, or placeholders.
+      weights: which set of weights of a file that has several, see ``weight_sets.choose``.
       name: name in results; by default made from what the model is.
       dilation: whether the backbone is dilated (DC5), where the source does not say.
 
@@ -103,8 +108,10 @@ def convert(
         but a class head that is made anew; the message says which.
     """
     check_target(folder)
-    checkpoint = read_checkpoint(source)
-    made = import_checkpoint(checkpoint, num_classes=num_classes, name=name, dilation=dilation)
+    checkpoint = read_checkpoint(source, weights)
+    made = import_checkpoint(
+        checkpoint, num_classes=num_classes, classes=classes, name=name, dilation=dilation
+    )
     save_model(folder, made.bundle, {REPORT: made.to_dict()})
     return made
 
@@ -113,6 +120,7 @@ def import_checkpoint(
     checkpoint: Checkpoint,
     *,
     num_classes: int | None = None,
+    classes: str | None = None,
     name: str | None = None,
     dilation: bool | None = None,
 ) -> Conversion:
@@ -122,9 +130,11 @@ def import_checkpoint(
         raise ValueError(f"--num-classes must be at least 1, got {num_classes}")
 
     # --- what it is -------------------------------------------------------------------------
-    table, kind = recognise.recognise(checkpoint.state, source)
+    unwrapped = unwrap(checkpoint.state, recognise.is_known)
+    state = unwrapped.state
+    table, kind = recognise.recognise(state, source)
     try:
-        params, stats = names.translate(checkpoint.state, TABLES[table])
+        params, stats = names.translate(state, TABLES[table])
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     shapes = {path: np.shape(value) for path, value in params.items()}
@@ -139,9 +149,11 @@ def import_checkpoint(
     )
 
     # --- our model of it --------------------------------------------------------------------
-    class_names, more = _class_names(checkpoint, kind.family, facts.get("classes"), num_classes)
+    class_names, category_ids, more = _classes(
+        checkpoint, kind.family, facts.get("classes"), num_classes, classes
+    )
     rule, pixels = _input_rule(image_rule(checkpoint.preprocessing, source))
-    notes = notes + more
+    notes = [*checkpoint.notes, *unwrapped.notes, *notes, *more]
     config = dataclasses.replace(model_config(facts, kind.family, source), **pixels)
     config = dataclasses.replace(config, num_classes=len(class_names))
     if config.deformable.box_refine and table.startswith("huggingface"):
@@ -149,7 +161,8 @@ def import_checkpoint(
         params = recognise.tied_heads(params, layers)
 
     # --- its parameters ---------------------------------------------------------------------
-    dropped = recognise.dropped_names(checkpoint.state, table)
+    dropped = [unwrapped.given[name] for name in recognise.dropped_names(state, table)]
+    dropped += unwrapped.outside
     variables, report, unlike = _fitted(
         config, kind, params, stats, dropped, num_classes is not None, source
     )
@@ -157,7 +170,6 @@ def import_checkpoint(
         "name": name or default_name(config, kind.family),
         "source": {"files": checkpoint.hashes, "naming": table},
     }
-    category_ids = tuple(range(len(class_names)))
     bundle = ModelBundle(config, QuantConfig(), rule, class_names, category_ids, variables, info)
     title = f"{kind.title}: {_describe(config, kind.family)}"
     return Conversion(bundle, title, report, unlike, notes)
@@ -212,33 +224,44 @@ def model_config(facts: Mapping[str, Any], family: variant.Family, source: str) 
     )
 
 
-def _class_names(
-    checkpoint: Checkpoint, family: variant.Family, count: int | None, wanted: int | None
-) -> tuple[tuple[str, ...], list[str]]:
-    """Names of the model's classes, and notes."""
+def _classes(
+    checkpoint: Checkpoint,
+    family: variant.Family,
+    count: int | None,
+    wanted: int | None,
+    given: str | None,
+) -> tuple[tuple[str, ...], tuple[int, ...], list[str]]:
+    """Names and category ids of the model's classes, and notes."""
+    options = {"--num-classes": wanted, "--classes": given}
     if family == "backbone":
-        if wanted is not None:
-            raise ValueError(f"{checkpoint.name}: is a backbone, without a head for --num-classes")
-        return (), []
+        for option, value in options.items():
+            if value is not None:
+                raise ValueError(f"{checkpoint.name}: is a backbone, without a head for {option}")
+        return (), (), []
     if count is None and wanted is None:
         raise ValueError(f"{checkpoint.name}: has no class head; --num-classes makes a new one")
-    if wanted is not None and wanted != count:
-        return labels.placeholders(wanted), [
-            f"the class head is new, for {wanted} classes: names come with the data it is trained "
-            "on"
-        ]
-    assert count is not None
-    kept = [f"the source has {count} classes: its class head is kept"] if wanted else []
+    new = wanted is not None and wanted != count
+    outputs = wanted if new else count
+    assert outputs is not None
+    notes = [f"the class head is new, for {outputs} classes"] if new else []
+    if wanted is not None and not new:
+        notes.append(f"the source has {count} classes: its class head is kept")
+    ids = tuple(range(outputs))
+    if given is not None:
+        names, ids = labels.given(given, outputs)
+        return names, ids, notes
+    if new:
+        notes[-1] += ": names come with the data it is trained on"
+        return labels.placeholders(outputs), ids, notes
     if checkpoint.settings_from == "config.json":
-        found = labels.class_names(checkpoint.settings, count, checkpoint.name)
+        found = labels.class_names(checkpoint.settings, outputs, checkpoint.name)
         if found is not None:
-            return found, kept
-    if count == labels.COCO_OUTPUTS:
-        return labels.coco_outputs(), [
-            *kept,
-            f"{count} classes without names: taken as COCO's ids 0 to {count - 1}",
-        ]
-    return labels.placeholders(count), [*kept, f"the names of its {count} classes are not known"]
+            return found, ids, notes
+    names, note = labels.placeholders(outputs), f"the names of its {outputs} classes are not known"
+    if outputs == labels.COCO_OUTPUTS:
+        names = labels.coco_outputs()
+        note = f"{outputs} classes without names: taken as COCO's ids 0 to {outputs - 1}"
+    return names, ids, [*notes, f"{note} (--classes gives others)"]
 
 
 def _input_rule(rule: ImageRule) -> tuple[InputRule, dict[str, Any]]:

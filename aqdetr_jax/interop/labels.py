@@ -1,10 +1,15 @@
-"""Names of classes that a checkpoint does not carry: COCO's, by the ids that official heads use."""
+"""Names of classes that a checkpoint does not carry: COCO's, or those that the user gives."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from aqdetr_jax.data.class_names import class_name
+from aqdetr_jax.data.coco import CocoParser, read_json
 from aqdetr_jax.interop.source import shown
 
 GAP = "N/A"
@@ -82,3 +87,64 @@ def class_names(settings: Mapping[str, Any], count: int, where: str) -> tuple[st
             f"{len(names)}, {min(names)} to {max(names)}: correct or remove it"
         )
     return tuple(names[number] for number in range(count))
+
+
+def given(text: str, outputs: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The names that the user gives, one for each output of a class head.
+
+    Args:
+      text: a file, or names with commas between. A ``.json`` file holds a list of names, or is a
+        COCO annotation file, whose categories count; any other file has one name a line. The n-th
+        name is that of output n. COCO's categories are those of the outputs whose numbers are their
+        ids, as the official training code has it, and outputs without a category are GAP; where
+        there is an id too large for that and as many categories as outputs, they are in the order
+        of their ids.
+      outputs: classes of the head, "no object" not counted.
+
+    Returns:
+      (names, category ids), each [outputs].
+
+    Raises:
+      FileNotFoundError: what looks like a file is none.
+      ValueError: other names than outputs, a name twice, or one that is no line of text.
+    """
+    file = Path(text)
+    ids: tuple[int, ...] | None = None
+    if os.path.isfile(text):  # not the method of Path, which raises for a long list
+        names, ids = _names_of(file)
+    elif "," not in text and (file.suffix in (".json", ".txt", ".names") or file.name != text):
+        raise FileNotFoundError(f"--classes={shown(text)}: no such file")
+    else:
+        names = [class_name(name, "--classes") for name in text.split(",")]
+    where = f"--classes={shown(text)}"
+    twice = [name for name, times in Counter(names).items() if times > 1 and name != GAP]
+    if twice:
+        raise ValueError(f"{where}: the name {twice[0]!r} is there twice")
+    if ids is not None and min(ids) >= 0 and max(ids) < outputs:
+        found = dict(zip(ids, names, strict=True))
+        return tuple(found.get(n, GAP) for n in range(outputs)), tuple(range(outputs))
+    if len(names) != outputs:
+        by_id = f" with ids {min(ids)} to {max(ids)}" if ids else ""
+        raise ValueError(
+            f"{where} has {len(names)} names{by_id}, but the class head has {outputs} outputs: "
+            f"give one name for each, {GAP!r} for an output that is no class"
+        )
+    return tuple(names), ids or tuple(range(outputs))
+
+
+def _names_of(file: Path) -> tuple[list[str], tuple[int, ...] | None]:
+    """The names in a file; with their ids if it is COCO's."""
+    if file.suffix == ".json":
+        content = read_json(file)
+        if isinstance(content, dict):
+            parsed = CocoParser(content, str(file))
+            return list(parsed.class_names), parsed.category_ids
+        if not isinstance(content, list):
+            raise ValueError(f"{file}: is neither a list of names nor a COCO annotation file")
+        return [class_name(name, f"{file}: name {n}") for n, name in enumerate(content, 1)], None
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is no UTF-8 text, one name a line") from error
+    lines = text.rstrip().split("\n")
+    return [class_name(line, f"{file}: line {n}") for n, line in enumerate(lines, 1)], None

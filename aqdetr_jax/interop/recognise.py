@@ -81,15 +81,22 @@ def recognise(state: Mapping[str, np.ndarray], name: str) -> tuple[str, Kind]:
     return kind.table + SHARED * shared, kind
 
 
+def is_known(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether one table explains all names of a state dict."""
+    return any(all(_explains(kind.table, name) for name in state) for kind in KINDS)
+
+
+def _explains(table: str, name: str) -> bool:
+    try:
+        names.find(name, TABLES[table])
+    except ValueError:
+        return False
+    return True
+
+
 def _unexplained(state: Mapping[str, np.ndarray], table: str) -> list[str]:
     """The names that a table has no row for."""
-    unknown = []
-    for name in state:
-        try:
-            names.find(name, TABLES[table])
-        except ValueError:
-            unknown.append(name)
-    return unknown
+    return [name for name in state if not _explains(table, name)]
 
 
 def check_arrays(state: Mapping[str, np.ndarray], table: str, source: str) -> None:

@@ -65,9 +65,6 @@ ZIP_VERSIONS = range(1, 11)
 MAX_PATH = 4096
 """Characters of the file's own name in messages."""
 
-STATE_KEYS = ("model", "state_dict", "model_state_dict")
-"""Where training checkpoints keep the parameters."""
-
 
 class TorchFileError(ValueError):
     """A file that is no checkpoint of tensors and plain containers; the message names it."""
@@ -119,61 +116,6 @@ def read_torch(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> A
         raise TorchFileError(f"{name}: {error}") from None
     except MemoryError:
         raise TorchFileError(f"{name}: needs more memory than there is") from None
-
-
-def state_dict(
-    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES
-) -> dict[str, np.ndarray]:
-    """Reads the parameters of a checkpoint.
-
-    Args:
-      path: a file of ``torch.save``.
-      max_bytes: see :func:`read_torch`.
-
-    Returns:
-      Arrays by name: the file's own top level, or what it has under one of STATE_KEYS (the first
-      that fits).
-
-    Raises:
-      TorchFileError: as :func:`read_torch`; or no such mapping is there: the message lists the
-        keys that are.
-      OSError: the file cannot be opened or read.
-    """
-    return parameters(read_torch(path, max_bytes=max_bytes), path)
-
-
-def parameters(value: Any, path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The parameters in what :func:`read_torch` returned; see :func:`state_dict`.
-
-    Args:
-      value: content of a file.
-      path: the file, for messages.
-    """
-    choices = [value]
-    if isinstance(value, dict):
-        choices += [value.get(key) for key in STATE_KEYS]
-    for choice in choices:
-        if _is_state(choice):
-            return choice
-    name = shown(os.fspath(path), MAX_PATH)
-    if not isinstance(value, dict):
-        raise TorchFileError(f"{name}: holds a {type(value).__name__}, not a dict of parameters")
-    keys = ", ".join(repr(key) if isinstance(key, str) else str(key) for key in list(value)[:20])
-    more = ", ..." if len(value) > 20 else ""
-    raise TorchFileError(
-        f"{name}: holds no dict of parameters at its top level or under "
-        f"{', '.join(map(repr, STATE_KEYS))}; its keys are: {keys[:500]}{more}"
-    )
-
-
-def _is_state(value: Any) -> bool:
-    """Whether a value is a dict of arrays by name, with at least one."""
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(key, str) for key in value)
-        and all(isinstance(array, np.ndarray) for array in value.values())
-    )
 
 
 def _read(file: BinaryIO, file_size: int, max_bytes: int) -> Any:

@@ -38,6 +38,7 @@ from aqdetr_jax.config_types import (
 from aqdetr_jax.io import read_json
 
 __all__ = [
+    "OVERRIDE_PREFIX",
     "ConfigError",
     "apply_overrides",
     "available_configs",
@@ -47,7 +48,6 @@ __all__ = [
     "from_dataclass",
     "load_config_file",
     "packaged_config_dir",
-    "split_overrides",
     "to_dataclass",
     "to_plain",
 ]
@@ -184,31 +184,8 @@ def _load_python(file: Path, argument: str | None) -> ml_collections.ConfigDict:
 # --- overrides -----------------------------------------------------------------------------------
 
 
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates configuration overrides from the other command-line arguments.
-
-    ``--config.a.b=value``, ``--config.a.b value`` and ``a.b=value`` are overrides; everything else
-    is kept in order.
-
-    Args:
-      argv: arguments without the program name.
-
-    Returns:
-      ``(overrides, rest)``, overrides in the form ``a.b=value``.
-    """
-    overrides, rest = [], []
-    pending = list(argv)
-    while pending:
-        word = pending.pop(0)
-        if re.match(r"--?config\.", word):
-            if "=" not in word and pending and not pending[0].startswith("--"):
-                word = f"{word}={pending.pop(0)}"
-            overrides.append(re.sub(r"^--?config\.", "", word))
-        elif re.match(r"[A-Za-z_]\w*(\.\w+)*=", word):
-            overrides.append(word)
-        else:
-            rest.append(word)
-    return overrides, rest
+OVERRIDE_PREFIX = re.compile(r"^--?config\.")
+"""How an override may begin."""
 
 
 def apply_overrides(
@@ -224,7 +201,7 @@ def apply_overrides(
     """
     for override in overrides:
         key, separator, text = override.partition("=")
-        key = re.sub(r"^--?config\.", "", key.strip())
+        key = OVERRIDE_PREFIX.sub("", key.strip())
         if not separator:
             raise ConfigError(f"override {override!r} has no value: write {key}=VALUE")
         _apply_one(config, key.split("."), text, schema)

@@ -59,7 +59,8 @@ CHANGEABLE = (
     "data.max_pixels",
     "data.on_error",
 )
-"""Keys that may differ when a run is resumed: none of them changes what was trained so far."""
+"""Keys that may differ when a run is resumed: none of them changes what was trained so far. (Paths
+may, too, if they lead to the same data and models: see ``workdir``.)"""
 
 TRAINED_KEYS = ("images", "mask", "boxes", "labels", "valid")
 """The entries of a batch that the training step reads; the rest stays on the host."""
@@ -117,10 +118,14 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
             workdir,
             from_dataclass(config),
             dataset=fingerprint,
+            models=setup.model_checksums(config),
+            teacher=setup.teacher_key(config),
             changeable=CHANGEABLE if _has_state(Path(workdir)) else ("*",),
         ) as folder,
         jax.set_mesh(mesh),
     ):
+        if folder.changes:
+            say(f"{config.name}: changed since the last start: {'; '.join(folder.changes)}")
         return _Run(config, folder.path, mesh, train_set, eval_set).run()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flax import traverse_util
 
-from aqdetr_jax.checkpoint.model_folder import ModelBundle, load_model
+from aqdetr_jax.checkpoint.model_folder import ModelBundle, load_model, model_checksum
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.pipeline import PipelineConfig, TrainBatches, make_train_pipeline
 from aqdetr_jax.losses.distillation import DistillationWeights
@@ -87,6 +87,19 @@ def load_source(path: str, key: str) -> ModelBundle:
         ) from error
 
 
+def teacher_key(config: ExperimentConfig) -> str | None:
+    """The key that leads to the teacher of a distillation, None without one."""
+    if not config.distill.weights.active:
+        return None
+    return "distill.teacher" if config.distill.teacher else "init_from"
+
+
+def model_checksums(config: ExperimentConfig) -> dict[str, str | None]:
+    """The checksums of the models that a configuration points to, by key."""
+    paths = {"init_from": config.init_from, "distill.teacher": config.distill.teacher}
+    return {key: model_checksum(path) for key, path in paths.items() if path}
+
+
 def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
     """The float teacher of a distillation, or None.
 
@@ -94,7 +107,8 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
       ValueError: the teacher is a backbone or quantized, or its attention does not match the
         student's.
     """
-    if not config.distill.weights.active:
+    key = teacher_key(config)
+    if key is None:
         return None
     path = config.distill.teacher or config.init_from
     if not path:
@@ -102,7 +116,6 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
             "config.distill.weights is not zero, but there is no teacher: set "
             "config.distill.teacher (or config.init_from) to the folder of a float model"
         )
-    key = "distill.teacher" if config.distill.teacher else "init_from"
     teacher = load_source(path, key)
     if "decoder" not in teacher.variables["params"]:
         raise ValueError(

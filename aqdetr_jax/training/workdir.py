@@ -3,6 +3,7 @@
 ``config.json`` is the resolved configuration (loadable by ``load_config_file``), ``manifest.json``
 says where the results come from: versions, commit, seed, data, devices, and each start's command.
 Running the same command again resumes; a changed configuration is refused with its differences.
+The same data and models at another place are the same run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import errno
 import os
 import platform
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +29,15 @@ from aqdetr_jax.training.config_tools import changed_keys, config_diff, to_plain
 
 # Keys that change neither what was computed so far nor its meaning.
 CHANGEABLE = ("train.steps", "eval.*", "log.*")
+
+DATA_PATHS = (
+    "data.root",
+    "data.train_images",
+    "data.train_annotations",
+    "data.eval_images",
+    "data.eval_annotations",
+)
+"""Keys that say where the data lie: they may change while the data are the same."""
 
 
 class WorkdirError(RuntimeError):
@@ -65,9 +76,10 @@ def prepare_workdir(
     path: str | Path,
     config_dict: Any,
     *,
-    resume: bool = True,
     seed: int | None = None,
     dataset: Any = None,
+    models: Mapping[str, str | None] = types.MappingProxyType({}),
+    teacher: str | None = None,
     changeable: Sequence[str] = CHANGEABLE,
 ) -> Workdir:
     """Makes or re-opens a work directory, locks it, and writes its configuration and manifest.
@@ -77,10 +89,13 @@ def prepare_workdir(
     Args:
       path: folder, made if missing.
       config_dict: resolved configuration: ``ConfigDict``, mapping or dataclass.
-      resume: go on with a run that the folder holds; False refuses such a folder.
       seed: recorded; the configuration's ``seed`` when None.
       dataset: fingerprint of the data (JSON-serialisable), recorded. On resume another
-        fingerprint than the first start's is refused.
+        fingerprint than the first start's is refused; DATA_PATHS may differ if it is the same.
+      models: of each key that points to a model, the checksum of that model (None = there is none
+        now), recorded. The key may differ on resume if the checksum does not.
+      teacher: the one of them whose model is read again on resume: another checksum than the first
+        start's is refused.
       changeable: patterns (``fnmatch``) of dotted keys that may differ on resume; with "*" the
         data may, too.
 
@@ -89,7 +104,7 @@ def prepare_workdir(
 
     Raises:
       WorkdirError: another process uses the folder; it holds another configuration or data set
-        (the differences are listed); it holds a run and ``resume`` is False.
+        (the differences are listed).
     """
     if "://" in str(path):
         raise WorkdirError(
@@ -106,21 +121,18 @@ def prepare_workdir(
     lock = _lock(path / ".lock")
     try:
         existing = (path / "config.json").is_file()
-        changes = _check_existing(path, config, resume, changeable) if existing else []
         manifest = _read_manifest(path) if existing else {}
-        fingerprint = to_plain(dataset)
-        known = manifest.get("dataset")
+        now = {"dataset": to_plain(dataset), "models": dict(models)}
+        moved = _moved(manifest, now)
+        changes = _check_configuration(path, config, changeable, moved) if existing else []
         if "*" in changeable:  # nothing depends on it yet
-            manifest = manifest and {**manifest, "dataset": fingerprint}
-        elif known is not None and fingerprint is not None and known != fingerprint:
-            raise WorkdirError(
-                f"{path} was trained on other data (recorded {known}, now {fingerprint}). Restore "
-                "the data, or choose another --workdir."
-            )
+            manifest = manifest and {**manifest, **now}
+        else:
+            _check_content(path, manifest, now, teacher, changes)
         # The manifest first: config.json is what makes the folder a run.
         if not manifest:
             number = seed if seed is not None else config.get("seed")
-            manifest = {"seed": number, "dataset": fingerprint, "starts": []}
+            manifest = {"seed": number, **now, "starts": []}
         manifest["starts"].append(_describe_start(changes))
         write_json_atomic(path / "manifest.json", manifest)
         if changes or not existing:
@@ -149,13 +161,21 @@ def _describe_start(changes: list[str]) -> dict[str, Any]:
     }
 
 
-def _check_existing(
-    path: Path, config: Mapping[str, Any], resume: bool, changeable: Sequence[str]
+def _moved(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """The keys of paths that lead to what they led to at the first start, if that is known."""
+    keys = {
+        key
+        for key, checksum in now["models"].items()
+        if checksum is not None and checksum == manifest.get("models", {}).get(key)
+    }
+    known = manifest.get("dataset")
+    return keys | set(DATA_PATHS if known is not None and now["dataset"] is not None else ())
+
+
+def _check_configuration(
+    path: Path, config: Mapping[str, Any], changeable: Sequence[str], moved: set[str]
 ) -> list[str]:
-    if not resume:
-        raise WorkdirError(
-            f"{path} already holds a run. Resume it, or choose another --workdir for a new one."
-        )
+    """The changes since the last start; an error if one is not allowed."""
     try:
         old = read_json(path / "config.json")
     except ValueError as error:
@@ -164,16 +184,42 @@ def _check_existing(
     refused = [
         change
         for key, change in zip(changed_keys(old, config), changes, strict=True)
-        if not any(fnmatchcase(key, pattern) for pattern in changeable)
+        if key not in moved and not any(fnmatchcase(key, pattern) for pattern in changeable)
     ]
     if refused:
         listing = "\n  ".join(refused)
         raise WorkdirError(
             f"{path} holds a run with another configuration:\n  {listing}\n"
             "Use the old values to resume it, or choose another --workdir for the new ones. "
-            f"Only these may change on resume: {', '.join(changeable)}"
+            f"Only these may change on resume: {', '.join(changeable)}, and the paths of data and "
+            "models that are the same at another place"
         )
     return changes
+
+
+def _check_content(
+    path: Path,
+    manifest: Mapping[str, Any],
+    now: Mapping[str, Any],
+    teacher: str | None,
+    changes: Sequence[str],
+) -> None:
+    """Errors for other data, or another teacher, than those of the first start."""
+    known, fingerprint = manifest.get("dataset"), now["dataset"]
+    if known is not None and fingerprint is not None and known != fingerprint:
+        moves = [change for change in changes if change.startswith(DATA_PATHS)]
+        place = f" at another place ({'; '.join(moves)})" if moves else ""
+        raise WorkdirError(
+            f"{path} was trained on other data{place}: recorded {known}, now {fingerprint}. "
+            "Restore the data, or choose another --workdir."
+        )
+    before = manifest.get("models", {}).get(teacher)
+    found = now["models"].get(teacher)
+    if before is not None and found is not None and before != found:
+        raise WorkdirError(
+            f"{path} was trained with another teacher than the model that config.{teacher} leads "
+            "to now. Restore that model, or choose another --workdir."
+        )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

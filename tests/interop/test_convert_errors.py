@@ -74,7 +74,7 @@ def test_other_sources(refuse, tmp_path):
     refuse(tmp_path / "absent.pth", "no such file or folder")
     text = tmp_path / "weights.onnx"
     text.write_bytes(b"something")
-    refuse(text, "unknown kind of file; known are .pth, .pt, .bin, .safetensors")
+    refuse(text, "unknown kind of file; known are .pth, .pt, .bin, .ckpt, .safetensors")
     folder = tmp_path / "folder"
     folder.mkdir()
     refuse(folder, "holds no config.json")
@@ -355,8 +355,3 @@ def test_json_that_is_none(refuse, tmp_path):
     ):
         (source / "config.json").write_text(text)
         refuse(source, reason)
-
-
-def test_overrides_are_refused(tmp_path, capsys):
-    assert main(["convert", "a.pth", "--to", str(tmp_path / "out"), "--config.seed=1"]) == 1
-    assert "convert takes no configuration overrides" in capsys.readouterr().err

@@ -332,7 +332,6 @@ def test_other_things_that_cannot_be_exported(converted, tiny_teacher, tmp_path,
         assert not (tmp_path / "out").exists()
 
     refuse(converted, "--fake-quantized", reason="is a float model: leave out --fake-quantized")
-    refuse(converted, "--config.seed=1", reason="export takes no configuration overrides")
     refuse(tmp_path / "absent", reason="no such folder")
     refuse("packaged:shapes_teacher", reason="model.pre_norm=True")
     refuse(tiny_teacher, reason="model.backbone.stem_kernel=3")

@@ -23,7 +23,7 @@ from aqdetr_jax.interop import (
     torch_names,
     zip_members,
 )
-from aqdetr_jax.interop.torch_file import Namespace, TorchFileError, read_torch, state_dict
+from aqdetr_jax.interop.torch_file import Namespace, TorchFileError, read_torch
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "torch"
 NAMES = sorted(path.stem for path in FIXTURES.glob("*.pth"))
@@ -113,34 +113,6 @@ def test_arrays_can_be_computed_with(kind):
     )
     assert value["expanded"].sum() == 0
     assert value["element"] == 23
-
-
-def test_state_dict_at_the_top_or_under_a_known_key(write):
-    top = state_dict(FIXTURES / "state_zip.pth")
-    assert list(top)[:2] == ["0.weight", "0.bias"]
-    under = state_dict(FIXTURES / "training_stream.pth")
-    assert under.keys() == top.keys()
-    np.testing.assert_array_equal(
-        top["1.running_var"], state_dict(FIXTURES / "unchecked_zip.pth")["1.running_var"]
-    )
-    array = tb.tensor(tb.storage(6), 0, (6,), (1,))
-    for key in ("model", "state_dict", "model_state_dict"):
-        body = tb.table(epoch=b"K\x01", **{key: tb.table(w=array)})
-        assert state_dict(write(tb.zip_file(body, {"0": FLOATS}))).keys() == {"w"}
-
-
-def test_state_dict_names_the_keys_that_are_there(write):
-    body = tb.table(ema=tb.table(module=b"}"), epoch=b"K\x01", model=b"]")
-    with pytest.raises(TorchFileError, match=r"file\.pth: .*'ema', 'epoch', 'model'") as error:
-        state_dict(write(tb.zip_file(body)))
-    assert "\n" not in str(error.value)
-    with pytest.raises(TorchFileError, match="holds a list, not a dict"):
-        state_dict(write(tb.zip_file(b"]")))
-    with pytest.raises(TorchFileError, match="no dict of parameters"):
-        state_dict(write(tb.zip_file(b"}")))
-    many = tb.table(**{f"k{k:03}": b"N" for k in range(200)})
-    with pytest.raises(TorchFileError, match=r"'k019', \.\.\.$"):
-        state_dict(write(tb.zip_file(many)))
 
 
 def test_files_of_python_2(write):

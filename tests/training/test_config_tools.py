@@ -20,7 +20,6 @@ from aqdetr_jax.training.config_tools import (
     flatten_config,
     from_dataclass,
     load_config_file,
-    split_overrides,
     to_dataclass,
 )
 
@@ -288,14 +287,6 @@ def test_bare_names_and_misses(monkeypatch, tmp_path):
 
 def test_packaged_configs_lie_beside_the_package():
     assert config_tools.packaged_config_dir().parent == Path(__file__).resolve().parents[2]
-
-
-def test_split_overrides():
-    argv = "train --config=a.py --config.x.y=1 --config.z 2 seed=3 --workdir d --flag=4 file.png"
-    overrides, rest = split_overrides(argv.split())
-    assert overrides == ["x.y=1", "z=2", "seed=3"]
-    assert rest == ["train", "--config=a.py", "--workdir", "d", "--flag=4", "file.png"]
-    assert split_overrides(["--config.a", "--config.b=1"])[0] == ["a", "b=1"]
 
 
 # --- differences ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import tiny
 from aqdetr_jax.checkpoint.model_folder import ModelBundle, load_model, save_model
 from aqdetr_jax.checkpoint.steps import Checkpoints
 from aqdetr_jax.cli import EXIT_STOPPED, main
+from aqdetr_jax.data.coco_writer import write_coco_folder
+from aqdetr_jax.data.config import DataConfig
+from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.losses import matching
 from aqdetr_jax.parallel.mesh import AXES
@@ -256,6 +260,55 @@ def test_killed_and_stopped_and_resumed_equals_straight(
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert len(starts) == 3
     read_metrics(run / "metrics.jsonl")
+
+
+def test_a_run_goes_on_after_its_data_and_teacher_have_moved(
+    straight, tiny_teacher, tmp_path, monkeypatch, capsys
+):
+    """Stopped in step 1, everything moved, the paths given anew; what is another thing is not."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    shutil.copytree(tiny_teacher, old / "teacher")
+    config = load_experiment(str(straight[1]))
+    for train in (True, False):
+        write_coco_folder(open_dataset(config.data, train=train), old / "data")
+
+    data = DataConfig("coco", buckets=config.data.buckets, augment=config.data.augment)
+    file = tiny.write_config(dataclasses.replace(config, data=data), tmp_path / "coco.json")
+
+    def command(folder: Path, root: str = "data") -> list[str]:
+        words = [f"data.root={folder / root}", f"init_from={folder / 'teacher'}"]
+        return ["train", f"--config={file}", f"--workdir={folder / 'run'}", *words]
+
+    with monkeypatch.context() as patch:
+        put_batch = loop.put_batch
+
+        def stopped(batch, mesh):
+            signal.raise_signal(signal.SIGTERM)
+            return put_batch(batch, mesh)
+
+        patch.setattr(loop, "put_batch", stopped)
+        assert main(command(old)) == EXIT_STOPPED
+    old.rename(new)
+    capsys.readouterr()
+
+    save_model(new / "other", tiny.bundle(seed=1))
+    assert main([*command(new), f"init_from={new / 'other'}"]) == 1
+    assert "\n  init_from: " in capsys.readouterr().err
+    shutil.copytree(new / "data", new / "fewer")
+    annotations = new / "fewer" / "annotations" / "instances_train.json"
+    content = json.loads(annotations.read_text())
+    content["annotations"].pop()
+    annotations.write_text(json.dumps(content))
+    assert main(command(new, root="fewer")) == 1
+    assert "was trained on other data at another place (data.root: " in capsys.readouterr().err
+
+    assert main(command(new)) == 0
+    said = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in said if "changed since the last start" in line]
+    for key, name in (("init_from", "teacher"), ("data.root", "data")):
+        assert f"{key}: {str(old / name)!r} -> {str(new / name)!r}" in line
+    assert [row["step"] for row in rows(new / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
 def test_finished_run_is_left_alone(straight, monkeypatch, capsys):

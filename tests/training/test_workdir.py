@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+import tiny
 
+from aqdetr_jax.checkpoint.model_folder import model_checksum, save_model
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training import workdir as workdir_module
 from aqdetr_jax.training.config_tools import load_config_file
@@ -27,6 +30,10 @@ def changed(**values):
         group, name = key.split("__")
         config[group][name] = value
     return config
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {name: (path / name).read_bytes() for name in ("config.json", "manifest.json")}
 
 
 def manifest(path: Path) -> dict:
@@ -64,10 +71,97 @@ def test_same_command_again_resumes(tmp_path):
         assert prepared.resumed
         assert prepared.changes == []
     assert len(manifest(tmp_path)["starts"]) == 2
-    with pytest.raises(WorkdirError, match="already holds a run"):
-        prepare_workdir(tmp_path, CONFIG, resume=False)
     with pytest.raises(WorkdirError, match="trained on other data"):
         prepare_workdir(tmp_path, CONFIG, dataset="e")
+
+
+# --- the same data and models at another place ----------------------------------------------------
+
+PLACES = {
+    "init_from": "a/teacher",
+    "distill": {"teacher": ""},
+    "data": {"root": "", "train_images": "a/images", "train_annotations": "a/train.json"},
+}
+MOVED = {
+    "init_from": "b/teacher",
+    "distill": {"teacher": ""},
+    "data": {"root": "", "train_images": "b/images", "train_annotations": "b/train.json"},
+}
+DATA = {"train": "1f", "eval": "2e"}
+
+
+def prepared(path, config, dataset=DATA, teacher="abc", **options):
+    models = {"init_from": teacher}
+    with prepare_workdir(
+        path, config, dataset=dataset, models=models, teacher="init_from", **options
+    ) as folder:
+        return folder.changes
+
+
+def test_the_same_data_and_models_at_another_place_are_the_same_run(tmp_path):
+    prepared(tmp_path, PLACES)
+    assert manifest(tmp_path)["models"] == {"init_from": "abc"}
+    changes = prepared(tmp_path, MOVED)
+    assert changes == [
+        "init_from: 'a/teacher' -> 'b/teacher'",
+        "data.train_images: 'a/images' -> 'b/images'",
+        "data.train_annotations: 'a/train.json' -> 'b/train.json'",
+    ]
+    assert json.loads((tmp_path / "config.json").read_text()) == MOVED
+    assert manifest(tmp_path)["starts"][1]["changes"] == changes
+    assert prepared(tmp_path, MOVED) == []
+
+
+def test_other_data_at_another_place_are_refused(tmp_path):
+    prepared(tmp_path, PLACES)
+    before = files(tmp_path)
+    with pytest.raises(
+        WorkdirError,
+        match=r"other data at another place \(data\.train_images: 'a/images' -> 'b/images'; ",
+    ):
+        prepared(tmp_path, MOVED, {"train": "1f", "eval": "33"})
+    other = {**PLACES, "data": {**MOVED["data"], "buckets": 3}}
+    with pytest.raises(WorkdirError, match=r":\n  data\.buckets: .absent. -> 3\n"):
+        prepared(tmp_path, other)
+    assert files(tmp_path) == before
+
+
+def test_another_teacher_is_refused_wherever_it_lies(tmp_path):
+    prepared(tmp_path, PLACES)
+    with pytest.raises(WorkdirError, match="init_from: 'a/teacher' -> 'b/teacher'"):
+        prepared(tmp_path, MOVED, teacher="abd")
+    with pytest.raises(WorkdirError, match="init_from: 'a/teacher' -> 'b/teacher'"):
+        prepared(tmp_path, MOVED, teacher=None)
+    with pytest.raises(WorkdirError, match=r"another teacher than .* config\.init_from"):
+        prepared(tmp_path, PLACES, teacher="abd")
+    prepared(tmp_path, PLACES, teacher=None)  # that it is not there is said when it is read
+
+
+def test_a_model_that_is_not_read_again_may_have_changed(tmp_path):
+    models = {"init_from": "abc"}
+    prepare_workdir(tmp_path, PLACES, dataset=DATA, models=models).release()
+    prepare_workdir(tmp_path, PLACES, dataset=DATA, models={"init_from": "x"}).release()
+    with pytest.raises(WorkdirError, match="init_from: 'a/teacher' -> 'b/teacher'"):
+        prepare_workdir(tmp_path, MOVED, dataset=DATA, models={"init_from": "x"})
+
+
+def test_paths_stay_where_nothing_is_recorded_of_what_they_lead_to(tmp_path):
+    """As in a folder whose manifest was lost."""
+    prepared(tmp_path, PLACES)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(WorkdirError, match=r"init_from: .*\n  data\.train_images: .*\n  data"):
+        prepared(tmp_path, MOVED)
+
+
+def test_a_model_has_one_checksum_wherever_it_lies(tiny_teacher, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_teacher, run / "model")
+    checksum = model_checksum(tiny_teacher)
+    assert checksum == model_checksum(run) == model_checksum(run / "model")
+    assert checksum not in (None, model_checksum("packaged:shapes_teacher"))
+    assert model_checksum(tmp_path / "nothing") is model_checksum("packaged:nothing") is None
+    save_model(run / "model", tiny.bundle(seed=1))
+    assert model_checksum(run) not in (None, checksum)
 
 
 def test_before_anything_is_trained_everything_may_change(tmp_path):
@@ -145,6 +239,7 @@ def test_damaged_files_and_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "w" / "manifest.json").write_text("{")
     with pytest.raises(WorkdirError, match=r"cannot resume: .*manifest\.json"):
         prepare_workdir(tmp_path / "w", CONFIG)
+    (tmp_path / "w" / "manifest.json").unlink()
     (tmp_path / "w" / "config.json").write_text("{")
     with pytest.raises(WorkdirError, match=r"cannot resume: .*config\.json"):
         prepare_workdir(tmp_path / "w", CONFIG)
