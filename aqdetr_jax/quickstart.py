@@ -6,17 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aqdetr_jax.checkpoint.model_folder import load_model
+from aqdetr_jax.checkpoint.model_folder import TEACHERS, load_model
 from aqdetr_jax.compress import compress
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.loop import train
-
-TEACHERS: dict[str, str | Path] = {
-    "detr": "packaged:shapes_teacher",
-    "deformable": "packaged:shapes_deformable_teacher",
-}
-"""The float teachers of the embedded set that come with the package."""
 
 
 def quickstart(

@@ -26,6 +26,12 @@ MODEL_FOLDER = "model"
 PACKAGED = "packaged:"
 """Prefix of the names of models that come with the package."""
 
+TEACHERS: dict[str, str | Path] = {
+    "detr": f"{PACKAGED}shapes_teacher",
+    "deformable": f"{PACKAGED}shapes_deformable_teacher",
+}
+"""The float teachers of the embedded set that come with the package."""
+
 
 @dataclasses.dataclass(frozen=True)
 class InputRule:
