@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="aqdetr",
         description="Low-bit detection transformers: train, evaluate, predict.",
         epilog="Verbs that take --config, and quickstart and finetune, take overrides of the "
-        "configuration: a.b=value, --config.a.b=value or --config.a.b value, any number of them. Options and "
-        "arguments take their words first: the value of --workdir lr=1e-3 is no override.",
+        "configuration: a.b=value, --config.a.b=value or --config.a.b value, any number of them. "
+        "Options and arguments take their words first: the value of --workdir lr=1e-3 is none.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 

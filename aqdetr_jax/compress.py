@@ -21,6 +21,9 @@ from aqdetr_jax.training.bundles import calibrated_bundle
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.loop import train
 
+_FOUND_NOTHING = 0.01
+"""AP of a teacher below which its students' share of it says nothing."""
+
 
 def compress(
     workdir: Path,
@@ -95,20 +98,29 @@ def compress(
     )
     for name, block in blocks.items():
         print(f"\n{name}\n{format_results(block)}")
-    kept = blocks["student"]["AP"] / max(blocks["teacher"]["AP"], 1e-9)
     where = f"report: {report}" if report else f"results: {workdir / 'results.json'}"
-    print(f"\nthe {bits} student keeps {kept:.1%} of the teacher's AP; {where}")
+    print(f"\n{verdict(blocks, bits)}; {where}")
     return blocks
 
 
-def _summary(blocks: Mapping[str, Mapping[str, Any]], bits: str, seconds: float) -> list[str]:
+def verdict(blocks: Mapping[str, Mapping[str, Any]], bits: str) -> str:
+    """What of the teacher's AP the student keeps, in words, from their results blocks."""
     teacher, student = blocks["teacher"]["AP"], blocks["student"]["AP"]
+    if teacher < _FOUND_NOTHING:
+        return (
+            f"the float teacher finds next to nothing (AP {teacher:.3f}), so the {bits} student "
+            "cannot be judged: train the teacher longer"
+        )
+    return f"the {bits} student keeps {student / teacher:.1%} of the teacher's AP"
+
+
+def _summary(blocks: Mapping[str, Mapping[str, Any]], bits: str, seconds: float) -> list[str]:
     text = (
-        f"The float teacher reaches AP {teacher:.3f} on {blocks['teacher']['images']} images. With "
-        f"weights, activations and attention at {bits} it falls to "
-        f"{blocks['calibrated']['AP']:.3f} by calibration alone; trained with auxiliary queries "
-        f"and attention distillation it reaches {student:.3f}, "
-        f"{student / max(teacher, 1e-9):.1%} of the teacher."
+        f"The float teacher reaches AP {blocks['teacher']['AP']:.3f} on "
+        f"{blocks['teacher']['images']} images. With weights, activations and attention at {bits} "
+        f"it falls to {blocks['calibrated']['AP']:.3f} by calibration alone; trained with "
+        f"auxiliary queries and attention distillation it reaches {blocks['student']['AP']:.3f}: "
+        f"{verdict(blocks, bits)}."
     )
     if "baseline" in blocks:
         text += f" Plain LSQ, trained as long, reaches {blocks['baseline']['AP']:.3f}."

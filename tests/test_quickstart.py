@@ -12,6 +12,7 @@ import tiny
 
 from aqdetr_jax import quickstart as qs
 from aqdetr_jax.checkpoint.model_folder import load_model
+from aqdetr_jax.compress import verdict
 from aqdetr_jax.config_types import from_dataclass
 from aqdetr_jax.evaluation.coco import validate_results_block
 from aqdetr_jax.evaluation.models import evaluate_bundle
@@ -44,7 +45,7 @@ def test_quickstart(tiny_teacher, tmp_path, monkeypatch, capsys):
     for name, block in stored.items():
         validate_results_block(block)
         assert block["images"] == 6, name
-    assert "the w4a4 student keeps" in capsys.readouterr().out
+    assert "so the w4a4 student cannot be judged" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     for text in ("teacher", "calibrated", "student", "baseline"):
         assert text in page
@@ -63,7 +64,7 @@ def test_quickstart(tiny_teacher, tmp_path, monkeypatch, capsys):
     again = qs.quickstart(tmp_path, overrides=overrides(config))
     said = capsys.readouterr()
     assert "this run is finished" in said.out
-    assert "the w4a4 student keeps" in said.out
+    assert "so the w4a4 student cannot be judged" in said.out
     assert "results.json" in said.out.splitlines()[-1]
     assert "the report could not be made (OSError: [Errno 28] No space" in said.err
     assert json.loads((tmp_path / "results.json").read_text()) == again
@@ -108,3 +109,11 @@ def test_model_of_other_classes_is_not_evaluated(tiny_teacher):
     bundle = dataclasses.replace(load_model(tiny_teacher), class_names=("cat", "dog"))
     with pytest.raises(ValueError, match=r"has 10 classes .* 2 classes \(cat, dog\)"):
         evaluate_bundle(bundle, tiny.FLOAT.data, "wrong", batch_size=8)
+
+
+def test_the_verdict():
+    def judged(teacher, student):
+        return verdict({"teacher": {"AP": teacher}, "student": {"AP": student}}, "w4a4")
+
+    assert judged(0.5, 0.49) == "the w4a4 student keeps 98.0% of the teacher's AP"
+    assert "finds next to nothing (AP 0.004)" in judged(0.004, 0.008)

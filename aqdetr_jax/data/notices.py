@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.suspicious import corner_boxes, normalised_boxes
 from aqdetr_jax.parallel.hosts import say
 
 
 def say_findings(dataset: DetectionDataset) -> None:
-    """Says which boxes of a set were left out or look wrong, and the reader's notes."""
+    """Says which boxes of a set were left out or look wrong, and the reader's notes.
+
+    Once in a process for a set, however many runs and evaluations read it.
+    """
+    _say_once(dataset.fingerprint, tuple(_findings(dataset)))
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(fingerprint: str, lines: tuple[str, ...]) -> None:
+    for line in lines:
+        say(line)
+
+
+def _findings(dataset: DetectionDataset) -> Iterator[str]:
     for note in dataset.notes:
-        say(f"{dataset.name}: {note}")
+        yield f"{dataset.name}: {note}"
     if dataset.drops:
         counts = ", ".join(f"{n} {reason}" for reason, n in dataset.drops.items())
         first = "; ".join(dataset.drop_examples[:3])
-        say(f"{dataset.name}: left out boxes: {counts} ({first})")
+        yield f"{dataset.name}: left out boxes: {counts} ({first})"
     for found, look in (
         (normalised_boxes(dataset), "normalised, as fractions of the image"),
         (corner_boxes(dataset), "like corners (x1, y1, x2, y2), not (x, y, width, height)"),
     ):
         if found.offenders:
             count, first = len(found.offenders), found.offenders[0][1]
-            say(f"{dataset.name}: {count} of {found.boxes} boxes look {look} (first: {first})")
+            yield f"{dataset.name}: {count} of {found.boxes} boxes look {look} (first: {first})"
