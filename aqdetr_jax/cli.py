@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="aqdetr",
         description="Low-bit detection transformers: train, evaluate, predict.",
         epilog="Verbs that take --config, and quickstart and finetune, take overrides of the "
-        "configuration: a.b=value, --config.a.b=value or --config.a.b value, any number of them. Options and "
-        "arguments take their words first: the value of --workdir lr=1e-3 is no override.",
+        "configuration: a.b=value, --config.a.b=value or --config.a.b value, any number of them. "
+        "Options and arguments take their words first: the value of --workdir lr=1e-3 is none.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -213,8 +213,6 @@ def _counter(verb: str, things: str) -> Callable[[int, int], None]:
 def _predict(arguments, overrides) -> None:
     from aqdetr_jax.predicting import predict_files
 
-    if overrides:
-        raise ValueError(f"predict takes no configuration overrides, found {overrides[0]!r}")
     options = {} if arguments.max_pixels is None else {"max_pixels": arguments.max_pixels}
     predict_files(
         arguments.images,
