@@ -213,8 +213,6 @@ def _counter(verb: str, things: str) -> Callable[[int, int], None]:
 def _predict(arguments, overrides) -> None:
     from aqdetr_jax.predicting import predict_files
 
-    if overrides:
-        raise ValueError(f"predict takes no configuration overrides, found {overrides[0]!r}")
     options = {} if arguments.max_pixels is None else {"max_pixels": arguments.max_pixels}
     predict_files(
         arguments.images,

@@ -10,6 +10,9 @@ from pathlib import Path
 
 _PACKAGES = ("aqdetr-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
+GIT_SECONDS = 20
+"""How long a run waits for an answer of git."""
+
 
 @functools.cache
 def git_commit() -> str:
@@ -29,7 +32,7 @@ def git_commit() -> str:
             capture_output=True,
             text=True,
             check=True,
-            timeout=20,
+            timeout=GIT_SECONDS,
         ).stdout.strip()
 
     try:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Of what needs torch, which ``make test`` does not install.
 collect_ignore_glob = [] if os.environ.get("AQDETR_PARITY") == "live" else ["*_live.py"]
@@ -36,6 +37,10 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", str(CACHE_DIR))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+
+# A busy machine is no reason for a test to fail.
+settings.register_profile("any_speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any_speed")
 
 # Tracing makes many small objects that live on: looking for garbage among them is a fifth of it.
 gc.set_threshold(100_000, 10, 50)
@@ -82,13 +87,13 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_python() -> Callable[..., str]:
     """Runs Python source in a child process with ``devices`` virtual CPU devices.
 
-    Returns a function ``run(source, devices=8, timeout=120, expect=0) -> stdout``; the test fails
-    with the child's output when its exit status is not ``expect``.
+    Returns a function ``run(source, devices=8, expect=0) -> stdout``; the test fails with the
+    child's output when its exit status is not ``expect``.
     """
 
     import tiny
 
-    def run(source: str, *, devices: int = 8, timeout: float = 120, expect: int = 0) -> str:
+    def run(source: str, *, devices: int = 8, expect: int = 0) -> str:
         environment = dict(os.environ)
         count = f"--xla_force_host_platform_device_count={devices}"
         environment["XLA_FLAGS"] = tiny.more_flags(count)
@@ -98,7 +103,7 @@ def run_python() -> Callable[..., str]:
             cwd=REPO_ROOT,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=tiny.HUNG_SECONDS,
             check=False,
         )
         if child.returncode != expect:

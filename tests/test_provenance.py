@@ -2,8 +2,16 @@ from __future__ import annotations
 
 import subprocess
 
+import pytest
+import tiny
+
 from aqdetr_jax import provenance
 from aqdetr_jax.provenance import git_commit
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    monkeypatch.setattr(provenance, "GIT_SECONDS", tiny.HUNG_SECONDS)
 
 
 def git(folder, *arguments):

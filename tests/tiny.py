@@ -116,6 +116,10 @@ def random_like(shapes: Any) -> Any:
 QUICK_FLAG = ("xla_cpu_use_fusion_emitters", False)
 
 
+HUNG_SECONDS = 3600
+"""When a child process is taken to hang. No test is a test of speed: machines can be busy."""
+
+
 def more_flags(flag: str) -> str:
     """The value of ``XLA_FLAGS`` with one more flag, for a child process."""
     return f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

@@ -100,7 +100,7 @@ class ModelBundle:
         if "decoder" not in self.variables["params"]:
             raise ValueError(
                 "this model is a backbone (of a dense pretraining, or imported): it has no decoder "
-                "and can only start a detector (config.init_from)"
+                "and can only start a detector: aqdetr train with --config.init_from=FOLDER"
             )
         return build_detector(self.config, self.quant.build())
 

@@ -14,6 +14,7 @@ from aqdetr_jax.data.pipeline import PipelineConfig
 from aqdetr_jax.data.suspicious import check_pixel_boxes
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
+from aqdetr_jax.interop.labels import placeholders
 from aqdetr_jax.parallel.hosts import say
 from aqdetr_jax.parallel.mesh import make_mesh
 from aqdetr_jax.provenance import git_commit
@@ -51,10 +52,16 @@ def evaluate_bundle(
     known = set(bundle.class_names)
     unknown = tuple(name for name in dataset.class_names if name not in known)
     if unknown:
+        nameless = bundle.class_names == placeholders(len(bundle.class_names))
+        remedy = (
+            "its classes have no names: aqdetr convert --classes=FILE gives them"
+            if nameless
+            else "evaluate it on those it was trained on, or first train it on such data (aqdetr "
+            "train with --config.init_from=MODEL)"
+        )
         raise ValueError(
             f"{dataset.name} has {_some(unknown)} that the model, with its "
-            f"{_some(bundle.class_names)}, does not know: classes are matched by name; evaluate it "
-            "on those it was trained on, or first train it on such data (config.init_from)"
+            f"{_some(bundle.class_names)}, does not know: classes are matched by name; {remedy}"
         )
     ids = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
     if len(bundle.class_names) > len(ids):

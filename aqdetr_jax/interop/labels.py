@@ -84,7 +84,7 @@ def class_names(settings: Mapping[str, Any], count: int, where: str) -> tuple[st
     if sorted(names) != list(range(count)):
         raise ValueError(
             f"{where}: its parameters have {count} classes, but id2label in config.json names "
-            f"{len(names)}, {min(names)} to {max(names)}: correct or remove it"
+            f"{len(names)}, {min(names)} to {max(names)}: correct it, remove it, or give --classes"
         )
     return tuple(names[number] for number in range(count))
 

@@ -180,8 +180,8 @@ class DeformableDetr(nn.Module):
         c = self.config
         if count > logits.shape[1]:
             raise ValueError(
-                f"{count} proposals wanted of {logits.shape[1]} tokens: use fewer queries, or "
-                "larger images"
+                f"{count} proposals wanted of {logits.shape[1]} tokens: so many "
+                "(model.num_queries) need larger images"
             )
         best = lax.top_k(lax.stop_gradient(logits[..., 0]), count)[1]
         chosen = lax.stop_gradient(jnp.take_along_axis(coordinates, best[..., None], axis=1))

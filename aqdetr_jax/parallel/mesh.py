@@ -43,7 +43,8 @@ def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None
     used = data * model
     if used > count or (used < count and not cores):
         raise ValueError(
-            f"mesh data={data} x model={model} needs {used} devices, there are {count}"
+            f"mesh data={data} x model={model} needs {used} devices, there are {count}: "
+            "config.mesh.data=-1 takes what config.mesh.model leaves, which must divide them"
         )
     # Explicit, the default since jax 0.9, breaks Linen's sharding constraints.
     types = (AxisType.Auto, AxisType.Auto)
@@ -83,7 +84,8 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         if rows == 0 or rows % devices:
             raise ValueError(
                 f"batch[{name!r}] has {rows} rows over all processes, which {devices} devices "
-                f"along 'data' cannot share evenly; use a multiple of {devices}"
+                f"along 'data' cannot share evenly: use a multiple of {devices} "
+                "(config.train.batch_size, eval_batch_size), or another config.mesh.data"
             )
         placed[name] = jax.make_array_from_process_local_data(sharding, local)
     return placed

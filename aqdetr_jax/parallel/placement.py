@@ -89,5 +89,6 @@ def _check_spec(
         if shape[dimension] % parts:
             raise ValueError(
                 f"sharding rule {pattern!r}: dimension {dimension} of {name} (shape {shape}) is "
-                f"not divisible by the {parts} devices along {'/'.join(axes)}"
+                f"not divisible by the {parts} devices along {'/'.join(axes)}: choose another "
+                "config.mesh.model"
             )

@@ -131,7 +131,7 @@ def calibrate(
         seen = observe(variables, images, np.ones(images.shape[:3], bool))
         samples.append(traverse_util.flatten_dict(jax.device_get(seen), sep="/"))
     if not samples:
-        raise ValueError("calibration needs at least one batch (quant.calibration_batches)")
+        raise ValueError("calibration needs at least one batch: config.quant.calibration_batches")
     rows = record_ops(module, variables, config.data.buckets[0])
     params = calibrated_parameters(
         traverse_util.flatten_dict(variables["params"], sep="/"),

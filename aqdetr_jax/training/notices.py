@@ -102,5 +102,6 @@ def check_step(
         raise TrainingDivergedError(
             f"{int(values['bad_in_a_row'])} steps in a row up to step {step} had a non-finite "
             f"loss or gradient (now: {', '.join(bad) or 'the gradient'}); nothing was updated "
-            "in them. Lower optimizer.lr, or look at the images named in the log."
+            "in them. Look at the images named in the log, or start again with a lower "
+            "config.optimizer.lr in another --workdir."
         )

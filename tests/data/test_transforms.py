@@ -53,7 +53,7 @@ def test_fitted_size(size, bucket, expected):
 
 
 @given(st.tuples(*[st.integers(1, 2000)] * 4))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_fitted_size_always_fits(numbers):
     height, width, *bucket = numbers
     h, w = T.fitted_size(height, width, tuple(bucket))
@@ -99,7 +99,7 @@ def test_empty_images_pass():
 
 
 @given(st.integers(0, 10_000))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_boxes_follow_the_pixels(seed):
     """The oracle is the picture: a bright rectangle must end up where its box says."""
     rng = np.random.default_rng(seed)

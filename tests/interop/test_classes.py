@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,10 +15,12 @@ from PIL import Image
 
 from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.cli import main
+from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.interop import labels
 from aqdetr_jax.interop.convert import convert
 from aqdetr_jax.io import read_json
 
+SETS = ("train", "eval")
 NAMES = ("red cell", "白血球", "platelet", "debris", "bubble")
 
 
@@ -169,15 +172,11 @@ def test_own_checkpoint_is_evaluated_on_own_data(tmp_path, capsys):
     command = ["convert", str(tmp_path / "tuned.pth"), f"--to={model}", f"--classes={annotations}"]
     assert main(command) == 0
     assert "note: taken off the names: 'module.'" in capsys.readouterr().out
-    file = tiny.write_config(tiny.FLOAT, tmp_path / "config.json")
-    overrides = [
-        "data.kind=coco",
-        f"data.eval_images={tmp_path / 'images'}",
-        f"data.eval_annotations={annotations}",
-        f"data.eval_buckets=(({height},{width}),)",
-    ]
-    command = ["eval", f"--config={file}", f"--model={model}", f"--out={tmp_path / 'out'}"]
-    assert main([*command, *overrides]) == 0
+    files = {"images": str(tmp_path / "images"), "annotations": annotations}
+    data = DataConfig("coco", **{f"{s}_{key}": f for key, f in files.items() for s in SETS})
+    file = tiny.write_config(dataclasses.replace(tiny.FLOAT, data=data), tmp_path / "config.json")
+    command = ["eval", f"--config={file}", f"data.eval_buckets=(({height},{width}),)"]
+    assert main([*command, f"--model={model}", f"--out={tmp_path / 'out'}"]) == 0
     block = read_json(tmp_path / "out" / "results.json")
     assert block["AP"] == pytest.approx(1.0)
     found = read_json(tmp_path / "out" / "detections.json")
@@ -185,3 +184,8 @@ def test_own_checkpoint_is_evaluated_on_own_data(tmp_path, capsys):
     assert best["category_id"] == label + 1
     assert best["score"] == pytest.approx(scores[query, label], rel=1e-4)
     np.testing.assert_allclose(best["bbox"], truth["annotations"][0]["bbox"], atol=1e-2)
+
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "tuned.pth"), f"--to={model}"]) == 0
+    assert main([*command, f"--model={model}"]) == 1
+    assert "no names: aqdetr convert --classes=FILE gives them" in capsys.readouterr().err

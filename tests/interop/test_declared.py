@@ -6,7 +6,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqdetr_jax.interop import labels, preprocessing, variant
@@ -49,9 +49,7 @@ VALUES = st.recursive(
 PLAIN = st.integers(1, 8) | st.sampled_from([True, False])
 
 
-any_of = settings(
-    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+any_of = settings(max_examples=300, derandomize=True)
 """No test depends on the time that the machine takes, nor on the day."""
 
 

@@ -308,7 +308,7 @@ def typed(value):
     return repr(value)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(value=VALUES, protocol=st.integers(2, 5))
 def test_reads_what_pickle_writes(value, protocol, tmp_path_factory):
     path = tmp_path_factory.mktemp("pickles", numbered=True) / "file.pth"

@@ -133,7 +133,7 @@ def test_storages_of_the_stream_are_compared_with_the_file(refuse):
 SMALL = st.integers(0, 4)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(offset=st.integers(0, 7), dims=st.lists(st.tuples(SMALL, SMALL), max_size=4))
 def test_a_view_is_read_exactly_if_it_stays_inside(offset, dims, tmp_path_factory):
     """The oracle visits every element."""

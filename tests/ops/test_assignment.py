@@ -86,7 +86,7 @@ def make_cost(rng, kind, shape):
     return cost.astype(np.float32)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS))
 def test_cost_equals_scipy(seed, kind):
     rng = np.random.default_rng(seed)
@@ -169,7 +169,7 @@ def test_huge_finite_costs_stay_finite_and_below_the_replacement(value):
     assert assign(cost, np.ones((1, 2), bool))[0, 0] != 0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS))
 def test_supply_equals_repeated_rows(seed, kind):
     """A row of supply k costs what k equal rows cost SciPy (H-DETR's formulation)."""

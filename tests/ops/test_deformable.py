@@ -131,7 +131,7 @@ def test_gradients_are_those_of_the_formula(method):
 
 
 @given(st.integers(0, 2**31), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_all_ways_agree_forward_and_gradient(seed, on_centres):
     """On cell centres too, where every deformable attention begins and gradients have two sides."""
     values, locations, rng = case(seed)

@@ -187,7 +187,7 @@ def test_two_processes_share_a_batch_and_a_checkpoint(tmp_path):
         for index in range(2)
     ]
     try:
-        outputs = [child.communicate(timeout=90)[0] for child in children]
+        outputs = [child.communicate(timeout=tiny.HUNG_SECONDS)[0] for child in children]
     finally:
         for child in children:
             child.kill()

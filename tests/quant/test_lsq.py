@@ -126,7 +126,7 @@ STEPS = st.floats(0.0078125, 10, width=32)
 
 
 @given(VALUES, STEPS, st.sampled_from(SPECS))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_idempotent_and_on_a_grid_of_few_levels(v, s, spec):
     lower, upper, s = np.float32(spec.lower), np.float32(spec.upper), np.float32(s)
     once = np.asarray(quantize(v, s, lower, upper))
@@ -139,7 +139,7 @@ def test_idempotent_and_on_a_grid_of_few_levels(v, s, spec):
 
 
 @given(VALUES, STEPS, st.sampled_from(SPECS))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_error_is_at_most_half_a_step_inside_the_range(v, s, spec):
     lower, upper, s = np.float32(spec.lower), np.float32(spec.upper), np.float32(s)
     inside = (v / s > lower) & (v / s < upper)
@@ -148,7 +148,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(v, s, spec):
 
 
 @given(VALUES, STEPS)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_step_gradient_of_a_batch_is_the_sum_over_its_examples(v, s):
     examples, s = v.reshape(2, 8), jnp.float32(s)
     together = lsq.vjp(examples, s, -8.0, 7.0, 0.5, jnp.ones_like(examples))[1]
@@ -157,7 +157,7 @@ def test_step_gradient_of_a_batch_is_the_sum_over_its_examples(v, s):
 
 
 @given(VALUES, STEPS, st.sampled_from([2, 3, 4, 8]), st.data())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_zero_point_grid_holds_integers_and_zero(v, s, bits, data):
     zero = data.draw(st.integers(0, 2**bits - 1))
     lower, upper = np.float32(-zero), np.float32(2**bits - 1 - zero)

@@ -144,7 +144,7 @@ def test_gradient_is_that_of_the_composition(name, which):
     signed=st.tuples(st.booleans(), st.booleans()),
     scale=st.sampled_from([1e-3, 0.1, 1.0, 30.0]),
 )
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_fake_integer_and_bfloat16_are_the_same_numbers(name, seed, bits, signed, scale):
     a, b, qa, qb = operands(name, seed, bits, signed, scale)
     a.flat[::3] = 0.5 * np.float32(qa.step.max() if np.ndim(qa.step) else qa.step)  # ties

@@ -99,7 +99,7 @@ def test_values_of_every_kind_and_defaults():
     hash(config)  # usable as a static argument
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.builds(
         Config,

@@ -213,7 +213,7 @@ def test_killed_and_stopped_and_resumed_equals_straight(
     folder, config, result = straight
     run = tmp_path / "run"
     command = ["train", f"--config={config}", f"--workdir={run}"]
-    run_python(KILLED.format(at=4, config=config, workdir=run), devices=1, timeout=300, expect=-9)
+    run_python(KILLED.format(at=4, config=config, workdir=run), devices=1, expect=-9)
     assert [row["step"] for row in rows(run)] == [1, 2, 3]
     with Checkpoints(run / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [2]

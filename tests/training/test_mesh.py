@@ -295,9 +295,9 @@ DEFORMABLE = """
 
 def test_two_stage_deformable_on_meshes(run_python):
     """Proposals, auxiliary queries and split heads: the same losses and gradients."""
-    assert "agree" in run_python(DEFORMABLE, devices=4, timeout=300)
+    assert "agree" in run_python(DEFORMABLE, devices=4)
 
 
 def test_meshes_agree_and_the_matcher_stays_local(run_python, tiny_teacher):
-    output = run_python(PROGRAM.replace("TEACHER", str(tiny_teacher)), devices=8, timeout=300)
+    output = run_python(PROGRAM.replace("TEACHER", str(tiny_teacher)), devices=8)
     assert "loops" in output

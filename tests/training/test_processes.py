@@ -76,7 +76,7 @@ def run(folder: Path, processes: int, die_at: int = 0) -> None:
         for i in range(processes)
     ]
     try:
-        outputs = [child.communicate(timeout=300)[0] for child in children]
+        outputs = [child.communicate(timeout=tiny.HUNG_SECONDS)[0] for child in children]
     finally:
         for child in children:
             child.kill()

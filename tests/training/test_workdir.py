@@ -209,12 +209,15 @@ def test_other_configuration_is_refused_with_its_differences(tmp_path):
 
 def test_lock_keeps_a_second_process_out_and_dies_with_its_owner(tmp_path):
     source = (
-        "import sys, time\nfrom pathlib import Path\n"
+        "import sys\nfrom pathlib import Path\n"
         "from aqdetr_jax.training.workdir import _lock\n"
-        "_lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+        "_lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", source, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", source, str(tmp_path / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert child.stdout.readline() == "locked\n"

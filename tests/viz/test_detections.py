@@ -42,7 +42,7 @@ def test_low_scores_and_broken_boxes_are_left_out():
     assert shown.tobytes() != plain.tobytes()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     boxes=st.lists(
         st.tuples(*[st.floats(-300, 300, allow_nan=False, width=32)] * 4), min_size=0, max_size=25
