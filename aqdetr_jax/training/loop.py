@@ -56,6 +56,7 @@ CHANGEABLE = (
     "data.num_threads",
     "data.prefetch",
     "data.cache_dir",
+    "data.follow_links",
     "data.max_pixels",
     "data.on_error",
 )
