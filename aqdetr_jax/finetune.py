@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training import setup, sizing
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.data_check import check_data
+from aqdetr_jax.training.effects import idle
 from aqdetr_jax.training.estimate import estimate
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.loop import train
@@ -26,6 +28,9 @@ from aqdetr_jax.training.metrics import format_seconds
 STUDENT_KEYS = ("quant.", "auxiliary.", "distill.")
 """Overrides of these groups are the student's; those below hold for every stage."""
 SHARED_KEYS = ("seed", "data.", "model.", "train.", "mesh.", "optimizer.")
+
+AUXILIARY_KEYS = ("model.num_auxiliary", "model.auxiliary_groups")
+"""Not of plain LSQ, which has no auxiliary queries."""
 
 FINE_LR, FINE_LR_BACKBONE = 2e-4, 2e-5
 """Learning rates from a detector that was trained elsewhere: Deformable DETR's own."""
@@ -130,7 +135,7 @@ def make_plan(
     if not effort > 0:
         raise ValueError(f"--effort must be positive, got {effort}")
     for text in overrides:
-        key = text.partition("=")[0]
+        key = _key(text)
         if key in ("data.root", "data.kind", "init_from", "name", "task") or not key.startswith(
             (*STUDENT_KEYS, *SHARED_KEYS)
         ):
@@ -164,13 +169,17 @@ def make_plan(
     stages: dict[str, ExperimentConfig] = {}
     origin: str | Path = source
     if bundle is None:
-        stages["pretrain"] = stage("pretrain", "", shared)
+        # What is of the decoder is of the later stages alone.
+        patterns = [pattern for pattern, _ in idle(load_experiment(f"custom:{family}-pretrain"))]
+        own = tuple(o for o in shared if not any(fnmatchcase(_key(o), p) for p in patterns))
+        stages["pretrain"] = stage("pretrain", "", own)
         origin = workdir / "pretrain"
     stages["teacher"] = stage("teacher", origin, shared)
     stages["student"] = stage("aqdetr", workdir / "teacher", shared + student)
     if baseline:
-        own = tuple(o for o in student if o.startswith("quant."))
-        stages["baseline"] = stage("lsq", workdir / "teacher", shared + own)
+        own = tuple(o for o in shared if _key(o) not in AUXILIARY_KEYS)
+        own += tuple(o for o in student if o.startswith("quant."))
+        stages["baseline"] = stage("lsq", workdir / "teacher", own)
 
     data = stages["teacher"].data
     train_set, eval_set = (open_dataset(data, train=which) for which in (True, False))
@@ -178,6 +187,10 @@ def make_plan(
     say(sizing.describe(resolved["student"], train_set))
     _say_times(workdir, resolved, train_set, eval_set)
     return Plan(stages, resolved, workdir / "teacher")
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
 
 
 def _with_effort(config: ExperimentConfig, effort: float) -> ExperimentConfig:
@@ -196,7 +209,7 @@ def _with_source(
     if "decoder" not in bundle.variables["params"]:
         model = dataclasses.replace(config.model, backbone=backbone)
         return dataclasses.replace(config, model=model)
-    pinned = {key.partition("=")[0] for key in overrides}
+    pinned = {_key(text) for text in overrides}
     auxiliary = config.model.num_auxiliary
     model = dataclasses.replace(
         bundle.config,

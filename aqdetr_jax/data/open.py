@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.dataset import DatasetError, DetectionDataset
-from aqdetr_jax.data.layout import choose_splits, find_layout
+from aqdetr_jax.data.layout import Layout, choose_splits, find_layout
 from aqdetr_jax.parallel.hosts import say
 
 _FACTORIES = {
@@ -75,7 +75,7 @@ def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
     Raises:
       DatasetError, FileNotFoundError: the set cannot be opened; the message names the culprit.
     """
-    place = find_places(data)[0 if train else 1]
+    place = find_place(data, train=train)
     if place.kind == "shapes":
         count = data.num_train if train else data.num_eval
         return _generated_set(
@@ -87,9 +87,17 @@ def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
     return load_dataset(place.kind, **parameters)
 
 
-@functools.lru_cache(maxsize=8)
 def find_places(data: DataConfig) -> tuple[Place, Place]:
     """Where the training and the evaluation split of a configuration are.
+
+    Raises:
+      DatasetError, FileNotFoundError: nowhere, or it cannot be told; the message names the key.
+    """
+    return find_place(data, train=True), find_place(data, train=False)
+
+
+def find_place(data: DataConfig, *, train: bool) -> Place:
+    """Where a split of a configuration is.
 
     What was found by looking at a folder is said, once in a process.
 
@@ -97,8 +105,8 @@ def find_places(data: DataConfig) -> tuple[Place, Place]:
       DatasetError, FileNotFoundError: nowhere, or it cannot be told; the message names the key.
     """
     if data.kind == "shapes":
-        names = data.train_split or "train", data.eval_split or "validation"
-        return Place("shapes", names[0], {}), Place("shapes", names[1], {})
+        name = data.train_split or "train" if train else data.eval_split or "validation"
+        return Place("shapes", name, {})
     given = {key: getattr(data, key) for key in _FILES if getattr(data, key)}
     if given and data.kind not in ("coco", "auto"):
         raise DatasetError(
@@ -106,7 +114,7 @@ def find_places(data: DataConfig) -> tuple[Place, Place]:
             "of COCO files"
         )
     if not data.root and (given or data.kind == "coco"):
-        return _by_files(data, None)
+        return _by_files(data, None, train)
     if not data.root:
         raise DatasetError(
             "config.data.root is empty: set it to the folder of your data set "
@@ -114,60 +122,62 @@ def find_places(data: DataConfig) -> tuple[Place, Place]:
         )
     root = pathlib.Path(data.root)
     if len(given) == len(_FILES):  # all is named: the folder need have no layout of its own
-        return _by_files(data, root)
-    layout = find_layout(root, None if data.kind == "auto" else data.kind)
+        return _by_files(data, root, train)
+    layout, names = _told(data)
     if given and layout.kind != "coco":
         raise DatasetError(
             f"config.data.{next(iter(given))} has no effect: config.data.root={data.root!r} is "
             f"{layout.title}, and the key is of COCO files"
         )
+    name = names[0 if train else 1]
+    parameters = dict(layout.splits[name])
+    if layout.kind == "coco":
+        parameters["split"] = name
+    for key, parameter in _files_of(train).items():
+        if key in given:
+            parameters[parameter] = _existing(key, given[key], root)
+    return Place(layout.kind, name, parameters)
+
+
+@functools.lru_cache(maxsize=8)
+def _told(data: DataConfig) -> tuple[Layout, tuple[str, str]]:
+    """The layout of ``data.root`` and its two splits."""
+    layout = find_layout(pathlib.Path(data.root), None if data.kind == "auto" else data.kind)
     names = choose_splits(layout, data.train_split, data.eval_split)
-    places = []
-    for which, name in zip(("train", "eval"), names, strict=True):
-        parameters = dict(layout.splits[name])
-        if layout.kind == "coco":
-            parameters["split"] = name
-        for key, parameter in _FILES.items():
-            if key in given and key.startswith(which):
-                parameters[parameter] = _existing(key, given[key], root)
-        places.append(Place(layout.kind, name, parameters))
     if data.kind == "auto":
         say(
             f"{data.root} is {layout.title}: training on {names[0]!r}, evaluating on {names[1]!r} "
             "(config.data.train_split, eval_split)"
         )
-    return places[0], places[1]
+    return layout, names
 
 
-_FILES = {
-    "train_images": "images_dir",
-    "train_annotations": "annotation_file",
-    "eval_images": "images_dir",
-    "eval_annotations": "annotation_file",
-}
-"""The keys that name COCO's files one by one, and the parameter of the data set that each is."""
+_FILES = ("train_images", "train_annotations", "eval_images", "eval_annotations")
+"""The keys that name COCO's files one by one."""
 
 
-def _by_files(data: DataConfig, root: pathlib.Path | None) -> tuple[Place, Place]:
-    """A COCO set whose folders and files are all named."""
-    for key in _FILES:
+def _files_of(train: bool) -> dict[str, str]:
+    """The keys of one split, and the parameter of the data set that each is."""
+    which = "train" if train else "eval"
+    return {f"{which}_images": "images_dir", f"{which}_annotations": "annotation_file"}
+
+
+def _by_files(data: DataConfig, root: pathlib.Path | None, train: bool) -> Place:
+    """A split of a COCO set whose folder and file are named."""
+    keys = _files_of(train)
+    for key in keys:
         if not getattr(data, key):
             raise DatasetError(f"config.data.{key} is empty: set it (or config.data.root)")
-    places, from_root = [], False
-    for which, split in (("train", data.train_split), ("eval", data.eval_split)):
-        parameters: dict[str, Any] = {"split": split or which}
-        for key, parameter in _FILES.items():
-            if key.startswith(which):
-                value = getattr(data, key)
-                parameters[parameter] = _existing(key, value, root)
-                from_root |= parameters[parameter] != pathlib.Path(value)
-        places.append(Place("coco", split or which, parameters))
-    if root is not None and not from_root:
+    split = (data.train_split or "train") if train else (data.eval_split or "eval")
+    parameters: dict[str, Any] = {"split": split}
+    for key, parameter in keys.items():
+        parameters[parameter] = _existing(key, getattr(data, key), root)
+    if root is not None and all(pathlib.Path(getattr(data, key)).exists() for key in _FILES):
         raise DatasetError(
             f"config.data.root={str(root)!r} has no effect: {', '.join(_FILES)} all name files "
-            "outside it; leave it out, or some of them"
+            "without it; leave it out, or some of them"
         )
-    return places[0], places[1]
+    return Place("coco", split, parameters)
 
 
 def _existing(key: str, value: str, root: pathlib.Path | None) -> pathlib.Path:

@@ -234,6 +234,11 @@ def test_all_files_named_need_no_layout(tmp_path):
     assert len(open_dataset(auto(tmp_path, **files), train=True)) == 1
     absolute = {key: str(tmp_path / value) for key, value in files.items()}
     assert len(open_dataset(DataConfig(kind="coco", **absolute), train=False)) == 1
+    # Who only evaluates names only that.
+    only = {key: value for key, value in absolute.items() if key.startswith("eval")}
+    assert len(open_dataset(DataConfig(kind="coco", **only), train=False)) == 1
+    with pytest.raises(DatasetError, match=r"config.data.train_images is empty"):
+        open_dataset(DataConfig(kind="coco", **only), train=True)
     with pytest.raises(DatasetError, match=r"config.data.root=.* has no effect"):
         find_places(auto(tmp_path, **absolute))
 
