@@ -176,7 +176,9 @@ def _eval(arguments, overrides) -> None:
     from aqdetr_jax.evaluation.coco import format_results
     from aqdetr_jax.evaluation.models import evaluate_bundle, input_rule
     from aqdetr_jax.io import write_json_atomic
+    from aqdetr_jax.training.effects import check_evaluation_keys
 
+    check_evaluation_keys(overrides)
     config = _experiment(arguments, overrides)
     if arguments.out:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)

@@ -184,7 +184,7 @@ def make_plan(
     data = stages["teacher"].data
     train_set, eval_set = (open_dataset(data, train=which) for which in (True, False))
     resolved = {name: check_data(c, train_set, eval_set) for name, c in stages.items()}
-    say(sizing.describe(resolved["student"], train_set))
+    sizing.say_sizes(stages["student"], resolved["student"], train_set)
     _say_times(workdir, resolved, train_set, eval_set)
     return Plan(stages, resolved, workdir / "teacher")
 

@@ -16,7 +16,7 @@ LAYERS = (
     ("losses", "models", "data", "parallel"),
     ("interop", "checkpoint"),
     ("evaluation",),
-    ("training", "viz"),
+    ("training", "deploy", "viz"),
     ("reporting", "predicting"),
     ("compress",),
     ("quickstart", "finetune"),

@@ -31,7 +31,7 @@ class DataConfig:
       cache_dir: folder in which a generated set is kept between runs; "" = in memory only.
       fit: root of the area of a padded image at most, pixels: buckets, the resize at evaluation and
         the scales of training then follow from the images and their boxes
-        (``training.sizing``); 0 = the keys below say them.
+        (``data.fit``); 0 = the keys below say them.
       buckets: (height, width) of padded training images, pixels.
       eval_buckets: the same for evaluation; () = ``buckets``.
       max_boxes: padded number of boxes an image; 0 = as many as the fullest image has.

@@ -8,6 +8,7 @@ from typing import Any
 
 from aqdetr_jax.checkpoint.model_folder import InputRule, ModelBundle
 from aqdetr_jax.data.config import DataConfig
+from aqdetr_jax.data.fit import fitted
 from aqdetr_jax.data.notices import say_findings
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import PipelineConfig
@@ -93,7 +94,13 @@ def evaluate_bundle(
     return block, detections
 
 
-INPUT_KEYS = ("data.buckets", "data.eval_buckets", "data.eval_short_side", "data.eval_max_size")
+INPUT_KEYS = (
+    "data.fit",
+    "data.buckets",
+    "data.eval_buckets",
+    "data.eval_short_side",
+    "data.eval_max_size",
+)
 """The keys of a configuration that say how images become network input at evaluation."""
 
 
@@ -108,6 +115,8 @@ def input_rule(bundle: ModelBundle, data: DataConfig, overrides: Sequence[str]) 
       overrides: ``a.b=value`` texts of the command line.
     """
     given = [key for key in INPUT_KEYS if any(o.split("=")[0] == key for o in overrides)]
+    if given and data.fit:
+        data = fitted(data, open_dataset(data, train=True))
     rule = InputRule.from_data(data) if given else bundle.input
     source = f"from {', '.join(given)}" if given else "the model's own"
     say(f"image rule, {source}: {rule.describe()}")

@@ -57,6 +57,26 @@ def check_effects(config: ExperimentConfig, given: Iterable[str], where: str) ->
                 raise ConfigError(f"{where}: config.{key} has no effect: {reason}")
 
 
+_JUDGING = ("data.", "train.eval_batch_size", "seed", "name")
+
+
+def check_evaluation_keys(overrides: Iterable[str]) -> None:
+    """Refuses what an evaluation cannot change: the model is as it was saved.
+
+    Args:
+      overrides: ``a.b=value`` texts.
+
+    Raises:
+      ConfigError: one is neither of the data nor of how they are read.
+    """
+    for text in overrides:
+        key = text.partition("=")[0]
+        if not key.startswith(_JUDGING):
+            raise ConfigError(
+                f"command line: config.{key} has no effect: eval judges the model as it was saved"
+            )
+
+
 def idle(config: ExperimentConfig) -> Iterator[Rule]:
     """The keys that a configuration makes idle."""
     yield from _data(config)

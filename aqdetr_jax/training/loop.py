@@ -29,7 +29,7 @@ from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
 from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.report import bit_report, format_bit_report
-from aqdetr_jax.training import initial, setup
+from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.bundles import run_bundle
 from aqdetr_jax.training.config import ExperimentConfig
@@ -112,7 +112,8 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     )
     train_set = open_dataset(config.data, train=True)
     eval_set = open_dataset(config.data, train=False)
-    config = check_data(config, train_set, eval_set)
+    given, config = config, check_data(config, train_set, eval_set)
+    sizing.say_sizes(given, config, train_set)
     fingerprint = {"train": train_set.fingerprint, "eval": eval_set.fingerprint}
     with (
         prepare_workdir(

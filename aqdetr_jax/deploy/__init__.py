@@ -1,0 +1,1 @@
+"""What leaves for devices: files that run without this package's training code."""
