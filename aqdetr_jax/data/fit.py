@@ -1,4 +1,4 @@
-"""``data.fit`` spelled out: buckets, resizes and scales that follow from a set's images and boxes."""
+"""``data.fit`` spelled out: buckets, resizes and scales from the images and boxes of a set."""
 
 from __future__ import annotations
 
