@@ -8,19 +8,15 @@ import json
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.cli import main
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.coco import validate_results_block
-from aqdetr_jax.models.detector import example_input
-from aqdetr_jax.training import setup
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.experiment import load_experiment
 
@@ -169,35 +165,6 @@ def test_config_prints_json_that_loads_back(trained, tmp_path, capsys):
     assert load_experiment(str(tmp_path / "printed.json")) == wanted
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "shapes_teacher",
-        "shapes_pretrain",
-        "shapes_w4a4:lsq",
-        "shapes_quickstart:baseline",
-        "shapes_pretrain:deformable",
-        "shapes_teacher:deformable",
-        "shapes_quickstart:deformable-aqdetr",
-        "configs/coco_deformable.py:r50-refine,w4a4 init_from=teacher",
-        "configs/coco_deformable.py:r50-single,float",
-        "configs/bccd.py:teacher",
-        "configs/bccd.py:deformable-aqdetr",
-        "configs/coco.py:r50,float",
-        "configs/coco.py:r101-dc5,w4a4-attn8 init_from=teacher",
-    ],
-)
-def test_shipped_configurations_resolve(text, tmp_path, capsys):
-    """What is printed is a whole experiment whose model can be built."""
-    name, *overrides = text.split()
-    assert main(["config", f"--config={name}", *overrides]) == 0
-    config = printed(capsys.readouterr().out, tmp_path)
-    model = dataclasses.replace(config.model, num_classes=config.model.num_classes or 3)
-    module = setup.build_module(dataclasses.replace(config, model=model))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *example_input((64, 64)))
-    assert any(path.startswith("backbone/") for path in tiny.flat(shapes))
-
-
 @pytest.mark.parametrize("format_", ["coco", "tfds"])
 def test_prepared_data_are_the_same_data(trained, tmp_path, format_, capsys):
     _, file = trained
@@ -218,26 +185,6 @@ def test_prepared_data_are_the_same_data(trained, tmp_path, format_, capsys):
             np.testing.assert_array_equal(copy[i].image, source[i].image)
             np.testing.assert_allclose(copy[i].boxes, source[i].boxes, atol=1e-4)
             np.testing.assert_array_equal(copy[i].labels, source[i].labels)
-
-
-def test_pretrain_feeds_a_detector(tmp_path, capsys):
-    """The backbone's norms learn, at the rate of the rest, and the detector takes it over."""
-    train = dataclasses.replace(tiny.FLOAT.train, steps=2)
-    optimizer = dataclasses.replace(tiny.FLOAT.optimizer, lr_backbone=0.0, frozen=("backbone",))
-    config = dataclasses.replace(tiny.FLOAT, train=train, optimizer=optimizer)
-    file = tiny.write_config(config, tmp_path / "float.json")
-    folder = tmp_path / "pretrained"
-    assert main(["pretrain", f"--config={file}", f"--workdir={folder}"]) == 0
-    written = load_experiment(str(folder / "config.json"))
-    assert (written.task, written.model.backbone.norm) == ("pretrain", "batch")
-    assert (written.optimizer.frozen, written.optimizer.lr_backbone) == ((), config.optimizer.lr)
-    learned = load_model(folder).variables["batch_stats"]["backbone"]["stem_norm"]["mean"]
-    assert np.abs(learned).max() > 0
-    run = tmp_path / "run"
-    command = ["train", f"--config={file}", f"--workdir={run}", f"init_from={folder}"]
-    assert main([*command, "train.steps=1"]) == 0
-    taken = load_model(run).variables["batch_stats"]["backbone"]["stem_norm"]["mean"]
-    np.testing.assert_array_equal(taken, learned)
 
 
 def test_module_is_the_command(tmp_path):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from sized import Sized
 
 import aqdetr_jax
 from aqdetr_jax.checkpoint.model_folder import PACKAGED, load_model
+from aqdetr_jax.cli import main
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.shapes.dataset import ShapesDataset
 from aqdetr_jax.evaluation.models import evaluate_bundle
@@ -79,3 +83,50 @@ def test_student_is_the_teachers_model(name):
     assert mine == {path: np.shape(leaf) for path, leaf in tiny.flat(teacher.variables).items()}
     assert ("auxiliary_queries" in tiny.flat(shapes)) == ("aqdetr" in config.name or "aux" in name)
     assert config.quant.quantized
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "shapes_teacher",
+        "shapes_pretrain",
+        "shapes_w4a4:lsq",
+        "shapes_quickstart:baseline",
+        "shapes_pretrain:deformable",
+        "shapes_teacher:deformable",
+        "shapes_quickstart:deformable-aqdetr",
+        "configs/coco_deformable.py:r50-refine,w4a4 init_from=teacher",
+        "configs/coco_deformable.py:r50-single,float",
+        "configs/bccd.py:teacher",
+        "configs/bccd.py:deformable-aqdetr",
+        "configs/coco.py:r50,float",
+        "configs/coco.py:r101-dc5,w4a4-attn8 init_from=teacher",
+    ],
+)
+def test_shipped_configurations_resolve(text, tmp_path, capsys):
+    """What is printed is a whole experiment whose model can be built."""
+    name, *overrides = text.split()
+    assert main(["config", f"--config={name}", *overrides]) == 0
+    (tmp_path / "printed.json").write_text(capsys.readouterr().out)
+    config = load_experiment(str(tmp_path / "printed.json"))
+    model = dataclasses.replace(config.model, num_classes=config.model.num_classes or 3)
+    module = setup.build_module(dataclasses.replace(config, model=model))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *example_input((64, 64)))
+    assert any(path.startswith("backbone/") for path in tiny.flat(shapes))
+
+
+@pytest.mark.parametrize("family", ["detr", "deformable"])
+@pytest.mark.parametrize("kind", ["pretrain", "teacher", "aqdetr", "lsq"])
+def test_the_configuration_for_any_folder(family, kind):
+    """Whole once the data are known, with a model that can be built."""
+    dataset = Sized([(480, 640)] * 40, side=100.0, boxes=12)
+    config = sizing.with_data(load_experiment(f"custom:{family}-{kind}"), dataset)
+    module = setup.build_module(config)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *example_input(config.data.buckets[0]))
+    assert any(path.startswith("backbone/") for path in tiny.flat(shapes))
+    assert config.data.max_boxes == 12
+    assert config.model.num_queries == 30
+    # 82.5 passes over 40 images in batches of 16; a step of Deformable DETR takes longer.
+    passes = {"pretrain": 82.5, "teacher": 165.0}.get(kind, 66.0)
+    short = 0.75 if family == "deformable" and kind != "pretrain" else 1.0
+    assert config.train.steps == math.ceil(passes * short * 40 / 16)
