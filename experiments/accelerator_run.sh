@@ -10,7 +10,7 @@
 #   log.txt                    what was done when
 # What is written stays when something fails or time runs out; run it again and the trainings go on.
 # Environment: PYTHON (with this package's requirements, and torch and transformers for their rows),
-# PLATFORM (cuda), BUDGET (seconds, 540), TESTS and STEPS (seconds of it at most, 120 and 380),
+# PLATFORM (cuda), BUDGET (seconds, 540), TESTS and STEPS (seconds of it at most, 120 and 340),
 # PARTS ("tests steps train"; "data" only draws the trainings' images), WORK (the trainings' folder, runs/accelerator), JOBS (trainings side
 # by side in each family), SEEDS (2,3,4), ROWS for other steps: "ours:FAMILY:VARIANT[:a.b=value]" and
 # "theirs:FAMILY:MODE" with commas between them and semicolons between groups.
@@ -27,7 +27,7 @@ PYTHON=${PYTHON:-python3}
 PLATFORM=${PLATFORM:-cuda}
 BUDGET=${BUDGET:-540}
 TESTS=${TESTS:-120}
-STEPS=${STEPS:-380}
+STEPS=${STEPS:-340}
 PARTS=${PARTS:-tests steps train}
 WORK=${WORK:-runs/accelerator}
 SEEDS=${SEEDS:-2,3,4}
