@@ -128,7 +128,9 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
         seconds = {
             name.partition("/")[2]: row["median_seconds"]
             for name, row in rows.items()
-            if name.startswith(f"{family}/") and "median_seconds" in row
+            if name.startswith(f"{family}/")
+            and "median_seconds" in row
+            and min(row["image"]) >= 800  # of a toy's ratios nothing follows
         }
         theirs = [s for name, s in seconds.items() if name.startswith("theirs ")]
         ours, whole = seconds.get("float recipe"), seconds.get("float")
@@ -139,7 +141,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
             if whole and name in seconds:
                 values[key] = seconds[name] / whole
         matcher = rows.get(f"{family}/float", {}).get("matcher")
-        if matcher:
+        if matcher and whole:
             values["matcher_of_float"] = max(matcher.values()) / whole
         found[family] = {key: _judged(key, value) for key, value in values.items()}
     return found
