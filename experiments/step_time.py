@@ -75,9 +75,15 @@ def variant_config(base, name):
 
 
 def build(config, batch, batches, teacher_variables, mesh, compiler_options=None):
-    """Compiled step, first state, seconds of compiling, bytes of temporaries."""
+    """``compiled_step`` of a model that starts from calibrated random parameters."""
     module = setup.build_module(config)
     variables, _ = initial.initial_variables(config, module, None, batches)
+    return compiled_step(config, variables, batch, teacher_variables, mesh, compiler_options)
+
+
+def compiled_step(config, variables, batch, teacher_variables, mesh, compiler_options=None):
+    """Compiled step, first state, seconds of compiling, bytes of temporaries."""
+    module = setup.build_module(config)
     arguments = (variables["params"], config.optimizer)
     optimizer = optim.make_optimizer(*arguments, config.train.steps, frozen_norms=True)
     groups = optim.parameter_groups(*arguments, frozen_norms=True)
@@ -157,22 +163,11 @@ class Bench:
         output = jax.jit(lambda v: module.apply(v, batch["images"], batch["mask"], auxiliary=True))(
             {"params": state.params, "batch_stats": state.batch_stats}
         )
-        targets = targets_of(batch)
-        sets = [
-            QuerySet(
-                Predictions(output.logits, output.boxes),
-                repeat_counts(targets.valid, 1, config.model.num_queries)[0],
-            )
-        ]
         extra = Predictions(output.auxiliary_logits, output.auxiliary_boxes)
-        groups = config.model.auxiliary_groups
-        size = config.model.num_auxiliary // groups
-        counts = repeat_counts(targets.valid, config.auxiliary.repeats, size)[0]
-        sets += [QuerySet(part, counts) for part in split_groups(extra, groups)]
-        matcher = jax.jit(lambda s, t: match_sets(s, t, config.loss))
+        matcher = matching_of(config, batch, Predictions(output.logits, output.boxes), extra)
         forward = jax.jit(lambda v, x, m: self.teacher.apply(v, x, m).encoder_attention)
         parts = {
-            "matcher": lambda: matcher(sets, targets),
+            "matcher": matcher,
             "teacher": lambda: forward(self.teacher_variables, batch["images"], batch["mask"]),
         }
         for part in parts.values():
@@ -216,6 +211,19 @@ class Bench:
             "variants": self.rows,
             "share_of_whole_step": {k: round(v / whole, 4) for k, v in shares.items()},
         }
+
+
+def matching_of(config, batch, found: Predictions, extra: Predictions | None) -> Callable[[], Any]:
+    """The matcher alone on given predictions, as the step of a configuration calls it."""
+    targets = targets_of(batch)
+    sets = [QuerySet(found, repeat_counts(targets.valid, 1, config.model.num_queries)[0])]
+    if extra is not None:
+        groups = config.model.auxiliary_groups
+        size = config.model.num_auxiliary // groups
+        counts = repeat_counts(targets.valid, config.auxiliary.repeats, size)[0]
+        sets += [QuerySet(part, counts) for part in split_groups(extra, groups)]
+    matcher = jax.jit(lambda s, t: match_sets(s, t, config.loss))
+    return lambda: matcher(sets, targets)
 
 
 def ratio(times: list[float], others: list[float]) -> float:

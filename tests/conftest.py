@@ -1,5 +1,8 @@
 """Shared test set-up: one CPU device, a persistent compilation cache, and the BCCD folder.
 
+``AQDETR_TEST_PLATFORM=cuda pytest -m accelerator`` runs the tests that are marked so on another
+device than a CPU; the others are for CPUs.
+
 The main test process keeps a single device, so that a test cannot come to depend on a device count
 by accident; tests of several devices start a child process that sets ``XLA_FLAGS`` before it
 imports jax (see :func:`run_python`).
@@ -25,7 +28,8 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 CACHE_DIR = REPO_ROOT / ".jax_cache"
 
 # The environment reaches child processes too; it must be set before jax is first imported.
-os.environ["JAX_PLATFORMS"] = "cpu"
+PLATFORM = os.environ.get("AQDETR_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = PLATFORM
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE_DIR)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -33,7 +37,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax  # noqa: E402
 
 # A pytest plug-in may have imported jax before this file set the environment.
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", PLATFORM)
 jax.config.update("jax_compilation_cache_dir", str(CACHE_DIR))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

@@ -150,7 +150,7 @@ def sample_values(
       locations: ``[B, Q, M, L, K, 2]``, (x, y); anywhere, zeros outside.
       shapes: sizes of the levels, S cells in all.
       method: how; see the module. "auto" chooses by level and by the platform that it is compiled
-        for: "gather" on a CPU, elsewhere "dense" on small levels and "packed" on others.
+        for: "gather" on a CPU or GPU, elsewhere "dense" on small levels and "packed" on others.
 
     Returns:
       ``[B, M, Q, L * K, D]`` in the dtype of ``values``.
@@ -177,7 +177,8 @@ def _sample_level(grid: Array, points: Array, method: Sampling) -> Array:
     if method != "auto":
         return _SAMPLERS[method](grid, points)
     small = grid.shape[2] * grid.shape[3] <= DENSE_CELLS
-    return lax.platform_dependent(grid, points, cpu=_gather, default=_dense if small else _packed)
+    other = _dense if small else _packed
+    return lax.platform_dependent(grid, points, cpu=_gather, cuda=_gather, default=other)
 
 
 def deformable_attention(

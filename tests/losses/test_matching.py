@@ -128,6 +128,7 @@ def test_repeat_counts_error(arguments):
         repeat_counts(np.ones((1, 2), bool), *arguments)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("weights", [SOFTMAX, FOCAL])
 def test_sets_of_different_size_equal_scipy_layer_by_layer(weights):
     rng = np.random.default_rng(3)

@@ -10,6 +10,7 @@ import pytest
 from tiny_models import CONFIGS, batch, model, variables_of
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("name", CONFIGS)
 def test_both_arithmetics_agree_on_the_whole_model(name):
     # Zero points, centring and renormalised attention included; all sums are far below 2^24.

@@ -86,6 +86,7 @@ def make_cost(rng, kind, shape):
     return cost.astype(np.float32)
 
 
+@pytest.mark.accelerator
 @settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS))
 def test_cost_equals_scipy(seed, kind):
@@ -97,6 +98,7 @@ def test_cost_equals_scipy(seed, kind):
         check(cost[p], valid[p], columns[p])
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("shape", [(3, 1, 1), (2, 1, 5), (4, 16, 16), (2, 20, 100), (2, 30, 31)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes(shape, kind):

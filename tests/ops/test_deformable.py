@@ -90,6 +90,7 @@ def case(seed, queries=5, heads=2, points=3, dim=4):
     return values, locations, rng
 
 
+@pytest.mark.accelerator
 @each_method
 def test_samples_are_those_of_the_formula(method):
     values, locations, _ = case(0)
@@ -99,6 +100,7 @@ def test_samples_are_those_of_the_formula(method):
     assert_same(found, want)
 
 
+@pytest.mark.accelerator
 @each_method
 def test_gradients_are_those_of_the_formula(method):
     """Linear in the values, piecewise bilinear in a location: differences are exact."""
@@ -130,6 +132,7 @@ def test_gradients_are_those_of_the_formula(method):
     np.testing.assert_allclose(np.sum(np.asarray(d_values, "f8") * direction), want, rtol=1e-6)
 
 
+@pytest.mark.accelerator
 @given(st.integers(0, 2**31), st.booleans())
 @settings(max_examples=25)
 def test_all_ways_agree_forward_and_gradient(seed, on_centres):
@@ -176,7 +179,7 @@ def test_auto_is_the_same_and_chosen_by_the_platform():
     pair = (_value_and_grad(values, locations, cotangent, m) for m in ("auto", "gather"))
     for a, b in zip(*pair, strict=True):
         assert_same(a, b)
-    for platform, gathers in (("cpu", True), ("tpu", False)):
+    for platform, gathers in (("cpu", True), ("cuda", True), ("tpu", False)):
         text = jax.export.export(jax.jit(auto), platforms=[platform])(values, locations)
         assert ("gather" in text.mlir_module()) == gathers
 
@@ -215,6 +218,7 @@ def test_bfloat16_values_stay_bfloat16():
         np.testing.assert_allclose(found.astype("f4"), want, atol=0.06)
 
 
+@pytest.mark.accelerator
 @each_method
 def test_sums_of_bfloat16_gradients_do_not_stall(method):
     """1024 points share a cell: a bfloat16 sum of ones ends at 256."""

@@ -61,6 +61,7 @@ def restated(v, s, lower, upper, g, cotangent):
     return out, dv, ds
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize(("v", "code", "slope", "passes"), HAND)
 def test_hand_values_of_the_four_bit_grid(v, code, slope, passes):
     one = jnp.float32(1)
@@ -75,6 +76,7 @@ def test_python_integers_are_valid_bounds():
     np.testing.assert_allclose(gradient(jnp.float32(1.0)), -8.5)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.describe)
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_agrees_with_the_restatement(spec, per_channel):

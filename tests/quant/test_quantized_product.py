@@ -92,6 +92,7 @@ def on_grid(x, q):
     return lsq.fake_quantize(x, q.step, q.lower, q.upper, q.gradient_scale)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("name", CASES)
 def test_forward_is_the_product_of_quantized_operands(name):
     a, b, qa, qb = operands(name, signed=(False, True))
@@ -137,6 +138,7 @@ def test_gradient_is_that_of_the_composition(name, which):
         assert bool(np.any(np.asarray(step_gradient))) == used
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("name", CASES)
 @given(
     seed=st.integers(0, 2**31 - 1),
@@ -153,6 +155,7 @@ def test_fake_integer_and_bfloat16_are_the_same_numbers(name, seed, bits, signed
     np.testing.assert_array_equal(fake, product(name, dtype="bfloat16")(a, b, qa, qb))
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_zero_point_grid_in_integers(name):
     a, b, qa, qb = operands(name, seed=5, bits=(8, 8), signed=(False, True))

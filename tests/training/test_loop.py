@@ -206,6 +206,7 @@ KILLED = """
 """
 
 
+@pytest.mark.accelerator
 def test_killed_and_stopped_and_resumed_equals_straight(
     straight, run_python, tmp_path, monkeypatch, capsys
 ):

@@ -99,6 +99,7 @@ def detection_part(metrics) -> float:
     return total
 
 
+@pytest.mark.accelerator
 def test_loss_is_the_weighted_sum_of_its_terms(setting, after_one):
     _, metrics = after_one
     total = detection_part(metrics) + metrics["loss_distill_encoder"]
@@ -109,6 +110,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(setting, after_one):
     assert metrics["num_boxes"] == setting.batches[0]["valid"].sum()
 
 
+@pytest.mark.accelerator
 def test_a_step_is_a_function_of_state_and_batch(setting, after_one):
     again, metrics = setting.run(setting.state, setting.batches[0])
     assert tiny.digest(again) == tiny.digest(after_one[0])
@@ -122,6 +124,7 @@ def test_dropout_differs_from_step_to_step(setting, after_one):
     assert metrics["num_boxes"] == after_one[1]["num_boxes"]
 
 
+@pytest.mark.accelerator
 def test_everything_trained_moves_and_frozen_parameters_do_not(setting, after_one):
     before = traverse_util.flatten_dict(setting.state.params, sep="/")
     after = traverse_util.flatten_dict(after_one[0].params, sep="/")
@@ -155,6 +158,7 @@ def test_moving_average_starts_close_to_the_parameters(setting, after_one):
 # --- the teacher ---------------------------------------------------------------------------------
 
 
+@pytest.mark.accelerator
 def test_teacher_is_bit_equal_after_training(setting):
     before = tiny.digest(setting.teacher_variables)
     assert before == tiny.digest(setting.teacher.variables)

@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# What ten minutes of one accelerator are good for: tests on it, step times, trainings.
+#
+#   experiments/accelerator_run.sh [--toy] [OUT]
+#
+# OUT (default experiments/results/accelerator, or the environment variable OUT) gets, as it comes,
+#   tests.json                 the tests marked "accelerator", run on the device
+#   steps.json                 training steps at 800 x 1344, ours beside transformers', and the goals
+#   ablation_*.json            the embedded set's ablations, further seeds
+#   log.txt                    what was done when
+# What is written stays when something fails or time runs out; run it again and the trainings go on.
+# Environment: PYTHON (with this package's requirements, and torch and transformers for their rows),
+# PLATFORM (cuda), BUDGET (seconds, 540), TESTS and STEPS (seconds of it at most, 120 and 340),
+# PARTS ("tests steps train"; "data" only draws the trainings' images), WORK (the trainings' folder, runs/accelerator), JOBS (trainings side
+# by side in each family), SEEDS (2,3,4), ROWS for other steps: "ours:FAMILY:VARIANT[:a.b=value]" and
+# "theirs:FAMILY:MODE" with commas between them and semicolons between groups.
+# --toy: tiny models on whatever there is, to try the script itself.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+TOY=""
+if [ "${1:-}" = --toy ]; then
+  TOY=--toy
+  shift
+fi
+OUT=$(realpath -m "${1:-${OUT:-experiments/results/accelerator}}")
+PYTHON=${PYTHON:-python3}
+PLATFORM=${PLATFORM:-cuda}
+BUDGET=${BUDGET:-540}
+TESTS=${TESTS:-120}
+STEPS=${STEPS:-340}
+PARTS=${PARTS:-tests steps train}
+WORK=${WORK:-runs/accelerator}
+SEEDS=${SEEDS:-2,3,4}
+JOBS=${JOBS:-4}
+# A group compiles side by side and is then measured, row by row: the first hold what matters most.
+ROWS=${ROWS:-"ours:detr:float recipe,ours:detr:lsq,theirs:detr:compiled,theirs:detr:eager;\
+ours:detr:float,ours:detr:everything,theirs:deformable:eager,ours:deformable:float recipe;\
+ours:deformable:lsq,theirs:deformable:compiled,ours:deformable:float;ours:deformable:everything"}
+mkdir -p "$OUT" "$WORK/logs"
+LOCK=$WORK/device.lock
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
+# Many processes share the card.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+# Compiling is most of the run: what was compiled once in WORK is not compiled again.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(realpath -m "$WORK")/compiled}
+START=$SECONDS
+failed=0
+
+say() { echo "$((SECONDS - START)) s: $*" | tee -a "$OUT/log.txt"; }
+left() { echo $((BUDGET - SECONDS + START)); }
+wants() { [[ " $PARTS " == *" $1 "* ]]; }
+
+# limited SECONDS NAME COMMAND...: its output to a log of its own; asked to stop, then killed.
+limited() {
+  local seconds=$1 name=$2
+  shift 2
+  if [ "$seconds" -lt 5 ]; then
+    say "$name: no time left"
+    return 1
+  fi
+  timeout -k 10 "$seconds" "$@" >"$WORK/logs/$name.txt" 2>&1
+  local rc=$?
+  say "$name: exit $rc$([ $rc = 124 ] && echo ', out of time')"
+  [ $rc = 0 ] || grep -v '^\s*$' "$WORK/logs/$name.txt" | tail -n 3 | cut -c1-300 | tee -a "$OUT/log.txt"
+  return $rc
+}
+
+run_tests() {
+  # As one that compiles: nothing is measured meanwhile.
+  AQDETR_TEST_PLATFORM=$PLATFORM limited "$TESTS" tests flock -s "$LOCK" \
+    "$PYTHON" -m pytest -m accelerator -vv -W default -n 4 --dist worksteal \
+    tests/training tests/models tests/ops tests/losses tests/quant # what compiles longest first
+  local rc=$?
+  "$PYTHON" experiments/accelerator_rows.py tests "$WORK/logs/tests.txt" "$OUT/tests.json" |
+    cut -c1-2000 | tee -a "$OUT/log.txt"
+  return $rc
+}
+
+# One group of rows; half of what is left for the steps may go into compiling it.
+run_group() {
+  local pids=() limit=$1 rows row whose family variant override name options rc=0
+  IFS=, read -ra rows <<<"$2"
+  for row in "${rows[@]}"; do
+    IFS=: read -r whose family variant override <<<"$row"
+    name=${row//[:= ]/_}
+    options=(--family="$family" --out="$OUT/steps.json" --lock="$LOCK" --deadline=$((limit / 2)))
+    if [ "$whose" = ours ]; then
+      options+=(--variant="$variant" ${override:+"--label=, $override" "$override"})
+    else
+      options+=(--mode="$variant")
+    fi
+    limited "$limit" "$name" "$PYTHON" "experiments/accelerator_$whose.py" "${options[@]}" $TOY &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || rc=1; done
+  return $rc
+}
+
+run_steps() {
+  local groups group end=$((SECONDS + STEPS)) rc=0
+  IFS=';' read -ra groups <<<"$ROWS"
+  for group in "${groups[@]}"; do run_group $((end - SECONDS)) "$group" || rc=1; done
+  rm -f "$OUT/steps.lock"
+  "$PYTHON" experiments/accelerator_rows.py show "$OUT" | tee -a "$OUT/log.txt"
+  return $rc
+}
+
+data=(data.cache_dir="$WORK/data" data.num_threads=4)
+[ -n "$TOY" ] && data+=(data.num_train=32 data.num_eval=8 train.steps=2 quant.calibration_batches=1)
+
+draw_data() {
+  # Drawn once, by the CPUs, for all trainings.
+  JAX_PLATFORMS=cpu limited "$(left)" data "$PYTHON" - "${data[@]}" <<'PYTHON'
+import sys
+
+from aqdetr_jax.data.open import open_dataset
+from aqdetr_jax.training.experiment import load_experiment
+
+data = load_experiment("shapes_quickstart", tuple(sys.argv[1:])).data
+for train in (True, False):
+    print(open_dataset(data, train=train).name)
+PYTHON
+}
+
+run_training() {
+  local pids=() rc=0 family prefix variants
+  for family in detr deformable; do
+    prefix=$([ $family = detr ] || echo deformable-)
+    variants=${prefix}lsq,${prefix}auxiliary,${prefix}distill,${prefix}aqdetr
+    limited "$(left)" "train_$family" "$PYTHON" experiments/ablation.py \
+      --config=shapes_quickstart --teacher="packaged:shapes_${prefix/-/_}teacher" \
+      --work="$WORK/$family" --out="$OUT/ablation_$family.json" --seeds="$SEEDS" \
+      --variants="$variants" --jobs="$JOBS" "${data[@]}" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || rc=1; done
+  grep -h '^===\|^teacher' "$WORK"/logs/train_*.txt | tee -a "$OUT/log.txt"
+  return $rc
+}
+
+say "start${TOY:+, toy}: $PARTS"
+if wants train || wants data; then draw_data & drawing=$!; fi
+if wants tests; then run_tests & testing=$!; fi
+if wants steps; then run_steps || failed=1; fi
+if wants tests; then wait $testing || failed=1; fi
+[ -z "${drawing:-}" ] || wait "$drawing"
+if wants train; then run_training || failed=1; fi
+say "done$([ $failed = 0 ] || echo ', not all of it')"
+exit $failed
