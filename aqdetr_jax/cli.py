@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -134,56 +133,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _experiment(arguments, overrides, **fields):
+def _experiment(arguments, overrides, **options):
     from aqdetr_jax.training.experiment import load_experiment
 
-    return load_experiment(arguments.config, overrides, **fields)
+    return load_experiment(arguments.config, overrides, **options)
 
 
-def _train(arguments, overrides, **fields) -> None:
+def _train(arguments, overrides, **options) -> None:
     from aqdetr_jax.parallel.hosts import initialize_distributed, is_main
     from aqdetr_jax.reporting import report_training
     from aqdetr_jax.training.loop import train
 
     initialize_distributed()
-    result = train(_experiment(arguments, overrides, **fields), arguments.workdir)
+    result = train(_experiment(arguments, overrides, **options), arguments.workdir)
     if is_main():
         report_training(result, arguments.workdir)
 
 
 def _pretrain(arguments, overrides) -> None:
-    from aqdetr_jax.quant.config import QuantConfig
-    from aqdetr_jax.training.config import DistillConfig
-
-    config = _experiment(arguments, overrides)
-    model, optimizer = config.model, config.optimizer
-    backbone = dataclasses.replace(model.backbone, norm="batch")
-    # From scratch everything learns, the backbone as fast as the rest.
-    optimizer = dataclasses.replace(optimizer, frozen=(), lr_backbone=optimizer.lr)
-    _train(
-        arguments,
-        overrides,
-        task="pretrain",
-        quant=QuantConfig(),
-        distill=DistillConfig(),
-        model=dataclasses.replace(model, backbone=backbone, num_auxiliary=0, auxiliary_groups=1),
-        optimizer=optimizer,
-    )
+    _train(arguments, overrides, pretrain=True)
 
 
 def _eval(arguments, overrides) -> None:
     from aqdetr_jax.checkpoint.model_folder import load_model
     from aqdetr_jax.evaluation.coco import format_results
-    from aqdetr_jax.evaluation.models import evaluate_bundle, input_rule
+    from aqdetr_jax.evaluation.models import INPUT_KEYS, evaluate_bundle, input_rule
     from aqdetr_jax.io import write_json_atomic
     from aqdetr_jax.training.effects import check_evaluation_keys
 
     check_evaluation_keys(overrides)
+    given = [text.partition("=")[0] for text in overrides]
+    if any(key in INPUT_KEYS for key in given) and "data.fit" not in given:
+        overrides = (*overrides, "data.fit=0")  # the keys it would decide are given
     config = _experiment(arguments, overrides)
     if arguments.out:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
     bundle = load_model(arguments.model)
-    rule = input_rule(bundle, config.data, overrides)
+    rule = input_rule(bundle, config.data, given)
     block, detections = evaluate_bundle(
         bundle,
         config.data,

@@ -15,7 +15,7 @@ from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.coco import format_results
 from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.evaluation.models import evaluate_bundle
-from aqdetr_jax.io import write_json_atomic
+from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.reporting import write_run_report
 from aqdetr_jax.training.bundles import calibrated_bundle
 from aqdetr_jax.training.config import ExperimentConfig
@@ -31,9 +31,9 @@ def compress(
     teacher: ModelBundle,
     configs: Mapping[str, ExperimentConfig],
     runs: Mapping[str, str],
-    curves: Mapping[str, str],
     title: str,
     start: float,
+    teacher_run: str = "",
 ) -> dict[str, Any]:
     """Judges the teacher, calibrates and trains the students, writes results and report.
 
@@ -42,9 +42,10 @@ def compress(
       teacher: the float model.
       configs: "student" and, if wanted, "baseline".
       runs: the folder in ``workdir`` of each.
-      curves: further runs whose training curves are drawn, by name.
       title: of the report.
       start: ``time.perf_counter()`` when the command started.
+      teacher_run: the folder in ``workdir`` of the run that trained the teacher and judged it on
+        the same images; "" = the teacher is judged here.
 
     Returns:
       The content of ``results.json``: a results block each for "teacher", "calibrated",
@@ -63,14 +64,26 @@ def compress(
     print(f"1. the float teacher, and the same weights at {bits} after calibration only")
     blocks: dict[str, dict[str, Any]] = {}
     found: dict[str, Detections] = {}
-    judge(teacher, "teacher")
-    judge(calibrated_bundle(config, teacher), "calibrated")
+    if teacher_run:
+        blocks["teacher"] = read_json(workdir / teacher_run / "results.json")
+        found["teacher"] = Detections.read(workdir / teacher_run, blocks["teacher"]["seconds"])
+        print(f"   teacher     AP {blocks['teacher']['AP']:.4f}")
+    else:
+        judge(teacher, "teacher")
+    # Kept with the student's run, whose configuration it has.
+    kept = workdir / runs["student"] / "calibrated.json"
+    if kept.is_file():
+        blocks["calibrated"] = read_json(kept)
+        print(f"   calibrated  AP {blocks['calibrated']['AP']:.4f}")
+    else:
+        judge(calibrated_bundle(config, teacher), "calibrated")
 
     print(f"2. the {bits} student: auxiliary queries and layer-by-layer attention distillation")
     student = train(config, workdir / runs["student"])
     assert student.block is not None
     assert student.detections is not None
     blocks["student"], found["student"] = student.block, student.detections
+    write_json_atomic(kept, blocks["calibrated"])
     if "baseline" in configs:
         print("3. the baseline: plain LSQ for as many steps")
         lsq = train(configs["baseline"], workdir / runs["baseline"])
@@ -85,8 +98,8 @@ def compress(
         blocks=blocks,
         curves={
             name: workdir / run / "metrics.jsonl"
-            for name, run in {**curves, **runs}.items()
-            if name in (*curves, *blocks)
+            for name, run in {"teacher": teacher_run, **runs}.items()
+            if run and name in blocks
         },
         detections={name: d.results for name, d in found.items() if name != "calibrated"},
         dataset=open_dataset(config.data, train=False),

@@ -60,7 +60,6 @@ def quickstart(
         teacher=load_model(teacher_path),
         configs=configs,
         runs=runs,
-        curves={},
         title="From a float detector to a low-bit one",
         start=start,
     )

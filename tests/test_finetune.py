@@ -5,16 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 import tiny
 import yaml
 from PIL import Image
 
 from aqdetr_jax import finetune as ft
-from aqdetr_jax.checkpoint.model_folder import load_model, save_model
+from aqdetr_jax.checkpoint.model_folder import InputRule, ModelBundle, load_model, save_model
 from aqdetr_jax.cli import main
+from aqdetr_jax.config_types import ConfigError, from_dataclass
 from aqdetr_jax.data.open import load_dataset
+from aqdetr_jax.io import write_json_atomic
+from aqdetr_jax.models.detector import build_detector, example_input
+from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.training.estimate import Estimate
+from aqdetr_jax.training.experiment import load_experiment
+from aqdetr_jax.training.stages import FINE_LR_BACKBONE, make_stages
+from aqdetr_jax.training.workdir import WorkdirError
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -29,6 +38,7 @@ SMALL = (
     "train.batch_size=4",
     "train.eval_batch_size=4",
     "train.pictures=1",
+    "data.fit=64",
 )
 
 
@@ -97,15 +107,14 @@ def plan(folder, tmp_path, measured):
     """``make_plan`` without its measurements."""
 
     def make(**options):
-        return ft.make_plan(str(folder), tmp_path, **options)
+        return ft.plan(str(folder), tmp_path, **options)
 
     return make
 
 
 def test_every_override_goes_where_it_belongs(plan, measured, capsys):
     overrides = ("seed=3", "train.batch_size=8", "quant.policy=w2a2", "auxiliary.repeats=2")
-    made = plan(family="detr", baseline=True, overrides=overrides)
-    stages = made.stages
+    stages = plan(family="detr", baseline=True, overrides=overrides)
     assert list(stages) == ["pretrain", "teacher", "student", "baseline"]
     assert {s.seed for s in stages.values()} == {3}
     assert {s.train.batch_size for s in stages.values()} == {8}
@@ -115,7 +124,7 @@ def test_every_override_goes_where_it_belongs(plan, measured, capsys):
     assert stages["baseline"].model.num_auxiliary == 0
     assert not stages["baseline"].distill.weights.active
     # 165 passes over 8 images in batches of 8, and 66 for the students.
-    steps = [made.resolved[name].train.steps for name in stages]
+    steps = [config.train.steps for config in stages.values()]
     assert steps == [83, 165, 66, 66]
     assert measured == [s.name for s in stages.values()]
     said = capsys.readouterr().out
@@ -124,16 +133,32 @@ def test_every_override_goes_where_it_belongs(plan, measured, capsys):
 
 
 def test_effort_stretches_every_stage(plan):
-    steps = {
-        effort: [c.train.steps for c in plan(effort=effort).resolved.values()]
-        for effort in (0.5, 1.0)
-    }
+    steps = {effort: [c.train.steps for c in plan(effort=effort).values()] for effort in (0.5, 1.0)}
     assert steps[0.5] == [-(-n // 2) for n in steps[1.0]]
-    with pytest.raises(ValueError, match="--effort must be positive"):
-        plan(effort=0.0)
+    for effort in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="--effort must be positive"):
+            plan(effort=effort)
+    with pytest.raises(ValueError, match="--effort stretches the recipe: give it, or"):
+        plan(effort=0.5, overrides=("train.steps=40",))
 
 
-@pytest.mark.parametrize("text", ["data.root=x", "init_from=y", "task=pretrain", "name=z"])
+def test_given_steps_hold_for_every_stage(plan):
+    assert {c.train.steps for c in plan(overrides=("train.steps=40",)).values()} == {40}
+
+
+def test_the_pretraining_takes_what_is_not_of_the_decoder(plan):
+    overrides = ("data.fit=0", "data.buckets=((96,96),)", "model.num_queries=9")
+    overrides += ("optimizer.frozen=('backbone/stem',)",)
+    stages = plan(overrides=overrides)
+    assert {c.data.buckets for c in stages.values()} == {((96, 96),)}
+    assert [c.model.num_queries for c in stages.values()][1:] == [9, 9]
+    assert stages["pretrain"].optimizer.frozen == ()  # it starts from nothing
+    assert stages["teacher"].optimizer.frozen == ("backbone/stem",)
+
+
+@pytest.mark.parametrize(
+    "text", ["data.root=x", "init_from=y", "task=pretrain", "name=z", "loss.l1=2"]
+)
 def test_what_it_sets_itself_is_refused(plan, text):
     with pytest.raises(ValueError, match=f"finetune sets config.{text.partition('=')[0]} itself"):
         plan(overrides=(text,))
@@ -142,18 +167,44 @@ def test_what_it_sets_itself_is_refused(plan, text):
 def test_from_a_detector(plan, tmp_path, tiny_teacher):
     """Its sizes are kept, its classes are not, and nothing is pretrained."""
     made = plan(source=str(tiny_teacher), overrides=("optimizer.lr=3e-4",))
-    assert list(made.stages) == ["teacher", "student"]
-    teacher = made.resolved["teacher"]
+    assert list(made) == ["teacher", "student"]
+    teacher = made["teacher"]
     model = load_model(tiny_teacher).config
     kept = ("dim", "heads", "encoder_layers", "decoder_layers", "num_queries", "family", "pre_norm")
     assert {k: getattr(teacher.model, k) for k in kept} == {k: getattr(model, k) for k in kept}
     assert teacher.init_from == str(tiny_teacher)
     assert teacher.model.num_classes == 10
-    assert (teacher.optimizer.lr, teacher.optimizer.lr_backbone) == (3e-4, ft.FINE_LR_BACKBONE)
-    assert made.stages["student"].init_from == str(tmp_path / "teacher")
-    assert made.resolved["student"].model.num_auxiliary == 2 * model.num_queries
+    assert (teacher.optimizer.lr, teacher.optimizer.lr_backbone) == (3e-4, FINE_LR_BACKBONE)
+    assert made["student"].init_from == str(tmp_path / "teacher")
+    assert made["student"].model.num_auxiliary == 2 * model.num_queries
     with pytest.raises(ValueError, match=r"--model=deformable does not fit --from=.* a detr model"):
         plan(source=str(tiny_teacher), family="deformable")
+    with pytest.raises(ConfigError, match=r"config.model.num_queries has no effect: --from=.* has"):
+        plan(source=str(tiny_teacher), overrides=("model.num_queries=60",))
+    assert plan(source=str(tiny_teacher), overrides=("model.num_auxiliary=20",))
+
+
+def test_a_detector_of_the_official_size(plan, tmp_path):
+    """Its stride of 32 takes more pixels, its size smaller batches, its training fewer passes."""
+    config = load_experiment("coco_deformable:r50-two-stage,float").model
+    config = dataclasses.replace(config, num_classes=91, encoder_layers=1, decoder_layers=1)
+    shapes = jax.eval_shape(
+        build_detector(config).init, jax.random.key(0), *example_input((512, 512))
+    )
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    rule = InputRule(((800, 1344),), 800, 1333)
+    names = tuple(f"class {n}" for n in range(91))
+    bundle = ModelBundle(config, QuantConfig(), rule, names, tuple(range(91)), variables)
+    save_model(tmp_path / "official", bundle)
+    stages = make_stages("x", tmp_path, source=str(tmp_path / "official"))
+    teacher, student = stages["teacher"], stages["student"]
+    assert teacher.data.fit == student.data.fit == 640
+    assert teacher.train.batch_size == student.train.batch_size == 4
+    assert teacher.train.epochs == 165 * 0.75 * 0.25
+    assert student.train.epochs == 66 * 0.75
+    assert student.distill.weights.encoder > 0
+    assert student.distill.weights.decoder_cross == 0  # proposals do not correspond
+    assert "reference_points/" not in student.optimizer.slow
 
 
 def test_from_a_backbone(plan, tmp_path, tiny_teacher):
@@ -162,10 +213,32 @@ def test_from_a_backbone(plan, tmp_path, tiny_teacher):
     variables = {**bundle.variables, "params": params}
     save_model(tmp_path / "backbone", dataclasses.replace(bundle, variables=variables))
     made = plan(source=str(tmp_path / "backbone"))
-    assert list(made.stages) == ["teacher", "student"]
-    for stage in made.stages.values():
+    assert list(made) == ["teacher", "student"]
+    for stage in made.values():
         assert stage.model.backbone == dataclasses.replace(bundle.config.backbone, norm="frozen")
         assert stage.model.family == "deformable"
+    with pytest.raises(ConfigError, match=r"model.backbone.depths has no effect: --from=.* has"):
+        plan(source=str(tmp_path / "backbone"), overrides=("model.backbone.depths=(1,1,1)",))
+    assert plan(source=str(tmp_path / "backbone"), overrides=("model.num_queries=9",))
+
+
+def test_a_float_student_is_refused(plan):
+    with pytest.raises(
+        ValueError, match=r"makes a low-bit student: config\.quant\.policy is 'float'"
+    ):
+        plan(overrides=("quant.policy=float",))
+
+
+def test_another_student_in_the_same_folder_is_refused_before_anything(
+    folder, tmp_path, measured, monkeypatch
+):
+    workdir = tmp_path / "run"
+    first = ft.plan(str(folder), workdir, family="detr")["student"]
+    (workdir / "student" / "model").mkdir(parents=True)  # as of a finished run
+    write_json_atomic(workdir / "student" / "config.json", from_dataclass(first))
+    monkeypatch.setattr(ft, "train", None)
+    with pytest.raises(WorkdirError, match=r"quant.policy: 'w4a4' -> 'w2a2'"):
+        ft.finetune(str(folder), workdir, family="detr", overrides=("quant.policy=w2a2",))
 
 
 def test_from_a_quantized_model_is_refused(plan, tmp_path, tiny_teacher):

@@ -36,6 +36,13 @@ _MANIFEST = ".manifest.json"
 _NONE, _ALL_BAD = -1, -2  # what process 0 tells the others instead of a step
 
 
+def newest_step(directory: str | Path) -> int | None:
+    """Newest committed step in a folder of checkpoints, or None; nothing is made or read."""
+    names = (path.name for path in Path(directory).glob(f"step_*{_MANIFEST}"))
+    steps = (STEP.fullmatch(name.removesuffix(_MANIFEST)) for name in names)
+    return max((int(match.group(1)) for match in steps if match), default=None)
+
+
 class Checkpoints:
     """The training checkpoints of one run, in one folder.
 

@@ -72,3 +72,14 @@ class DataConfig:
     follow_links: bool = False
     num_threads: int = 1
     prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+          ValueError: a value is out of range; the message names the field.
+        """
+        if self.fit != 0 and self.fit < 32:
+            raise ValueError(f"data.fit must be 0 or at least 32 pixels, got {self.fit}")
+        if self.max_boxes < 0:
+            raise ValueError(f"data.max_boxes must not be negative, got {self.max_boxes}")

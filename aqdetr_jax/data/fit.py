@@ -13,16 +13,26 @@ from aqdetr_jax.data.dataset import DetectionDataset
 UNIT = 32
 """Sides of buckets are multiples of it, pixels: every stride of a backbone divides them."""
 
-SMALLEST_FIT = 224
-WANTED_SIDE = 16.0
-"""Pixels that three quarters of the boxes should keep of their sides (geometric mean) [ours]."""
+SMALLEST = 14
+"""Strides of the backbone that the root of a bucket's area has at least [ours]."""
+
+MOST_ENLARGED = 2.0
+"""Factor by which small images are enlarged at most [ours]."""
 
 _SHARE = 0.1  # of the images that have an orientation, below which it gets no bucket of its own
 _TURN = 1.2  # ratio of the sides from which on an image counts as landscape or portrait
 
 
-def fitted(data: DataConfig, dataset: DetectionDataset) -> DataConfig:
+def fitted(data: DataConfig, dataset: DetectionDataset, stride: int) -> DataConfig:
     """``data.fit`` spelled out: buckets, evaluation resize and training scales of a set.
+
+    As many pixels as give three quarters of the boxes sides of a stride [ours], within ``data.fit``
+    and what the images themselves have.
+
+    Args:
+      data: with a positive ``fit``.
+      dataset: its images' sizes and boxes are read.
+      stride: of the backbone's last level, pixels.
 
     Raises:
       ValueError: the set has no images.
@@ -30,16 +40,20 @@ def fitted(data: DataConfig, dataset: DetectionDataset) -> DataConfig:
     if not len(dataset):
         raise ValueError(f"{dataset.name}: the dataset has no images")
     sizes = np.array([dataset.image_size(i) for i in range(len(dataset))], float)
-    side = _side_for_boxes(dataset, sizes, data.fit)
+    side = _side_for_boxes(dataset, sizes, data.fit, stride)
     buckets = _buckets(sizes, side)
     short, longest = max(map(min, buckets)), max(map(max, buckets))
     augment = dataclasses.replace(
         data.augment,
         scales=tuple(sorted({round(short * share) for share in (5 / 6, 11 / 12, 1)})),
         max_size=longest,
-        crop_resize=tuple(round(short * share) for share in (1, 7 / 6, 4 / 3)),
-        crop_size=(round(short * 3 / 4), short),
     )
+    if augment.crop_probability:
+        augment = dataclasses.replace(
+            augment,
+            crop_resize=tuple(round(short * share) for share in (1, 7 / 6, 4 / 3)),
+            crop_size=(round(short * 3 / 4), short),
+        )
     return dataclasses.replace(
         data,
         fit=0,
@@ -51,20 +65,27 @@ def fitted(data: DataConfig, dataset: DetectionDataset) -> DataConfig:
     )
 
 
-def _side_for_boxes(dataset: DetectionDataset, sizes: np.ndarray, most: int) -> int:
-    """Root of a padded image's area, pixels: enough for the small boxes, at most ``most``."""
+def small_share(dataset: DetectionDataset) -> float:
+    """Side of the boxes (root of their area) in shares of the image's, of which a quarter is less.
+
+    1.0 where there are no boxes.
+    """
     truth = dataset.coco_ground_truth()
     area = {i["id"]: i["height"] * i["width"] for i in truth["images"]}
     shares = [
-        math.sqrt(max(a["area"], 0.0) / area[a["image_id"]])
+        math.sqrt(max(a["bbox"][2] * a["bbox"][3], 0.0) / area[a["image_id"]])
         for a in truth["annotations"]
         if not a["iscrowd"]
     ]
-    small = float(np.quantile(shares, 0.25)) if shares else 1.0
-    wanted = WANTED_SIDE / small if small > 0 else math.inf
-    # Images are not enlarged: a set of small ones has small buckets.
+    return float(np.quantile(shares, 0.25)) if shares else 1.0
+
+
+def _side_for_boxes(dataset: DetectionDataset, sizes: np.ndarray, most: int, stride: int) -> int:
+    """Root of a padded image's area, pixels: enough for the small boxes, at most ``most``."""
+    small = small_share(dataset)
+    wanted = stride / small if small > 0 else math.inf
     real = math.sqrt(float(np.median(sizes.prod(1))))
-    return int(min(max(wanted, SMALLEST_FIT), max(real, UNIT), most))
+    return int(min(max(wanted, SMALLEST * stride), max(MOST_ENLARGED * real, UNIT), most))
 
 
 def _buckets(sizes: np.ndarray, side: int) -> tuple[tuple[int, int], ...]:

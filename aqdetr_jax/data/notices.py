@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.suspicious import corner_boxes, normalised_boxes
-from aqdetr_jax.parallel.hosts import say
+from aqdetr_jax.parallel.hosts import say_once
 
 
 def say_findings(dataset: DetectionDataset) -> None:
@@ -15,13 +14,8 @@ def say_findings(dataset: DetectionDataset) -> None:
 
     Once in a process for a set, however many runs and evaluations read it.
     """
-    _say_once(dataset.fingerprint, tuple(_findings(dataset)))
-
-
-@functools.lru_cache(maxsize=64)
-def _say_once(fingerprint: str, lines: tuple[str, ...]) -> None:
-    for line in lines:
-        say(line)
+    for line in _findings(dataset):
+        say_once(line)
 
 
 def _findings(dataset: DetectionDataset) -> Iterator[str]:

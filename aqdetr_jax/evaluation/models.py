@@ -94,31 +94,36 @@ def evaluate_bundle(
     return block, detections
 
 
-INPUT_KEYS = (
-    "data.fit",
-    "data.buckets",
-    "data.eval_buckets",
-    "data.eval_short_side",
-    "data.eval_max_size",
-)
-"""The keys of a configuration that say how images become network input at evaluation."""
+INPUT_KEYS = {
+    "data.buckets": "buckets",
+    "data.eval_buckets": "buckets",
+    "data.eval_short_side": "short_side",
+    "data.eval_max_size": "max_size",
+}
+"""The keys of a configuration that say how images become network input at evaluation, and the part
+of a model's rule that each replaces; ``data.fit`` replaces all."""
 
 
-def input_rule(bundle: ModelBundle, data: DataConfig, overrides: Sequence[str]) -> InputRule:
-    """How a model's images are prepared: by its own rule, unless an override says otherwise.
+def input_rule(bundle: ModelBundle, data: DataConfig, given: Sequence[str]) -> InputRule:
+    """How a model's images are prepared: by its own rule, but for what the command line says.
 
     What is used is said, and where it comes from.
 
     Args:
       bundle: the model.
       data: the configuration with the overrides applied.
-      overrides: ``a.b=value`` texts of the command line.
+      given: the keys of the command line.
     """
-    given = [key for key in INPUT_KEYS if any(o.split("=")[0] == key for o in overrides)]
-    if given and data.fit:
-        data = fitted(data, open_dataset(data, train=True))
-    rule = InputRule.from_data(data) if given else bundle.input
-    source = f"from {', '.join(given)}" if given else "the model's own"
+    rule = bundle.input
+    keys = [key for key in ("data.fit", *INPUT_KEYS) if key in given]
+    if "data.fit" in keys:
+        train_set = open_dataset(data, train=True)
+        data = fitted(data, train_set, bundle.config.backbone.output_stride)
+        rule = InputRule.from_data(data)
+    new = InputRule.from_data(data)
+    parts = {INPUT_KEYS[key] for key in keys if key != "data.fit"}
+    rule = dataclasses.replace(rule, **{part: getattr(new, part) for part in parts})
+    source = f"the model's own but for {', '.join(keys)}" if keys else "the model's own"
     say(f"image rule, {source}: {rule.describe()}")
     return rule
 

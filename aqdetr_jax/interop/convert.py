@@ -16,6 +16,7 @@ from flax import traverse_util
 from aqdetr_jax.checkpoint.model_folder import InputRule, ModelBundle, save_model
 from aqdetr_jax.checkpoint.params import check_target
 from aqdetr_jax.checkpoint.transfer import LoadReport, merge
+from aqdetr_jax.data.fit import UNIT
 from aqdetr_jax.interop import labels, names, recognise, variant
 from aqdetr_jax.interop.checkpoints import Checkpoint, read_checkpoint
 from aqdetr_jax.interop.preprocessing import LONG_SIDE, SHORT_SIDE, ImageRule, image_rule
@@ -30,9 +31,6 @@ Flat = dict[str, Any]
 
 REPORT = "load_report.json"
 """File of a converted model's folder that says what became of every parameter."""
-
-UNIT = 32
-"""Sides of image buckets are multiples of it, pixels."""
 
 
 @dataclasses.dataclass(frozen=True)

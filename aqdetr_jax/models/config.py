@@ -97,7 +97,7 @@ class DetrConfig:
             )
         if self.family == "detr" and self.remat == "samples":
             raise ValueError("remat='samples' is of deformable attention: use True or False")
-        if self.num_auxiliary % self.auxiliary_groups:
+        if self.num_auxiliary > 0 and self.num_auxiliary % self.auxiliary_groups:
             raise ValueError(
                 f"{self.num_auxiliary} auxiliary queries do not split into "
                 f"{self.auxiliary_groups} equal groups"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -67,6 +68,12 @@ def say(text: str) -> None:
     """Prints on the main process only."""
     if is_main():
         print(text, flush=True)
+
+
+@functools.lru_cache(maxsize=256)
+def say_once(text: str) -> None:
+    """Says what several parts of one command would say, on the main process only."""
+    say(text)
 
 
 def agree(value: bool) -> bool:

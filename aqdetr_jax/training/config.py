@@ -97,7 +97,8 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer steps of the whole run; 0 = as ``epochs`` says.
-      epochs: passes over the training set; 0 = as ``steps`` says. Of both, what ends first.
+      epochs: passes over the training set; 0 = as ``steps`` says. Of both, what ends first; one of
+        them on the command line stands in place of both.
       batch_size: images a step, over all devices.
       eval_batch_size: images a batch in evaluation.
       eval_every: steps between evaluations; 0 = only at the end.

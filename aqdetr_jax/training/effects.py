@@ -25,15 +25,22 @@ _FITTED = (
     "augment.crop_resize",
     "augment.crop_size",
 )
-_DECODER = (
-    "num_queries",
-    "num_auxiliary",
-    "auxiliary_groups",
-    "decoder_layers",
-    "query_start",
-    "deformable.box_refine",
-    "deformable.two_stage",
+PRETRAIN_IDLE = (
+    "quant.*",
+    "auxiliary.*",
+    "distill.*",
+    "loss.*",
+    "train.eval_*",
+    "train.pictures",
+    "model.num_queries",
+    "model.num_auxiliary",
+    "model.auxiliary_groups",
+    "model.decoder_layers",
+    "model.query_start",
+    "model.deformable.box_refine",
+    "model.deformable.two_stage",
 )
+"""Patterns of the keys that a dense pretraining has no use for."""
 
 Rule = tuple[str, str]
 """A pattern (``fnmatch``) of dotted keys, and why they have no effect."""
@@ -57,7 +64,15 @@ def check_effects(config: ExperimentConfig, given: Iterable[str], where: str) ->
                 raise ConfigError(f"{where}: config.{key} has no effect: {reason}")
 
 
-_JUDGING = ("data.", "train.eval_batch_size", "seed", "name")
+_UNJUDGED = (
+    "data.augment.*",
+    "data.max_boxes",
+    "data.allow_truncation",
+    "data.train_images",
+    "data.train_annotations",
+    "data.num_train",
+)
+"""Patterns of the keys of ``data`` that an evaluation does not read."""
 
 
 def check_evaluation_keys(overrides: Iterable[str]) -> None:
@@ -67,11 +82,12 @@ def check_evaluation_keys(overrides: Iterable[str]) -> None:
       overrides: ``a.b=value`` texts.
 
     Raises:
-      ConfigError: one is neither of the data nor of how they are read.
+      ConfigError: one is neither of the evaluated data nor of how they are read.
     """
     for text in overrides:
         key = text.partition("=")[0]
-        if not key.startswith(_JUDGING):
+        read = key.startswith("data.") and not any(fnmatchcase(key, p) for p in _UNJUDGED)
+        if not read and key != "train.eval_batch_size":
             raise ConfigError(
                 f"command line: config.{key} has no effect: eval judges the model as it was saved"
             )
@@ -97,9 +113,12 @@ def _data(config: ExperimentConfig) -> Iterator[Rule]:
         yield "data.max_pixels", "data.kind is 'shapes': generated images are not read from files"
         for key in ("root", *_FILES):
             yield f"data.{key}", "data.kind is 'shapes', the generated set: set data.kind=auto"
+        yield "data.on_error", "data.kind is 'shapes', whose images can always be read"
     else:
         for key in _GENERATED:
             yield f"data.{key}", f"it is of the generated set, and data.kind is {data.kind!r}"
+    if data.kind in ("shapes", "tfds"):
+        yield "data.follow_links", f"data.kind is {data.kind!r}, which has no image files"
     if data.kind not in ("shapes", "coco", "auto"):
         for key in _FILES:
             yield f"data.{key}", f"it is of COCO files, and data.kind is {data.kind!r}"
@@ -108,6 +127,10 @@ def _data(config: ExperimentConfig) -> Iterator[Rule]:
             yield f"data.{key}", f"it follows from data.fit={data.fit}; set data.fit=0 to give it"
     elif data.eval_short_side is None:
         yield "data.eval_max_size", "it limits a resize, and data.eval_short_side is None"
+    if not data.max_boxes:
+        yield "data.allow_truncation", "data.max_boxes is 0, and takes them all"
+    if not data.num_threads:
+        yield "data.prefetch", "data.num_threads is 0: nothing is read ahead"
     augment = data.augment
     if not augment.crop_probability:
         for key in ("crop_resize", "crop_size"):
@@ -144,17 +167,17 @@ def _quant(config: ExperimentConfig) -> Iterator[Rule]:
 
 
 def _pretrain() -> Iterator[Rule]:
-    why = "a dense pretraining trains a float backbone and encoder"
-    for key in ("quant.*", "auxiliary.*", "distill.*", "loss.*", "train.eval_*", "train.pictures"):
-        yield key, why
-    for key in _DECODER:
-        yield f"model.{key}", why
+    for pattern in PRETRAIN_IDLE:
+        yield pattern, "a dense pretraining trains a float backbone and encoder"
 
 
 def _auxiliary(config: ExperimentConfig) -> Iterator[Rule]:
     if not config.model.num_auxiliary:
         yield "auxiliary.*", "there are no auxiliary queries: model.num_auxiliary is 0"
         yield "model.auxiliary_groups", "there are no auxiliary queries: model.num_auxiliary is 0"
+    elif not config.init_from and config.auxiliary.start == "object":
+        for key in ("start", "noise"):
+            yield f"auxiliary.{key}", "there are no queries to start from: init_from is ''"
     elif config.auxiliary.start == "random":
         yield "auxiliary.noise", "auxiliary queries start at random: auxiliary.start"
 
@@ -183,5 +206,7 @@ def _schedule(config: ExperimentConfig) -> Iterator[Rule]:
         yield "optimizer.drop_at", f"optimizer.schedule is {optimizer.schedule!r}"
     if optimizer.schedule != "cosine":
         yield "optimizer.final", f"optimizer.schedule is {optimizer.schedule!r}"
+    if {pattern.strip("^/") for pattern in optimizer.frozen} & {"backbone"}:
+        yield "optimizer.lr_backbone", "optimizer.frozen holds the backbone"
     if not optimizer.slow:
         yield "optimizer.slow_factor", "no parameters are slow: optimizer.slow is ()"

@@ -45,11 +45,6 @@ class Estimate:
     evaluations: float
     compiling: float
 
-    @property
-    def seconds(self) -> float:
-        """Of the whole run, compiling left out."""
-        return self.step * self.steps + self.evaluations
-
 
 def estimate(
     config: ExperimentConfig, train_set: DetectionDataset, eval_set: DetectionDataset

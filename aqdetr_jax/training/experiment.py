@@ -5,20 +5,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from aqdetr_jax.config_types import ConfigError, to_dataclass
-from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.quant.config import QuantConfig
+from aqdetr_jax.training.config import DistillConfig, ExperimentConfig
 from aqdetr_jax.training.config_tools import flatten_config, load_config_file
 from aqdetr_jax.training.effects import check_effects
 
 
-def load_experiment(name: str, overrides: tuple[str, ...] = (), **fields: Any) -> ExperimentConfig:
+def load_experiment(
+    name: str, overrides: tuple[str, ...] = (), *, pretrain: bool = False, **fields: Any
+) -> ExperimentConfig:
     """A configuration as an ``ExperimentConfig``; keys without an effect are refused.
+
+    Of ``train.steps`` and ``train.epochs`` the one on the command line counts; with both, what
+    ends first.
 
     Args:
       name: configuration name or file.
       overrides: ``a.b=value`` texts.
+      pretrain: the dense pretraining for it, see :func:`pretraining`.
       **fields: top-level fields to replace.
 
     Raises:
@@ -35,10 +43,51 @@ def load_experiment(name: str, overrides: tuple[str, ...] = (), **fields: Any) -
             defaults = flatten_config(ExperimentConfig())
             given = [k for k, v in flatten_config(alone).items() if v != defaults[k]]
             check_effects(alone, given, name)
-    config = dataclasses.replace(config, **fields)
     keys = [re.sub(r"^--?config\.", "", text).partition("=")[0].strip() for text in overrides]
+    length = {"train.steps": "epochs", "train.epochs": "steps"}
+    for key, other in length.items():
+        if key in keys and f"train.{other}" not in keys:
+            train = dataclasses.replace(config.train, **{other: 0})
+            config = dataclasses.replace(config, train=train)
+    if pretrain:
+        config = pretraining(config, keys)
+    config = dataclasses.replace(config, **fields)
     check_effects(config, keys, "command line")
     return config
+
+
+def pretraining(config: ExperimentConfig, given: Sequence[str]) -> ExperimentConfig:
+    """The dense pretraining of backbone and encoder for a detector's configuration.
+
+    From scratch everything learns, norms included, the backbone as fast as the rest (unless the
+    command line says otherwise); nothing is quantized or distilled.
+
+    Args:
+      config: of the detector.
+      given: keys of the command line.
+
+    Raises:
+      ConfigError: the command line wants the norms frozen.
+    """
+    model, optimizer = config.model, config.optimizer
+    if "model.backbone.norm" in given and model.backbone.norm != "batch":
+        raise ConfigError(
+            "command line: config.model.backbone.norm must be 'batch' in a pretraining: norms that "
+            "start from nothing must learn"
+        )
+    if "optimizer.frozen" not in given:
+        optimizer = dataclasses.replace(optimizer, frozen=())
+    if "optimizer.lr_backbone" not in given:
+        optimizer = dataclasses.replace(optimizer, lr_backbone=optimizer.lr)
+    backbone = dataclasses.replace(model.backbone, norm="batch")
+    return dataclasses.replace(
+        config,
+        task="pretrain",
+        quant=QuantConfig(),
+        distill=DistillConfig(),
+        model=dataclasses.replace(model, backbone=backbone, num_auxiliary=0, auxiliary_groups=1),
+        optimizer=optimizer,
+    )
 
 
 class _Unfinished(Exception):

@@ -36,6 +36,7 @@ from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.data_check import check_data
 from aqdetr_jax.training.metrics import MetricsWriter, Progress
 from aqdetr_jax.training.notices import check_step, counts_by_image, say_limits
+from aqdetr_jax.training.resume import facts
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
     detection_loss_fn,
@@ -44,24 +45,6 @@ from aqdetr_jax.training.step import (
     pretrain_loss_fn,
 )
 from aqdetr_jax.training.workdir import prepare_workdir
-
-CHANGEABLE = (
-    "train.eval_every",
-    "train.eval_batch_size",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "train.abort_after",
-    "train.pictures",
-    "data.num_threads",
-    "data.prefetch",
-    "data.cache_dir",
-    "data.follow_links",
-    "data.max_pixels",
-    "data.on_error",
-)
-"""Keys that may differ when a run is resumed: none of them changes what was trained so far. (Paths
-may, too, if they lead to the same data and models: see ``workdir``.)"""
 
 TRAINED_KEYS = ("images", "mask", "boxes", "labels", "valid")
 """The entries of a batch that the training step reads; the rest stays on the host."""
@@ -114,26 +97,11 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     eval_set = open_dataset(config.data, train=False)
     given, config = config, check_data(config, train_set, eval_set)
     sizing.say_sizes(given, config, train_set)
-    fingerprint = {"train": train_set.fingerprint, "eval": eval_set.fingerprint}
-    with (
-        prepare_workdir(
-            workdir,
-            from_dataclass(config),
-            dataset=fingerprint,
-            models=setup.model_checksums(config),
-            teacher=setup.teacher_key(config),
-            changeable=CHANGEABLE if _has_state(Path(workdir)) else ("*",),
-        ) as folder,
-        jax.set_mesh(mesh),
-    ):
+    known = facts(config, Path(workdir), train_set, eval_set)
+    with prepare_workdir(workdir, from_dataclass(config), **known) as folder, jax.set_mesh(mesh):
         if folder.changes:
             say(f"{config.name}: changed since the last start: {'; '.join(folder.changes)}")
         return _Run(config, folder.path, mesh, train_set, eval_set).run()
-
-
-def _has_state(path: Path) -> bool:
-    """Whether a work directory holds anything trained; until then its configuration may change."""
-    return (path / MODEL_FOLDER).exists() or any(path.glob("checkpoints/step_*.manifest.json"))
 
 
 class _Run:

@@ -7,20 +7,20 @@ in, once the data are known, and the result is what the run keeps as its configu
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
 
 from aqdetr_jax.data.dataset import DetectionDataset
-from aqdetr_jax.data.fit import fitted
-from aqdetr_jax.parallel.hosts import say
+from aqdetr_jax.data.fit import fitted, small_share
+from aqdetr_jax.parallel.hosts import say_once
 from aqdetr_jax.training.config import ExperimentConfig
 
 BY_DATA = -1
-"""Of ``model.num_auxiliary``: twice as many as object queries [ours]."""
+"""Of ``model.num_auxiliary``: twice as many as object queries, and room for all repeats [ours]."""
 
 _MOST_QUERIES = 300
+_FEW_PIXELS = 0.75  # of the stride, below which the sides of boxes are worth a word
 
 
 def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> ExperimentConfig:
@@ -35,7 +35,7 @@ def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> Experiment
     """
     data, model, train = config.data, config.model, config.train
     if data.fit:
-        data = fitted(data, dataset)
+        data = fitted(data, dataset, model.backbone.output_stride)
     most = dataset.max_boxes_per_image()
     if data.max_boxes == 0:
         data = dataclasses.replace(data, max_boxes=max(most, 1))
@@ -44,7 +44,8 @@ def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> Experiment
         wanted = min(10 * math.ceil(max(2 * most, 20) / 10), max(_MOST_QUERIES, most))
         model = dataclasses.replace(model, num_queries=wanted)
     if model.num_auxiliary == BY_DATA:
-        model = dataclasses.replace(model, num_auxiliary=2 * model.num_queries)
+        wanted = max(2 * model.num_queries, config.auxiliary.repeats * most)
+        model = dataclasses.replace(model, num_auxiliary=wanted)
     if model.num_classes == 0:
         model = dataclasses.replace(model, num_classes=dataset.num_classes)
     elif dataset.num_classes > model.num_classes:
@@ -71,13 +72,7 @@ def say_sizes(
       dataset: the training set.
     """
     if given.data.fit or not given.data.max_boxes or not given.model.num_queries:
-        _say_once(describe(resolved, dataset))
-
-
-@functools.lru_cache(maxsize=8)
-def _say_once(text: str) -> None:
-    """The stages of one command have the same sizes."""
-    say(text)
+        say_once(describe(resolved, dataset))
 
 
 def describe(config: ExperimentConfig, dataset: DetectionDataset) -> str:
@@ -86,9 +81,17 @@ def describe(config: ExperimentConfig, dataset: DetectionDataset) -> str:
     height, width = (int(x) for x in np.median(sizes, axis=0))
     names = ", ".join(dataset.class_names[:8]) + (", ..." if dataset.num_classes > 8 else "")
     buckets = ", ".join(f"{w}x{h}" for h, w in config.data.buckets)
-    return (
+    text = (
         f"{dataset.name}: {len(dataset)} images (median {width}x{height}), up to "
         f"{dataset.max_boxes_per_image()} boxes an image, {dataset.num_classes} "
         f"class{'es' * (dataset.num_classes != 1)} ({names}). Padded to {buckets} (width x "
         f"height), {config.data.max_boxes} boxes; {config.model.num_queries} object queries"
     )
+    # What the boxes are left with, where more pixels would help them.
+    stride, small = config.model.backbone.output_stride, small_share(dataset)
+    side = small * math.sqrt(max(math.prod(bucket) for bucket in config.data.buckets))
+    if side < _FEW_PIXELS * stride:
+        needed = 32 * math.ceil(stride / small / 32) if small else 0
+        remedy = f": config.data.fit={needed} would give them {stride}" if needed else ""
+        text += f". A quarter of the boxes have sides under {side:.0f} pixels there{remedy}"
+    return text

@@ -123,12 +123,9 @@ def prepare_workdir(
         existing = (path / "config.json").is_file()
         manifest = _read_manifest(path) if existing else {}
         now = {"dataset": to_plain(dataset), "models": dict(models)}
-        moved = _moved(manifest, now)
-        changes = _check_configuration(path, config, changeable, moved) if existing else []
+        changes = _changes(path, config, manifest, now, teacher, changeable) if existing else []
         if "*" in changeable:  # nothing depends on it yet
             manifest = manifest and {**manifest, **now}
-        else:
-            _check_content(path, manifest, now, teacher, changes)
         # The manifest first: config.json is what makes the folder a run.
         if not manifest:
             number = seed if seed is not None else config.get("seed")
@@ -141,6 +138,41 @@ def prepare_workdir(
         os.close(lock)
         raise
     return Workdir(path, existing, changes, lock)
+
+
+def check_workdir(
+    path: Path,
+    config_dict: Any,
+    *,
+    dataset: Any,
+    models: Mapping[str, str | None],
+    teacher: str | None,
+    changeable: Sequence[str],
+) -> None:
+    """Whether :func:`prepare_workdir` would refuse a folder for what it holds; nothing is written.
+
+    Raises:
+      WorkdirError: it holds another configuration, data set or teacher.
+    """
+    if (path / "config.json").is_file():
+        now = {"dataset": to_plain(dataset), "models": dict(models)}
+        config, manifest = to_plain(config_dict), _read_manifest(path)
+        _changes(path, config, manifest, now, teacher, changeable)
+
+
+def _changes(
+    path: Path,
+    config: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    now: Mapping[str, Any],
+    teacher: str | None,
+    changeable: Sequence[str],
+) -> list[str]:
+    """What differs from the last start; an error if it may not."""
+    changes = _check_configuration(path, config, changeable, _moved(manifest, now))
+    if "*" not in changeable:
+        _check_content(path, manifest, now, teacher, changes)
+    return changes
 
 
 def _describe_start(changes: list[str]) -> dict[str, Any]:

@@ -19,24 +19,27 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 def test_the_models_own_rule_is_used_and_said(tiny_teacher, capsys):
     bundle = load_model(tiny_teacher)
     data = dataclasses.replace(tiny.FLOAT.data, buckets=((96, 96),), eval_short_side=80)
-    assert input_rule(bundle, data, ("data.num_eval=3",)) == bundle.input
+    assert input_rule(bundle, data, ("data.num_eval",)) == bundle.input
     assert "image rule, the model's own: " in capsys.readouterr().out
-    rule = input_rule(bundle, data, ("data.eval_short_side=80",))
-    assert (rule.buckets, rule.short_side, rule.max_size) == (((96, 96),), 80, None)
+    rule = input_rule(bundle, data, ("data.eval_short_side",))
+    assert rule == dataclasses.replace(bundle.input, short_side=80)
     said = capsys.readouterr().out
     assert said == (
-        "image rule, from data.eval_short_side: short side 80, padded to 96x96 (height x width)\n"
+        "image rule, the model's own but for data.eval_short_side: short side 80, padded to 64x64 "
+        "(height x width)\n"
     )
 
 
 def test_sizes_that_follow_from_the_data(tiny_teacher):
-    """64-pixel images, so the bucket is theirs."""
+    """64-pixel images, enlarged to 14 strides of 8 pixels, in whole units of 32."""
     data = dataclasses.replace(tiny.FLOAT.data, fit=320)
-    rule = input_rule(load_model(tiny_teacher), data, ("data.fit=320",))
-    assert (rule.buckets, rule.short_side) == (((64, 64),), 64)
+    rule = input_rule(load_model(tiny_teacher), data, ("data.fit",))
+    assert (rule.buckets, rule.short_side) == (((96, 96),), 96)
 
 
-@pytest.mark.parametrize("key", ["quant.policy", "model.num_queries", "optimizer.lr", "init_from"])
+@pytest.mark.parametrize(
+    "key", ["quant.policy", "model.num_queries", "optimizer.lr", "init_from", "data.max_boxes"]
+)
 def test_what_an_evaluation_cannot_change_is_refused(key, tiny_teacher, capsys):
     with pytest.raises(ConfigError, match=f"config.{key} has no effect: eval judges the model as"):
         check_evaluation_keys(("data.num_eval=3", f"{key}=1"))

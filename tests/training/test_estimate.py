@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from aqdetr_jax.data.open import open_dataset
-from aqdetr_jax.training.estimate import Estimate, estimate
+from aqdetr_jax.training.estimate import estimate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -27,7 +27,3 @@ def test_each_kind_of_step_is_measured(task, tiny_teacher):
     assert found.step > 0
     assert found.compiling > 0
     assert (found.evaluations > 0) == (task != "pretrain")  # which is not evaluated
-
-
-def test_what_a_run_takes():
-    assert Estimate(step=0.5, steps=10, evaluations=2.0, compiling=99.0).seconds == 7.0

@@ -31,7 +31,7 @@ def test_queries_have_room_for_twice_the_boxes(boxes, queries):
     config = resolved(Sized([(64, 64)], boxes=boxes), num_queries=0, num_auxiliary=-1)
     assert config.data.max_boxes == boxes
     assert config.model.num_queries == queries
-    assert config.model.num_auxiliary == 2 * queries
+    assert config.model.num_auxiliary == max(2 * queries, 3 * boxes)  # K = 3 repeats
     assert config.model.num_classes == 1
 
 
@@ -68,7 +68,7 @@ def test_the_paragraph_says_what_was_chosen():
         "10 images (median 640x480)",
         "up to 4 boxes",
         "1 class (a)",
-        "256x192",
+        "128x96",
         "20 obj",
         "4 boxes;",
     ):
