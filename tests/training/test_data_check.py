@@ -138,7 +138,7 @@ def test_crowds_are_no_boxes_to_train_on(tmp_path):
     content["annotations"][0]["iscrowd"] = 1
     file.write_text(json.dumps(content))
     dataset = CocoFolder(tmp_path / "t", file)
-    with pytest.raises(DatasetError, match="not one box .*; 1 are crowds or difficult"):
+    with pytest.raises(DatasetError, match=r"not one box .*; 1 are crowds or difficult"):
         check_data(experiment(), dataset, dataset)
 
 
