@@ -166,6 +166,8 @@ def _by_name(
             f"{has}, but {pair[0]!r} holds the images of {pair[1]!r}: {both_splits(*pair)}"
         )
     options = " or ".join(option(key, name) for name in names[:_MOST_NAMES])
+    if other:
+        options += f" or {option(key, other)} (the same images for both)"
     raise DatasetError(f"{has}, and their names do not tell which is meant: set {options}")
 
 

@@ -290,6 +290,7 @@ def yolo_of_train_alone(root):
         (lambda root: voc(root, ("trainval", "val")), {"eval_split": "val"}),
         (lambda root: voc(root, ("trainval", "train")), {"eval_split": "train"}),
         (lambda root: voc(root, ("train",)), {"eval_split": "train"}),
+        (lambda root: voc(root, ("train", "val")), {"eval_split": "train"}),
         (lambda root: coco(root, ("train",)), {}),
         (yolo_of_train_alone, {}),
         (yolo_of_train_alone, {"eval_split": "test"}),
