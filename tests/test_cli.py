@@ -395,9 +395,17 @@ def test_normalised_boxes(coco, capsys):
 
 
 def test_set_without_a_single_box(coco, tmp_path, capsys):
-    """All boxes are left out, which is said; there is nothing to find: COCO's numbers are -1."""
+    """All boxes are left out, which is said; there is nothing to find: COCO's numbers are -1.
+
+    And there is nothing to learn: training is refused, and the inspection says so.
+    """
     command = coco(lambda content: content["annotations"][0].update(bbox=[8, 8, 0, 20]))
     assert main([*command, f"--out={tmp_path / 'out'}"]) == 0
     said = capsys.readouterr()
     assert "1 zero_area" in said.out + said.err
     assert json.loads((tmp_path / "out" / "results.json").read_text())["AP"] == -1
+    line = error_line(capsys, "train", command[1], f"--workdir={tmp_path / 'run'}")
+    reason = "not one box to train on in 1 images; looked in "
+    assert f"{reason}{tmp_path / 'instances.json'}; left out: 1 zero_area" in line
+    assert main(["inspect-data", command[1]]) == 1
+    assert f"training would stop: coco/train: {reason}" in capsys.readouterr().out

@@ -52,6 +52,8 @@ class CocoFolder(RecordDataset):
       DatasetError: the file is malformed; the message names the file and the offending id.
     """
 
+    images_dir: pathlib.Path
+
     def __init__(
         self,
         images_dir: str | os.PathLike[str] | None = None,
@@ -101,6 +103,7 @@ class CocoFolder(RecordDataset):
             records=parsed.records(),
             collector=parsed.collector,
             notes=parsed.notes,
+            source=str(self.annotation_file),
         )
 
     def _load_image(self, index: int) -> np.ndarray:

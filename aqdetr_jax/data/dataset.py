@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import pathlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -91,6 +92,8 @@ class DetectionDataset(abc.ABC):
       drop_examples: the first offenders, each naming its file and annotation id.
       clipped: number of boxes that reached over the image border and were clipped.
       notes: what else the reader decided and its user should know, one sentence each.
+      source: where its annotations were looked for, of many files the first; "" if in no file.
+      images_dir: folder that the file names start from; None if images are no files.
     """
 
     name: str
@@ -100,6 +103,8 @@ class DetectionDataset(abc.ABC):
     drop_examples: tuple[str, ...]
     clipped: int = 0
     notes: tuple[str, ...] = ()
+    source: str = ""
+    images_dir: pathlib.Path | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -251,6 +256,7 @@ class RecordDataset(DetectionDataset):
         records: Sequence[Record],
         collector: BoxCollector | None = None,
         notes: Sequence[str] = (),
+        source: str = "",
     ) -> None:
         if not class_names:
             raise DatasetError(f"{name}: no classes")
@@ -263,6 +269,7 @@ class RecordDataset(DetectionDataset):
         self.drop_examples = tuple(collector.examples)
         self.clipped = collector.clipped
         self.notes = tuple(notes)
+        self.source = source
         self._fingerprint: str | None = None
 
     @abc.abstractmethod

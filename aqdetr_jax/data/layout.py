@@ -12,13 +12,24 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from aqdetr_jax.data import yolo
+from aqdetr_jax.data import yolo_files
 from aqdetr_jax.data.dataset import DatasetError
+from aqdetr_jax.data.remedies import both_splits, option
 
 ROBOFLOW_FILE = "_annotations.coco.json"
+_COCO_KEYS = "config.data.train_images, train_annotations, eval_images and eval_annotations"
+_MOST_NAMES = 6  # in a message
 
-_TRAIN = (r"train(ing)?\d*", r"trainval\d*")
-_EVAL = (r"val\d*|valid(ation)?\d*|minival\d*|dev", r"test\d*")
+# Names of splits in lower case.
+_TRAIN, _TRAINVAL = r"train(ing)?\d*", r"trainval\d*"
+_VAL, _TEST = r"val\d*|valid(ation)?\d*|minival\d*|dev", r"test\d*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubt:
+    """Several files or folders that one part of a split may be: an error once it is needed."""
+
+    candidates: tuple[pathlib.Path, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Layout:
       kind: of data set, a name that ``open.load_dataset`` takes.
       title: what it is, in words.
       root: where this reading starts; ``root`` itself or a folder in it.
-      splits: name -> parameters of the data set's class.
+      splits: name -> parameters of the data set's class, or a :class:`Doubt` in place of one.
     """
 
     kind: str
@@ -54,26 +65,42 @@ def find_layout(root: pathlib.Path, kind: str | None = None) -> Layout:
         raise FileNotFoundError(f"config.data.root={str(root)!r} {what}")
     found = [reading for name, read in _READERS if kind in (None, name) for reading in read(root)]
     if len(found) > 1:
-        first, second = found[:2]
-        raise DatasetError(
-            f"{root} can be read as {_shown(first, root)}, and as {_shown(second, root)}: say "
-            f"which, by --config.data.kind={first.kind} or {second.kind}"
-            if first.kind != second.kind
-            else f"{root} holds {_shown(first, root)}, and {_shown(second, root)}: set "
-            f"--config.data.root to one of the two"
-        )
+        raise DatasetError(_two_readings(root, *found[:2]))
     if not found:
         raise FileNotFoundError(_nothing(root, kind))
     return found[0]
 
 
-def choose_splits(layout: Layout, train: str = "", evaluation: str = "") -> tuple[str, str]:
+def _two_readings(root: pathlib.Path, first: Layout, second: Layout) -> str:
+    if first.kind != second.kind:
+        return (
+            f"{root} can be read as {_shown(first, root)}, and as {_shown(second, root)}: say "
+            f"which, by --config.data.kind={first.kind} or {second.kind}"
+        )
+    both = f"{root} holds {_shown(first, root)}, and {_shown(second, root)}: "
+    if first.root == second.root:
+        return f"{both}name the files, by {_COCO_KEYS}"
+    if first.root == root:
+        return f"{both}set {option('root', second.root)}, or move that one elsewhere"
+    return (
+        f"{both}set --config.data.root to one of the two, {option('root', first.root)} or "
+        f"{option('root', second.root)}"
+    )
+
+
+def choose_splits(
+    layout: Layout, train: str | None = "", evaluation: str | None = "", needed: str = ""
+) -> tuple[str, str]:
     """The splits to train on and to evaluate on.
 
     Args:
       layout: of the folder.
-      train: asked for by the user; "" = found by its name.
+      train: asked for by the user; "" = found by its name; None = is no split of this folder.
       evaluation: likewise.
+      needed: "train" or "eval": the other one may stay open.
+
+    Returns:
+      Their names; "" for None, and for what stays open.
 
     Raises:
       FileNotFoundError: the layout has no such split.
@@ -86,28 +113,62 @@ def choose_splits(layout: Layout, train: str = "", evaluation: str = "") -> tupl
                 f"{layout.root}: no split {name!r} for config.data.{key} "
                 f"(there are: {_some(names)})"
             )
-    # What is trained on must not be judged on: "trainval" holds "val".
-    evals = _EVAL[1:] if re.fullmatch(_TRAIN[1], train) else _EVAL
-    if not train and not any(re.fullmatch(_TRAIN[0], name) for name in names):
-        evals = _EVAL[1:]
-    train = train or _by_name(layout, _TRAIN, "train_split", {evaluation})
-    return train, evaluation or _by_name(layout, evals, "eval_split", {train})
+    # What is trained on must not be judged on: "trainval" holds "val", and maybe a file's images.
+    if train == "":
+        apart = evaluation is None or _is(evaluation, f"{_VAL}|{_TRAIN}")
+        patterns = (_TRAIN,) if apart else (_TRAIN, _TRAINVAL)
+        train = _by_name(layout, patterns, "train_split", evaluation, needed == "eval")
+    if evaluation == "":
+        patterns = (_TEST,) if _is(train or "", _TRAINVAL) else (_VAL, _TEST)
+        evaluation = _by_name(layout, patterns, "eval_split", train, needed == "train")
+    return train or "", evaluation or ""
 
 
-def _by_name(layout: Layout, patterns: Sequence[str], key: str, taken: set[str]) -> str:
-    names = [name for name in layout.splits if name not in taken]
+def _is(name: str, pattern: str) -> bool:
+    return re.fullmatch(pattern, name.lower()) is not None
+
+
+def _by_name(
+    layout: Layout, patterns: Sequence[str], key: str, other: str | None, open_: bool
+) -> str:
+    """The one split whose name fits the first pattern that any fits.
+
+    Args:
+      layout: of the folder.
+      patterns: of lower-case names, the best first.
+      key: that names the split.
+      other: the split for the other purpose, which is not taken.
+      open_: "" where names do not tell, and no error.
+    """
+    names = [name for name in layout.splits if name != other]
     for pattern in patterns:
-        fitting = [name for name in names if re.fullmatch(pattern, name.lower())]
+        fitting = [name for name in names if _is(name, pattern)]
         if len(fitting) == 1:
             return fitting[0]
+        if fitting and not open_:
+            options = " or ".join(option(key, name) for name in fitting)
+            raise DatasetError(f"{layout.root}: {' or '.join(fitting)}? Set {options}")
         if fitting:
-            raise DatasetError(
-                f"{layout.root}: {' or '.join(fitting)}? Set --config.data.{key} to one of them"
-            )
-    raise DatasetError(
-        f"{layout.root}, {layout.title}, has {_some(layout.splits)}, "
-        f"and their names do not tell which is meant by config.data.{key}: set it"
-    )
+            return ""
+    if open_:
+        return ""
+    has = f"{layout.root}, {layout.title}, has {_some(layout.splits)}"
+    if not layout.splits:
+        raise DatasetError(f"{has}; wanted is {_WANTED[layout.kind]}")
+    if other is not None and len(layout.splits) == 1:
+        alone = next(iter(layout.splits))
+        raise DatasetError(f"{has} alone: {both_splits(alone, alone)}")
+    training = key == "train_split"
+    holding = [name for name in names if _is(name, _TRAINVAL if training else _VAL)]
+    if other and len(holding) == 1:  # left out above: one holds the other's images
+        pair = (holding[0], other) if training else (other, holding[0])
+        raise DatasetError(
+            f"{has}, but {pair[0]!r} holds the images of {pair[1]!r}: {both_splits(*pair)}"
+        )
+    options = " or ".join(option(key, name) for name in names[:_MOST_NAMES])
+    if other:
+        options += f" or {option(key, other)} (the same images for both)"
+    raise DatasetError(f"{has}, and their names do not tell which is meant: set {options}")
 
 
 # --- the readings --------------------------------------------------------------------------------
@@ -115,32 +176,37 @@ def _by_name(layout: Layout, patterns: Sequence[str], key: str, taken: set[str])
 
 def _coco(root: pathlib.Path) -> Iterator[Layout]:
     """``annotations/*.json`` beside image folders, or Roboflow's export."""
-    splits: dict[str, dict[str, Any]] = {}
-    for file in sorted((root / "annotations").glob("*.json")):
+    found: dict[str, tuple[list[pathlib.Path], list[pathlib.Path]]] = {}
+    for file in _visible((root / "annotations").glob("*.json")):
         name = file.stem.removeprefix("instances_")
         folders = [f for f in (root / name, root / "images" / name) if f.is_dir()]
-        if len(folders) > 1:
-            raise DatasetError(
-                f"{root}: {folders[0]} and {folders[1]} are both named for {file.name}; set "
-                "config.data.train_images and eval_images"
-            )
-        if not folders and file.stem.startswith(("instances_", "train", "val", "test", "dev")):
+        known = file.stem.lower().startswith(("instances_", "train", "val", "test", "dev"))
+        if not folders and known:
             folders = [f for f in (root / "images",) if f.is_dir()]
-        if folders and name in splits:
-            raise DatasetError(
-                f"{root}: {splits[name]['annotation_file'].name} or {file.name}? Name yours by "
-                "config.data.train_annotations and eval_annotations"
-            )
         if folders:
-            splits[name] = {"images_dir": folders[0], "annotation_file": file}
+            found.setdefault(name, (folders, []))[1].append(file)
+    splits = {
+        name: {"images_dir": _one(folders), "annotation_file": _one(files)}
+        for name, (folders, files) in found.items()
+    }
     if splits:
         yield Layout("coco", "COCO's own layout", root, splits)
     exported = {
         file.parent.name: {"images_dir": file.parent, "annotation_file": file}
         for file in sorted(root.glob(f"*/{ROBOFLOW_FILE}"))
+        if not file.parent.name.startswith(".")
     }
     if exported:
         yield Layout("coco", "Roboflow's COCO export", root, exported)
+
+
+def _one(candidates: Sequence[pathlib.Path]) -> pathlib.Path | Doubt:
+    return candidates[0] if len(candidates) == 1 else Doubt(tuple(candidates))
+
+
+def _visible(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+    """Without hidden files, such as those that macOS leaves beside others."""
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def _voc(root: pathlib.Path) -> Iterator[Layout]:
@@ -148,7 +214,8 @@ def _voc(root: pathlib.Path) -> Iterator[Layout]:
     for folder in (root, *sorted(root.glob("VOC*")), *sorted(root.glob("VOCdevkit/VOC*"))):
         if (folder / "JPEGImages").is_dir() and (folder / "Annotations").is_dir():
             # Shortest names first: "aeroplane_train" is the list of one class.
-            lists = (path.stem for path in (folder / "ImageSets" / "Main").glob("*.txt"))
+            files = _visible((folder / "ImageSets" / "Main").glob("*.txt"))
+            lists = (path.stem for path in files)
             names = sorted(lists, key=lambda name: (len(name), name))
             splits = {name: {"root": folder, "split": name} for name in names}
             yield Layout("voc", "a Pascal VOC folder", folder, splits)
@@ -156,10 +223,10 @@ def _voc(root: pathlib.Path) -> Iterator[Layout]:
 
 def _yolo(root: pathlib.Path) -> Iterator[Layout]:
     """``data.yaml``, or ``classes.txt`` with ``images/`` and ``labels/``."""
-    named = yolo.settings_file(root) is not None
-    classes = any((root / name).is_file() for name in yolo.CLASS_FILES)
+    named = yolo_files.settings_file(root) is not None
+    classes = any((root / name).is_file() for name in yolo_files.CLASS_FILES)
     if named or (classes and (root / "images").is_dir()):
-        splits = {name: {"root": root, "split": name} for name in yolo.find_splits(root)}
+        splits = {name: {"root": root, "split": name} for name in yolo_files.find_splits(root)}
         yield Layout("yolo", "a YOLO folder", root, splits)
 
 
@@ -188,7 +255,10 @@ def _shown(layout: Layout, root: pathlib.Path) -> str:
 
 def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") or "no splits"
+    return (
+        ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
+        or "no splits"
+    )
 
 
 _WANTED = {
@@ -209,6 +279,5 @@ def _nothing(root: pathlib.Path, kind: str | None) -> str:
     return (
         f"config.data.root={str(root)!r} holds {shown or 'nothing'}, which is no layout of "
         f"{'a data set' if kind is None else f'data.kind={kind!r}'}: wanted is {wanted}. A COCO "
-        "file anywhere is named by config.data.train_images, train_annotations, eval_images and "
-        "eval_annotations"
+        f"file anywhere is named by {_COCO_KEYS}"
     )

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.dataset import DatasetError, DetectionDataset
-from aqdetr_jax.data.layout import Layout, choose_splits, find_layout
+from aqdetr_jax.data.layout import Doubt, Layout, choose_splits, find_layout
+from aqdetr_jax.data.remedies import option
 from aqdetr_jax.parallel.hosts import say
 
 _FACTORIES = {
@@ -21,9 +22,6 @@ _FACTORIES = {
     "yolo": ("yolo", "YoloFolder"),
     "tfds": ("tfds_builder", "TfdsDataset"),
 }
-
-
-DATASET_KINDS = tuple(_FACTORIES)
 
 
 def load_dataset(kind: str, **kwargs: Any) -> DetectionDataset:
@@ -113,43 +111,61 @@ def find_place(data: DataConfig, *, train: bool) -> Place:
             f"config.data.{next(iter(given))} has no effect with data.kind={data.kind!r}: it is "
             "of COCO files"
         )
-    if not data.root and (given or data.kind == "coco"):
-        return _by_files(data, None, train)
-    if not data.root:
+    keys = _files_of(train)
+    root = pathlib.Path(data.root) if data.root else None
+    # Where a split's files are named, the folder need have no layout of its own.
+    if keys.keys() <= given.keys() or (root is None and (given or data.kind == "coco")):
+        return _by_files(data, root, train)
+    if root is None:
         raise DatasetError(
             "config.data.root is empty: set it to the folder of your data set "
             "(--config.data.root=DIR)"
         )
-    root = pathlib.Path(data.root)
-    if len(given) == len(_FILES):  # all is named: the folder need have no layout of its own
-        return _by_files(data, root, train)
-    layout, names = _told(data)
+    layout, name = _told(data, root, train)
     if given and layout.kind != "coco":
         raise DatasetError(
             f"config.data.{next(iter(given))} has no effect: config.data.root={data.root!r} is "
             f"{layout.title}, and the key is of COCO files"
         )
-    name = names[0 if train else 1]
     parameters = dict(layout.splits[name])
-    if layout.kind == "coco":
-        parameters["split"] = name
-    for key, parameter in _files_of(train).items():
+    for key, parameter in keys.items() if layout.kind == "coco" else ():
         if key in given:
             parameters[parameter] = _existing(key, given[key], root)
+        elif isinstance(doubt := parameters[parameter], Doubt):
+            options = " or ".join(option(key, path) for path in doubt.candidates)
+            raise DatasetError(
+                f"{root}: {' or '.join(map(str, doubt.candidates))} for split {name!r}? Set "
+                f"{options}"
+            )
+    if layout.kind == "coco":
+        parameters["split"] = name
     return Place(layout.kind, name, parameters)
 
 
-@functools.lru_cache(maxsize=8)
-def _told(data: DataConfig) -> tuple[Layout, tuple[str, str]]:
-    """The layout of ``data.root`` and its two splits."""
-    layout = find_layout(pathlib.Path(data.root), None if data.kind == "auto" else data.kind)
-    names = choose_splits(layout, data.train_split, data.eval_split)
+def _told(data: DataConfig, root: pathlib.Path, train: bool) -> tuple[Layout, str]:
+    """The layout of ``data.root`` and a split of it; what was found is said once in a process."""
+    layout = find_layout(root, None if data.kind == "auto" else data.kind)
+    asked = {
+        which: None if all(getattr(data, key) for key in _files_of(which)) else split
+        for which, split in ((True, data.train_split), (False, data.eval_split))
+    }
+    names = choose_splits(layout, asked[True], asked[False], "train" if train else "eval")
     if data.kind == "auto":
-        say(
-            f"{data.root} is {layout.title}: training on {names[0]!r}, evaluating on {names[1]!r} "
+        parts = [
+            f"{purpose} {name!r}"
+            for purpose, name in zip(("training on", "evaluating on"), names, strict=True)
+            if name
+        ]
+        _say_once(
+            f"{data.root} is {layout.title}: {', '.join(parts)} "
             "(config.data.train_split, eval_split)"
         )
-    return layout, names
+    return layout, names[0 if train else 1]
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(text: str) -> None:
+    say(text)
 
 
 _FILES = ("train_images", "train_annotations", "eval_images", "eval_annotations")
@@ -172,20 +188,28 @@ def _by_files(data: DataConfig, root: pathlib.Path | None, train: bool) -> Place
     parameters: dict[str, Any] = {"split": split}
     for key, parameter in keys.items():
         parameters[parameter] = _existing(key, getattr(data, key), root)
-    if root is not None and all(pathlib.Path(getattr(data, key)).exists() for key in _FILES):
+    named = [pathlib.Path(value) for key in _FILES if (value := getattr(data, key))]
+    if root is not None and len(named) == len(_FILES) and all(path.exists() for path in named):
         raise DatasetError(
             f"config.data.root={str(root)!r} has no effect: {', '.join(_FILES)} all name files "
-            "without it; leave it out, or some of them"
+            "without it; leave it out, or name some of them as seen from there"
         )
     return Place("coco", split, parameters)
 
 
 def _existing(key: str, value: str, root: pathlib.Path | None) -> pathlib.Path:
     """A file or folder that a key names, as seen from here or from the data set's folder."""
-    candidates = [pathlib.Path(value)] + ([root / value] if root is not None else [])
-    for path in candidates:
-        if path.exists():
-            return path
+    here = pathlib.Path(value)
+    inside = root / value if root is not None else here
+    found = [path for path in dict.fromkeys((here, inside)) if path.exists()]
+    if len(found) == 2 and not here.samefile(inside):
+        options = " or ".join(option(key, path.absolute()) for path in found)
+        raise DatasetError(
+            f"config.data.{key}={value!r} is both here and in {root}, and not the same: set "
+            f"{options}"
+        )
+    if found:
+        return found[0]
     beside = f", neither here nor in {root}" if root is not None else ""
     raise FileNotFoundError(f"config.data.{key}={value!r} does not exist{beside}")
 

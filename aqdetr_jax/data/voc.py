@@ -68,6 +68,8 @@ class VocFolder(RecordDataset):
       DatasetError: a file is malformed; the message names the file.
     """
 
+    images_dir: pathlib.Path
+
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -80,12 +82,12 @@ class VocFolder(RecordDataset):
         self.root = pathlib.Path(root)
         self.max_pixels = max_pixels
         self.follow_links = follow_links
-        self._images_dir = self.root / "JPEGImages"
+        self.images_dir = self.root / "JPEGImages"
         annotations = self.root / "Annotations"
-        for folder in (self._images_dir, annotations):
+        for folder in (self.images_dir, annotations):
             if not folder.is_dir():
                 raise FileNotFoundError(f"Pascal VOC folder {folder} does not exist")
-        images = ImageFolder(self._images_dir)
+        images = ImageFolder(self.images_dir)
         entries = read_list(self.root, split, images)
         if class_names is None:
             class_names = _all_class_names(annotations)
@@ -112,6 +114,7 @@ class VocFolder(RecordDataset):
             category_ids=range(1, len(labels) + 1),
             records=records,
             collector=collector,
+            source=str(annotations),
         )
 
     def _load_image(self, index: int) -> np.ndarray:
@@ -129,7 +132,7 @@ class VocFolder(RecordDataset):
           ImageReadError: a link leads outside the image folder and may not.
         """
         return resolve_inside(
-            self._images_dir, self.file_name(index), follow_links=self.follow_links
+            self.images_dir, self.file_name(index), follow_links=self.follow_links
         )
 
 

@@ -1,6 +1,9 @@
 """What a folder is, told from its files: every layout by ``data.root`` alone, doubt is an error."""
 
+import dataclasses
 import json
+import re
+import shlex
 
 import pytest
 from PIL import Image
@@ -160,6 +163,8 @@ def layout(tmp_path, *names):
         (("train2017", "val2017", "test2017"), ("train2017", "val2017")),
         (("train", "valid", "test"), ("train", "valid")),
         (("training", "validation"), ("training", "validation")),
+        (("Train", "Val", "Test"), ("Train", "Val")),
+        (("TrainVal", "TEST"), ("TrainVal", "TEST")),
     ],
 )
 def test_splits_are_told_by_their_names(tmp_path, names, wanted):
@@ -170,9 +175,25 @@ def test_splits_are_told_by_their_names(tmp_path, names, wanted):
 def test_what_is_trained_on_is_not_judged_on(tmp_path):
     everything = layout(tmp_path, "train", "val", "trainval", "test")
     assert choose_splits(everything, "trainval") == ("trainval", "test")  # it holds val
-    with pytest.raises(DatasetError, match=r"config\.data\.eval_split: set it"):
-        choose_splits(layout(tmp_path, "trainval", "val"))
-    assert choose_splits(everything, evaluation="train") == ("trainval", "train")  # as asked
+    both = r"'trainval' holds the images of 'val'.*train_split=trainval .*eval_split=val"
+    for asked in ("", "val"):
+        with pytest.raises(DatasetError, match=both):
+            choose_splits(layout(tmp_path, "trainval", "val"), evaluation=asked)
+    with pytest.raises(DatasetError, match=r"'trainval' holds the images of 'train'"):
+        choose_splits(everything, evaluation="train")
+    assert choose_splits(everything, "trainval", "train") == ("trainval", "train")  # as asked
+
+
+def test_a_split_that_is_not_needed_may_stay_open(tmp_path):
+    assert choose_splits(layout(tmp_path, "val"), needed="eval") == ("", "val")
+    assert choose_splits(layout(tmp_path, "train"), needed="train") == ("train", "")
+    two = layout(tmp_path, "train2014", "train2017", "val2017")
+    assert choose_splits(two, needed="eval") == ("", "val2017")
+    assert choose_splits(layout(tmp_path, "train", "val", "dev"), needed="train") == ("train", "")
+    # A file that somebody names may hold any images: "trainval" is not taken beside it.
+    assert choose_splits(layout(tmp_path, "train", "trainval"), evaluation=None) == ("train", "")
+    with pytest.raises(DatasetError, match=r"set --config\.data\.train_split=trainval"):
+        choose_splits(layout(tmp_path, "trainval"), evaluation=None)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +204,8 @@ def test_what_is_trained_on_is_not_judged_on(tmp_path):
             r"train2014 or train2017\? Set --config.data.train",
         ),
         (("train", "val", "valid"), r"val or valid\? Set --config.data.eval_split"),
-        (("train",), "config.data.eval_split: set it"),
-        (("left", "right"), "has left, right, and their names do not tell .*data.train_split"),
+        (("train",), "has train alone: .*train_split=train --config.data.eval_split=train"),
+        (("left", "right"), "has left, right, and their names do not tell .*data.train_split=left"),
         ((), "has no splits"),
     ],
 )
@@ -196,6 +217,132 @@ def test_doubt_about_splits_names_the_key(tmp_path, names, message):
 def test_a_wrong_split_lists_those_there_are(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no split 'vall' .*eval_split.*train, val"):
         choose_splits(layout(tmp_path, "train", "val"), evaluation="vall")
+
+
+def test_a_folder_that_changed_is_looked_at_again(tmp_path, capsys):
+    coco(tmp_path)
+    assert find_places(auto(tmp_path))[1].split == "val2017"
+    (tmp_path / "annotations" / "instances_val2017.json").unlink()
+    coco(tmp_path, splits=("test2017",))
+    assert find_places(auto(tmp_path))[1].split == "test2017"
+    said = capsys.readouterr().out
+    assert said.count("evaluating on 'val2017'") == said.count("evaluating on 'test2017'") == 1
+
+
+def test_hidden_files_are_no_splits(tmp_path):
+    """As macOS leaves them beside others."""
+    voc(tmp_path, lists=("train", "val", "._train", "._val"))
+    assert list(find_layout(tmp_path).splits) == ["val", "train"]
+    roboflow(tmp_path / "export")
+    coco_file(tmp_path / "export" / ".backup" / "_annotations.coco.json")
+    assert list(find_layout(tmp_path / "export").splits) == ["test", "train", "valid"]
+
+
+# --- what messages say to do ---------------------------------------------------------------------
+
+
+def two_voc(root):
+    for year in ("VOC2007", "VOC2012"):
+        voc(root / year)
+
+
+def voc_in_voc(root):
+    voc(root)
+    voc(root / "VOC2012")
+
+
+def two_kinds(root):
+    coco(root)
+    yolo(root)
+
+
+def two_folders(root):
+    coco(root)
+    coco(root, images="images")
+
+
+def two_files(root):
+    coco(root)
+    for split in ("train2017", "val2017"):
+        coco_file(root / "annotations" / f"{split}.json")
+
+
+def yolo_of_train_alone(root):
+    """Roboflow's export of a set that was not split: the file still names three."""
+    image(root / "train" / "images" / "a.jpg")
+    (root / "train" / "labels").mkdir()
+    (root / "train" / "labels" / "a.txt").write_text("0 0.5 0.5 0.5 0.5")
+    named = "".join(f"{k}: ../{k}/images\n" for k in ("train", "val", "test"))
+    (root / "data.yaml").write_text(f"{named}names: [cat]\n")
+
+
+@pytest.mark.parametrize(
+    ("write", "keys"),
+    [
+        (two_kinds, {}),
+        (two_voc, {}),
+        (voc_in_voc, {}),
+        (two_folders, {}),
+        (two_files, {}),
+        (lambda root: coco(root, ("train2014", "train2017", "val2017")), {}),
+        (lambda root: voc(root, ("left", "right")), {}),
+        (lambda root: voc(root, ("trainval", "val")), {}),
+        (lambda root: voc(root, ("trainval", "val")), {"eval_split": "val"}),
+        (lambda root: voc(root, ("trainval", "train")), {"eval_split": "train"}),
+        (lambda root: voc(root, ("train",)), {"eval_split": "train"}),
+        (lambda root: voc(root, ("train", "val")), {"eval_split": "train"}),
+        (lambda root: coco(root, ("train",)), {}),
+        (yolo_of_train_alone, {}),
+        (yolo_of_train_alone, {"eval_split": "test"}),
+        (coco, {"train_annotations": "few.json"}),
+    ],
+)
+def test_what_a_message_says_to_do_helps(tmp_path, monkeypatch, write, keys):
+    """Each option that it names is given, alternatives one by one, until the sets open."""
+    root = tmp_path / "my set"
+    root.mkdir()
+    write(root)
+    coco_file(root / "few.json")
+    coco_file(tmp_path / "here" / "few.json", boxes=(BOX, {**BOX, "id": 2}))
+    monkeypatch.chdir(tmp_path / "here")
+    assert carry_out(auto(root, **keys)) > 0
+
+
+def carry_out(data, seen=()):
+    """Opens both sets as messages say; the number of ways that were tried."""
+    try:
+        assert all(len(open_dataset(data, train=train)) for train in (True, False))
+        return 0 if not seen else 1
+    except (DatasetError, FileNotFoundError) as error:
+        message = str(error)
+    assert message not in seen, "the remedy does not help"
+    flag = re.compile(r"--config\.data\.\w+=(?:'[^']*'|[^\s',]+)+")
+    found = [shlex.split(" ".join(flag.findall(part))) for part in message.split(" or ")]
+    found = [dict(f.removeprefix("--config.data.").split("=", 1) for f in fs) for fs in found if fs]
+    assert found, message
+    return sum(carry_out(dataclasses.replace(data, **f), (*seen, message)) for f in found)
+
+
+def test_two_layouts_of_coco_are_settled_by_files(tmp_path):
+    coco(tmp_path, ("train", "valid"))
+    roboflow(tmp_path)
+    with pytest.raises(DatasetError, match=r"COCO's own .* and Roboflow's .*: name the files, by"):
+        find_places(auto(tmp_path))
+    files = {}
+    for which, split in (("train", "train"), ("eval", "valid")):
+        files[f"{which}_images"] = split
+        files[f"{which}_annotations"] = f"{split}/_annotations.coco.json"
+    assert len(open_dataset(auto(tmp_path, **files), train=True)) == 1
+
+
+def test_a_doubt_about_what_is_not_used_is_none(tmp_path):
+    coco(tmp_path)
+    coco(tmp_path, ("test",))
+    coco(tmp_path, ("test",), images="images")
+    coco_file(tmp_path / "annotations" / "test.json")
+    assert len(open_dataset(auto(tmp_path), train=False)) == 1
+    with pytest.raises(DatasetError, match="for split 'test'"):
+        open_dataset(auto(tmp_path, eval_split="test"), train=False)
 
 
 # --- files named one by one ----------------------------------------------------------------------
@@ -216,6 +363,37 @@ def test_annotations_beside_the_folder_are_used(tmp_path):
         FileNotFoundError, match=r"train_annotations='gone.json' does not exist, ne"
     ):
         find_places(auto(tmp_path, train_annotations="gone.json"))
+
+
+def test_files_for_one_purpose_and_the_folder_for_the_other(tmp_path, capsys):
+    coco(tmp_path, ("val",))
+    image(tmp_path / "mine" / "a.jpg")
+    coco_file(tmp_path / "mine.json", boxes=(BOX, {**BOX, "id": 2}))
+    files = {"images": "mine", "annotations": "mine.json"}
+    data = auto(tmp_path, **{f"train_{key}": value for key, value in files.items()})
+    assert [len(open_dataset(data, train=t)[0].boxes) for t in (True, False)] == [2, 1]
+    assert f"{tmp_path} is COCO's own layout: evaluating on 'val'" in capsys.readouterr().out
+    assert len(open_dataset(auto(tmp_path), train=False)) == 1  # who only evaluates needs no more
+    coco(tmp_path / "other", ("train",))
+    absolute = {f"eval_{key}": str(tmp_path / value) for key, value in files.items()}
+    data = auto(tmp_path / "other", **absolute)
+    assert [len(open_dataset(data, train=t)[0].boxes) for t in (True, False)] == [1, 2]
+
+
+def test_a_name_that_is_here_and_in_the_folder(tmp_path, monkeypatch):
+    """Two different files are an error, one file seen from both is not."""
+    root = tmp_path / "set"
+    coco(root)
+    for place in (root, tmp_path):
+        coco_file(place / "annotations" / "few.json")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatasetError, match=r"is both here and in set, and not the same") as error:
+        find_places(auto("set", train_annotations="annotations/few.json"))
+    for place in (root, tmp_path):
+        assert f"--config.data.train_annotations={place}/annotations/few.json" in str(error.value)
+    monkeypatch.chdir(root)
+    data = auto(root, train_annotations="annotations/few.json")
+    assert len(open_dataset(data, train=True)) == 1
 
 
 def test_files_of_coco_beside_another_kind_are_refused(tmp_path):

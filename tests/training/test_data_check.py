@@ -12,7 +12,9 @@ import tiny
 from PIL import Image
 
 from aqdetr_jax.data.coco import CocoFolder
+from aqdetr_jax.data.dataset import DatasetError
 from aqdetr_jax.data.inspect import inspect_dataset
+from aqdetr_jax.data.yolo import YoloFolder
 from aqdetr_jax.training.data_check import check_data, reasons_to_stop
 
 
@@ -57,6 +59,15 @@ def experiment(num_classes=0, **data):
         ({"images": 0}, {}, {"fit": 64}, ["coco/train: the dataset has no images"]),
         ({}, {}, {"num_classes": 1, "max_boxes": 0}, ["config.model.num_classes is 1"]),
         ({}, {}, {"num_classes": 1}, ["has 2 classes, but config.model.num_classes is 1"]),
+        ({}, {"boxes": ()}, {}, []),  # nothing to find is no obstacle
+        ({"boxes": ()}, {}, {}, [r"coco/train: not one box .* 2 images; looked in .*train\.json$"]),
+        ({"boxes": ()}, {}, {"max_boxes": 0, "fit": 64}, ["coco/train: not one box"]),
+        (
+            {"boxes": [(1, 1, 0, 9), (1, 1, 9, -9)]},
+            {},
+            {},
+            [r"not one box .*; left out: 1 zero_area, 1 negative \(first: zero_area: 0\.png"],
+        ),
         ({"boxes": [(0.1, 0.1, 0.2, 0.3)]}, {}, {}, ["coco/train: all 1 boxes lie within"]),
         (
             {"boxes": [(0.1, 0.1, 0.2, 0.3)] * 13},
@@ -97,3 +108,46 @@ def test_images_that_cannot_be_read(tmp_path):
     assert reasons_to_stop(experiment(on_error="skip"), *sets, reports) == [
         "coco/train: none of its images can be used"
     ]
+
+
+def yolo(root, labels):
+    """A YOLO folder of two images, with their labels in a folder of some name."""
+    (root / "images").mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32)).save(root / "images" / f"{name}.png")
+        (root / labels).mkdir(exist_ok=True)
+        (root / labels / f"{name}.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (root / "data.yaml").write_text("train: images\nval: images\nnames: [cat]\n")
+    return YoloFolder(root)
+
+
+def test_labels_that_lie_elsewhere(tmp_path):
+    """Nobody trains on pictures without a single box by mistake: most often they lie elsewhere."""
+    found, lost = yolo(tmp_path / "y", "labels"), yolo(tmp_path / "z", "annotations")
+    assert reasons_to_stop(experiment(), found, lost) == []
+    wanted = tmp_path / "z" / "labels" / "a.txt"
+    assert reasons_to_stop(experiment(), lost, found) == [
+        f"yolo/train: not one box to train on in 2 images; looked in {wanted}, which does not exist"
+    ]
+
+
+def test_crowds_are_no_boxes_to_train_on(tmp_path):
+    make(tmp_path / "t", "train")
+    file = tmp_path / "t" / "train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    file.write_text(json.dumps(content))
+    dataset = CocoFolder(tmp_path / "t", file)
+    with pytest.raises(DatasetError, match=r"not one box .*; 1 are crowds or difficult"):
+        check_data(experiment(), dataset, dataset)
+
+
+def test_judged_on_what_was_trained_is_said_once(tmp_path, capsys):
+    first, second = yolo(tmp_path / "y", "labels"), YoloFolder(tmp_path / "y", "val")
+    for _ in range(2):
+        check_data(experiment(), first, second)
+    said = capsys.readouterr().out
+    assert said.count("trained and judged on the same images: 2 of the 2 of yolo/val are in") == 1
+    sets = make(tmp_path / "t", "train"), make(tmp_path / "e", "val")  # the same names elsewhere
+    check_data(experiment(), *sets)
+    assert "judged" not in capsys.readouterr().out
