@@ -223,9 +223,7 @@ def test_from_a_backbone(plan, tmp_path, tiny_teacher):
 
 
 def test_a_float_student_is_refused(plan):
-    with pytest.raises(
-        ValueError, match=r"a low-bit student: config\.quant\.policy is 'float'"
-    ):
+    with pytest.raises(ValueError, match=r"a low-bit student: config\.quant\.policy is 'float'"):
         plan(overrides=("quant.policy=float",))
 
 

@@ -351,7 +351,7 @@ def test_nan_parameter_is_kept_as_it_is(setting):
 
 
 def test_computing_again_saves_memory_on_a_cpu_too():
-    """XLA's default schedule there computes the insides of all layers again at once."""
+    """The insides of one layer are there at a time, not of all (as in XLA's own order of 0.10)."""
     mesh = make_mesh(data=1)
     whole = replicated(mesh)
 
@@ -377,4 +377,6 @@ def test_computing_again_saves_memory_on_a_cpu_too():
     for jitted in (jax.jit(step, donate_argnums=0), jit_train_step(step, state, mesh)):
         compiled = jitted.lower(state, array(), {"x": array(4096, 1)}).compile()
         needed.append(compiled.memory_analysis().temp_size_in_bytes)
-    assert needed[1] < needed[0] / 2, needed
+    inside = 4096 * 64 * 4  # bytes of one of the arrays inside a layer, of which there are three
+    assert needed[1] < 5 * inside, needed
+    assert needed[1] < needed[0], needed
