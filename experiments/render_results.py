@@ -35,13 +35,13 @@ def short(commit: str) -> str:
     return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
-def quickstart_table(name: str, command: str) -> str:
-    """The blocks of a quickstart."""
+def blocks_table(name: str, command: str, images: str = "embedded validation set") -> str:
+    """The blocks of a quickstart or a finetune; ``images``: what they were judged on."""
     result = load(name)
     if result is None:
         return f"`{command}`: not run."
     lines = [
-        "| embedded validation set | AP | AP50 | APs | APm | APl | of the teacher |",
+        f"| {images} | AP | AP50 | APs | APm | APl | of the teacher |",
         "|---|---|---|---|---|---|---|",
     ]
     names = {
@@ -68,7 +68,7 @@ def quickstart_table(name: str, command: str) -> str:
 
 def results_of_readme() -> str:
     """Both families' quickstarts, and DETR's student that was trained to the end."""
-    text = quickstart_table("quickstart.json", "aqdetr quickstart")
+    text = blocks_table("quickstart.json", "aqdetr quickstart")
     full = load("full_shapes.json")
     if full is not None and "aqdetr_seed0" in full["runs"]:
         block = full["runs"]["aqdetr_seed0"]
@@ -79,7 +79,7 @@ def results_of_readme() -> str:
             "(`experiments/results/full_shapes.json`)."
         )
     command = "aqdetr quickstart --model deformable"
-    other = quickstart_table("quickstart_deformable.json", command)
+    other = blocks_table("quickstart_deformable.json", command)
     return f"{text}\n\nDeformable DETR:\n\n{other}"
 
 
@@ -310,6 +310,12 @@ def replace(path: Path, name: str, text: str) -> None:
 def main() -> None:
     """Renders every table."""
     replace(ROOT / "README.md", "results", results_of_readme())
+    command = "aqdetr finetune BCCD data.train_split=trainval data.eval_split=test"
+    replace(
+        ROOT / "README.md",
+        "finetune",
+        blocks_table("finetune_bccd.json", command, "BCCD (292 photographs of blood cells), test"),
+    )
     parts = [
         ablation_table("full_shapes.json", "Embedded set, the full configuration (8000 steps)"),
         ablation_table(
