@@ -47,7 +47,7 @@ def load_experiment(
     length = {"train.steps": "epochs", "train.epochs": "steps"}
     for key, other in length.items():
         if key in keys and f"train.{other}" not in keys:
-            train = dataclasses.replace(config.train, **{other: 0})
+            train = dataclasses.replace(config.train, **{other: 0.0 if other == "epochs" else 0})
             config = dataclasses.replace(config, train=train)
     if pretrain:
         config = pretraining(config, keys)
