@@ -44,11 +44,10 @@ def load_experiment(
             given = [k for k, v in flatten_config(alone).items() if v != defaults[k]]
             check_effects(alone, given, name)
     keys = [re.sub(r"^--?config\.", "", text).partition("=")[0].strip() for text in overrides]
-    length = {"train.steps": "epochs", "train.epochs": "steps"}
-    for key, other in length.items():
-        if key in keys and f"train.{other}" not in keys:
-            train = dataclasses.replace(config.train, **{other: 0.0 if other == "epochs" else 0})
-            config = dataclasses.replace(config, train=train)
+    if "train.steps" in keys and "train.epochs" not in keys:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=0.0))
+    if "train.epochs" in keys and "train.steps" not in keys:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=0))
     if pretrain:
         config = pretraining(config, keys)
     config = dataclasses.replace(config, **fields)
