@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 def test_pretrain_feeds_a_detector(tmp_path):
     """The backbone's norms learn, at the rate of the rest, and the detector takes it over."""
     train = dataclasses.replace(tiny.FLOAT.train, steps=2)
-    optimizer = dataclasses.replace(tiny.FLOAT.optimizer, lr_backbone=0.0, frozen=("backbone",))
+    optimizer = dataclasses.replace(
+        tiny.FLOAT.optimizer, lr_backbone=0.0, frozen=("backbone/stem",)
+    )
     config = dataclasses.replace(tiny.FLOAT, train=train, optimizer=optimizer)
     file = tiny.write_config(config, tmp_path / "float.json")
     folder = tmp_path / "pretrained"
