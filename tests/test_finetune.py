@@ -37,7 +37,7 @@ SMALL = (
     "model.backbone.stem_width=8",
     "train.batch_size=4",
     "train.eval_batch_size=4",
-    "train.pictures=1",
+    "train.pictures=0",
     "data.fit=64",
 )
 
@@ -77,7 +77,7 @@ def measured(monkeypatch):
 
 def test_from_a_folder_to_a_report(folder, tmp_path, capsys, measured):
     workdir = tmp_path / "run"
-    command = ["finetune", str(folder), f"--workdir={workdir}", "--effort=0.001"]
+    command = ["finetune", str(folder), f"--workdir={workdir}", "--effort=0.001", "--model=detr"]
     command += [*SMALL, "quant.policy=w3a3"]
     assert main(command) == 0
     said = capsys.readouterr().out
