@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from aqdetr_jax.cli import main
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.coco import validate_results_block
-from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.experiment import load_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -43,12 +40,6 @@ def error_line(capsys, *argv: str) -> str:
     assert lines[1] == "(--traceback shows where this came from)"
     assert lines[0].startswith("aqdetr: ")
     return lines[0]
-
-
-def printed(text: str, folder) -> ExperimentConfig:
-    """The experiment that ``aqdetr config`` printed."""
-    (folder / "printed.json").write_text(text)
-    return load_experiment(str(folder / "printed.json"))
 
 
 # --- verbs ---------------------------------------------------------------------------------------
@@ -185,17 +176,6 @@ def test_prepared_data_are_the_same_data(trained, tmp_path, format_, capsys):
             np.testing.assert_array_equal(copy[i].image, source[i].image)
             np.testing.assert_allclose(copy[i].boxes, source[i].boxes, atol=1e-4)
             np.testing.assert_array_equal(copy[i].labels, source[i].labels)
-
-
-def test_module_is_the_command(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "aqdetr_jax", "config", "--config=shapes_teacher"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert printed(done.stdout, tmp_path) == load_experiment("shapes_teacher")
 
 
 def test_inspect_data(trained, capsys):

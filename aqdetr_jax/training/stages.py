@@ -197,10 +197,10 @@ def _from_source(
 
 def _whole_model(config: ExperimentConfig, bundle: ModelBundle) -> DetrConfig:
     """A detector as it is, for other classes, with auxiliary queries in training."""
-    open_keys = {key.removeprefix("model."): None for key in OF_ANY_MODEL}
+    names = (key.removeprefix("model.") for key in OF_ANY_MODEL)
     return dataclasses.replace(
         bundle.config,
-        **{name: getattr(config.model, name) for name in open_keys},
+        **{name: getattr(config.model, name) for name in names},
         num_classes=0,
         backbone=dataclasses.replace(bundle.config.backbone, norm="frozen"),
     )

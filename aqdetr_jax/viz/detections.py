@@ -22,7 +22,6 @@ _PAPER = (255, 255, 255)
 _INK = (27, 34, 48)
 _MUTED = (93, 103, 120)
 _LEGEND = 16
-_Entry = tuple[str, palette.RGB]
 
 
 def to_image(image: Any) -> Image.Image:
