@@ -87,6 +87,7 @@ def jax_functions(case: Case, method: str) -> dict[str, Callable[..., Any]]:
 
         def mix(values, locations, weights):
             samples = sample_values(values, locations, case.shapes, way)
+            samples = samples.reshape(*weights.shape, case.width)
             return jnp.einsum("bmqp,bmqpd->bmqd", weights, samples)
 
         flat = weights.reshape(*weights.shape[:3], -1).transpose(0, 2, 1, 3)

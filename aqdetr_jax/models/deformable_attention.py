@@ -164,11 +164,9 @@ class SamplingCore(nn.Module):
         probabilities = jax.nn.softmax(scores, axis=-1)
 
         def sample(values: Array, locations: Array) -> Array:
-            samples = deformable.sample_values(
+            return deformable.sample_values(
                 values.astype(self.dtype), locations, shapes, self.sampling
             ).astype(jnp.float32)
-            # Points beside channels: the layout of the product, where a step of each head fits.
-            return samples.reshape(*samples.shape[:3], -1)
 
         # Calibration looks at the samples of all heads.
         one_by_one = self.remat and not observing(self)
@@ -210,23 +208,29 @@ def head_by_head(
     """``mix(values, locations, probabilities, *quantizers)``, one head after the other.
 
     The backward pass computes ``mix`` again; in a loop, so that whatever a compiler reorders, the
-    samples of one head exist at a time.
+    samples of one head exist at a time. Each image has its own copy of a head's steps, whose
+    gradients are summed over the images after the loop: summed in it, they would be summed over all
+    devices in every iteration.
 
     Args:
       mix: the product of one head, all arrays with one head: -> [B, 1, Q, D].
       arrays: values [B, S, M, D], locations [B, Q, M, L, K, 2], probabilities [B, M, Q, L * K].
-      quantizers: with steps of shape () or [M, 1, 1].
+      quantizers: with steps of shape () or [M, 1, 1]; ``mix`` gets [B, 1, 1, 1].
 
     Returns:
       [B, M, Q, D].
     """
     values, locations, probabilities = arrays
-    heads = probabilities.shape[1]
+    batch, heads = probabilities.shape[:2]
+
+    def of_each_image(x):
+        return jnp.broadcast_to(jnp.reshape(x, (-1, 1, 1, 1, 1)), (heads, batch, 1, 1, 1))
+
     per_head = (
         jnp.moveaxis(values, 2, 0),
         jnp.moveaxis(locations, 2, 0),
         jnp.moveaxis(probabilities, 1, 0),
-        jax.tree.map(lambda x: jnp.broadcast_to(x, (heads, 1, 1)), quantizers),
+        jax.tree.map(of_each_image, quantizers),
     )
 
     @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -12,7 +12,9 @@ The same samples can be had in three ways, which agree to rounding, forward and 
 
 * "gather": four rows per point, one for each neighbour. The plain reference.
 * "packed": one row per point, out of a map whose cells hold their 2 x 2 neighbours: a fourth of the
-  gathers (and of the backward pass' scatters), four times as wide.
+  gathers (and of the backward pass' scatters), four times as wide. Neighbours lie beside channels
+  and so do points, so that 128 lanes of a vector unit are filled: products with matrices of zeros
+  and ones spread the weights over the channels and put each point's sum in its place.
 * "dense": a matrix product with the interpolation weights of every cell; without any gather, for
   levels of few cells.
 
@@ -21,7 +23,8 @@ hits it exactly, in all of them.
 
 Values may be bfloat16. Locations and all sums are float32 still, those over the points that share
 a cell in the backward pass too: a cell of a coarse level is hit by hundreds of points, whose sum a
-bfloat16 does not hold. ("dense" rounds its weights to bfloat16, as operands of a matrix product.)
+bfloat16 does not hold. ("dense" and "packed" then round their weights to bfloat16, as operands of a
+matrix product.)
 """
 
 from __future__ import annotations
@@ -153,7 +156,8 @@ def sample_values(
         for: "gather" on a CPU or GPU, elsewhere "dense" on small levels and "packed" on others.
 
     Returns:
-      ``[B, M, Q, L * K, D]`` in the dtype of ``values``.
+      ``[B, M, Q, L * K * D]`` in the dtype of ``values``: points beside channels, the layout of
+      their product with the attention weights.
 
     Raises:
       ValueError: the sizes do not fit together.
@@ -170,7 +174,7 @@ def sample_values(
         )
         points = locations[:, :, :, level].transpose(0, 2, 1, 3, 4)  # [B, M, Q, K, 2]
         samples.append(_sample_level(grid, points, method))
-    return jnp.concatenate(samples, axis=3)
+    return jnp.concatenate(samples, axis=-1)
 
 
 def _sample_level(grid: Array, points: Array, method: Sampling) -> Array:
@@ -202,6 +206,7 @@ def deformable_attention(
     """
     samples = sample_values(values, locations, shapes, method)
     flat = weights.reshape(*weights.shape[:3], -1)
+    samples = samples.reshape(*samples.shape[:3], flat.shape[-1], -1)
     mixed = jnp.einsum("bqmp,bmqpd->bqmd", flat, samples)
     return mixed.reshape(*mixed.shape[:2], -1)
 
@@ -222,7 +227,7 @@ def attention_map(locations: Array, weights: Array, shape: tuple[int, int]) -> A
     return jnp.einsum("...kh,...kw->...hw", rows * weights[..., None], columns)
 
 
-# --- the ways: grid [B, M, H, W, D], points [B, M, Q, K, 2] -> [B, M, Q, K, D] -------------
+# --- the ways: grid [B, M, H, W, D], points [B, M, Q, K, 2] -> [B, M, Q, K * D] -----------
 
 
 def _corners(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
@@ -261,7 +266,7 @@ def _gather(grid: Array, points: Array) -> Array:
     for index, inside, wy, wx in _neighbours(points, _cells(grid)):
         weight = jnp.where(inside, wy * wx, 0.0)
         total += _take_rows(flat, index).astype(jnp.float32) * weight[..., None]
-    return total.astype(grid.dtype)
+    return total.astype(grid.dtype).reshape(*total.shape[:3], -1)
 
 
 def _cells(grid: Array) -> tuple[int, int]:
@@ -275,18 +280,46 @@ def _flat(grid: Array) -> Array:
 
 
 def _packed(grid: Array, points: Array) -> Array:
+    width, channels, count = grid.shape[3], grid.shape[4], points.shape[3]
+    x, fx, y, fy = _corners(points, _cells(grid))
+    table = packed_table(grid)
+    index = (y + 1) * (width + 1) + x + 1
+    weights = jnp.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], axis=-1)
+    product = functools.partial(
+        jnp.matmul, precision=_precision(grid.dtype), preferred_element_type=jnp.float32
+    )
+    spread = np.kron(np.eye(4, dtype="f4"), np.ones((1, channels), "f4"))  # [4, 4 D]
+    total = jnp.zeros((), jnp.float32)
+    for point, place in enumerate(np.eye(count, dtype="f4")):
+        rows = _take_rows(table, index[..., point, None])[..., 0, :].astype(jnp.float32)
+        weighted = rows * product(weights[..., point, :], spread)
+        add = np.kron(np.outer(np.ones(4), place), np.eye(channels)).astype("f4")  # [4 D, K D]
+        total += product(weighted, add)
+    return total.astype(grid.dtype)
+
+
+def packed_table(grid: Array) -> Array:
+    """``[B, M, H, W, D]`` -> ``[B, M, (H + 1) (W + 1), 4 D]``: every 2 x 2 neighbours in one row.
+
+    Row ``(y + 1) (W + 1) + x + 1`` holds cells (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1),
+    zeros outside.
+    """
     height, width = _cells(grid)
-    x, fx, y, fy = _corners(points, (height, width))
     padded = jnp.pad(grid, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
     neighbours = jnp.concatenate(
         [padded[:, :, i : height + 1 + i, j : width + 1 + j] for i in (0, 1) for j in (0, 1)],
         axis=-1,
     )
-    flat = neighbours.reshape(*grid.shape[:2], (height + 1) * (width + 1), 4 * grid.shape[4])
-    found = _take_rows(flat, (y + 1) * (width + 1) + x + 1).astype(jnp.float32)
-    found = found.reshape(*found.shape[:-1], 4, grid.shape[4])
-    weights = jnp.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], axis=-1)
-    return jnp.sum(found * weights[..., None], axis=-2).astype(grid.dtype)
+    return _flat(neighbours)
+
+
+def _precision(dtype: DTypeLike) -> lax.Precision:
+    """Of products that only interpolate.
+
+    Matrix units round float32 operands unless told not to: neither samples nor the gradients of
+    locations would then be those of the other ways.
+    """
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def _take_rows(table: Array, index: Array) -> Array:
@@ -324,11 +357,18 @@ _rows.defvjp(_rows_fwd, _rows_bwd)
 
 def _dense(grid: Array, points: Array) -> Array:
     rows, columns = _interpolation(points, _cells(grid))
-    matrix = rows[..., :, None] * columns[..., None, :]
-    matrix = matrix.reshape(*points.shape[:-1], -1).astype(grid.dtype)
-    # Matrix units round float32 operands unless told not to: neither samples nor the gradients of
-    # locations would then be those of the other ways.
-    return jnp.einsum("bmqks,bmsd->bmqkd", matrix, _flat(grid), precision=lax.Precision.HIGHEST)
+    cells, count = _flat(grid), points.shape[3]
+    total = jnp.zeros((), jnp.float32)
+    for point in range(count):
+        matrix = rows[..., point, :, None] * columns[..., point, None, :]
+        matrix = matrix.reshape(*points.shape[:3], -1).astype(grid.dtype)
+        # In its place among the other points' channels: a matrix unit is as wide as all of them.
+        before, after = point * grid.shape[4], (count - 1 - point) * grid.shape[4]
+        placed = jnp.pad(cells, ((0, 0), (0, 0), (0, 0), (before, after)))
+        total += jnp.matmul(
+            matrix, placed, precision=_precision(grid.dtype), preferred_element_type=jnp.float32
+        )
+    return total.astype(grid.dtype)
 
 
 def _interpolation(points: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
