@@ -243,12 +243,21 @@ def digest(tree: Any) -> str:
 
 def primitives(jaxpr: Any) -> collections.Counter[str]:
     """How often each primitive occurs in a jaxpr and in all jaxprs inside it."""
-    counter: collections.Counter[str] = collections.Counter()
+    return collections.Counter(equation.primitive.name for equation in equations(jaxpr))
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a jaxpr and of all jaxprs inside it, in order.
+
+    Of what depends on the platform, the form of those that have none of their own.
+    """
     for equation in jaxpr.eqns:
-        counter[equation.primitive.name] += 1
-        for value in equation.params.values():
-            for part in value if isinstance(value, tuple) else (value,):
+        yield equation
+        for name, value in equation.params.items():
+            parts = value if isinstance(value, tuple) else (value,)
+            if name == "branches" and equation.params.get("branches_platforms"):
+                parts = parts[-1:]
+            for part in parts:
                 inner = getattr(part, "jaxpr", part)
                 if hasattr(inner, "eqns"):
-                    counter.update(primitives(inner))
-    return counter
+                    yield from equations(inner)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from aqdetr_jax.ops import convolution
 from aqdetr_jax.quant import lsq
 
 Arithmetic = Literal["fake", "integer", "observe"]
@@ -142,15 +143,18 @@ class Conv(_Contraction):
 
     def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
         """See the class."""
-        return lax.conv_general_dilated(
-            a,
-            b,
-            self.strides,
-            self.padding,
-            rhs_dilation=self.dilation,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            preferred_element_type=out_dtype,
-        )
+        return convolution.convolve(self._window, a, b, out_dtype)
+
+    def transpose(self, a: Array, b: Array, cotangent: Array) -> tuple[Array, Array]:
+        """See the class."""
+        a, b, cotangent = (x.astype(self.dtype) for x in (a, b, cotangent))
+        da = convolution.input_gradient(self._window, cotangent, b, a.shape, self.dtype)
+        db = convolution.kernel_gradient(self._window, a, cotangent, b.shape[:2], jnp.float32)
+        return da.astype(jnp.float32), db
+
+    @property
+    def _window(self) -> convolution.Window:
+        return convolution.Window(self.strides, self.padding, self.dilation)
 
     def integers(self, a: Array, b: Array) -> Array:
         """The product on integers: a sum of matrix products over the kernel's taps.

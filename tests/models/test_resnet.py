@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from aqdetr_jax.models.layers import BatchNorm
 from aqdetr_jax.models.resnet import BackboneConfig, BasicBlock, Bottleneck, ResNet, resnet_config
@@ -12,17 +13,13 @@ from aqdetr_jax.models.resnet import BackboneConfig, BasicBlock, Bottleneck, Res
 def convolutions(jaxpr):
     """(kernel size, stride, dilation) of every convolution in a jaxpr, in order."""
     found = []
-    for equation in jaxpr.eqns:
+    for equation in tiny.equations(jaxpr):
         if equation.primitive.name == "conv_general_dilated":
             numbers = equation.params["dimension_numbers"].rhs_spec
             shape = equation.invars[1].aval.shape
             kernel = shape[numbers[2]]
             options = equation.params
             found.append((kernel, options["window_strides"][0], options["rhs_dilation"][0]))
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                found += convolutions(inner)
     return found
 
 
