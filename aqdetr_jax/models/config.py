@@ -62,7 +62,8 @@ class DetrConfig:
       remat: what the backward pass computes again to save memory: whole transformer layers (True),
         of a "deformable" model the sampled values alone ("samples"), or nothing (False). Unless it
         is False, deformable attention samples head by head.
-      dtype: carrier dtype of products, "float32" or "bfloat16"; sums and norms are float32.
+      dtype: carrier dtype of products and of what lies between the layers, "float32" or
+        "bfloat16"; sums and norms are computed in float32.
       pixel_mean: RGB mean of images in [0, 1].
       pixel_std: RGB standard deviation.
       family: "detr" or "deformable".

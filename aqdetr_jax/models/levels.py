@@ -122,4 +122,4 @@ def _join_levels(levels: list[Array], masks: list[Array], embedding: Array) -> t
         sine_position_encoding(mask, dim, offset=-0.5).reshape(batch, -1, dim) + embedding[i]
         for i, mask in enumerate(masks)
     ]
-    return tokens, jnp.concatenate(positions, axis=1)
+    return tokens, jnp.concatenate(positions, axis=1).astype(tokens.dtype)
