@@ -243,7 +243,9 @@ def test_a_constant_operand_changes_no_other_gradient(name, which):
     got, expected = jax.jit(lambda *x: (gradients(True)(*x), gradients(False)(*x)))(a, b, qa, qb)
     np.testing.assert_array_equal(got[0], 0)
     assert np.any(np.asarray(expected[0]))
-    for mine, reference in zip(jax.tree.leaves(got[1:]), jax.tree.leaves(expected[1:])):
+    for mine, reference in zip(
+        jax.tree.leaves(got[1:]), jax.tree.leaves(expected[1:]), strict=True
+    ):
         scale = max(float(jnp.abs(reference).max()), 1e-3)
         np.testing.assert_allclose(mine, reference, rtol=1e-5, atol=1e-5 * scale)
 
