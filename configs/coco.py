@@ -62,6 +62,7 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
             num_queries=100,
             num_auxiliary=300 if low_bit else 0,
             remat=True,
+            dtype="auto",  # bfloat16 on a TPU
         )
     )
     config.optimizer = ConfigDict(

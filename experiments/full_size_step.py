@@ -23,7 +23,7 @@ from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.models.detector import build_detector, example_input
 from aqdetr_jax.parallel.mesh import make_mesh, replicated
 from aqdetr_jax.provenance import git_commit, package_versions
-from aqdetr_jax.training import initial, setup
+from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.arguments import parse_arguments
 from aqdetr_jax.training.experiment import load_experiment
@@ -79,6 +79,7 @@ def main() -> None:
     options, overrides = parse_arguments(parser, sys.argv[1:])
     # COCO's official head: 91 ids and "no object".
     config = load_experiment(options.config, ("model.num_classes=91", *overrides))
+    config = sizing.with_devices(config, jax.devices()[0])
     bucket = (options.height, options.width)
     config = dataclasses.replace(
         config,

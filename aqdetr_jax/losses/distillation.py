@@ -6,7 +6,8 @@ docs/method.md: [A] AQ-DETR's abstract, [ours] our choice.
 
 All functions take the teacher's array first, stop its gradient, and are zero when student and
 teacher agree. Scores are ``q k^T / sqrt(d)`` with padded keys at a large negative value, so that
-their probability is zero in both and they never count.
+their probability is zero in both and they never count. Maps may be bfloat16; what is computed of
+them is float32.
 """
 
 from __future__ import annotations
@@ -83,15 +84,41 @@ def attention_kl(teacher: Array, student: Array, query_valid: Array | None = Non
     Returns:
       float32 scalar >= 0.
     """
-    log_t = jax.nn.log_softmax(lax.stop_gradient(teacher), axis=-1)
-    log_s = jax.nn.log_softmax(student, axis=-1)
-    return masked_mean(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), query_valid)
+    return masked_mean(_row_kl(lax.stop_gradient(teacher), student), query_valid)
+
+
+@jax.custom_vjp
+def _row_kl(teacher: Array, student: Array) -> Array:
+    """``KL(softmax(teacher) || softmax(student))`` over the last axis, float32.
+
+    Its gradient is ``softmax(student) - softmax(teacher)``: made of the scores themselves, so that
+    no map is kept beside them.
+    """
+    return _row_kl_fwd(teacher, student)[0]
+
+
+def _row_kl_fwd(teacher, student):
+    t, s = teacher.astype(jnp.float32), student.astype(jnp.float32)
+    norm_t, norm_s = (jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in (t, s))
+    log_t, log_s = t - norm_t, s - norm_s
+    kl = jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
+    return kl, (teacher, student, norm_t, norm_s)
+
+
+def _row_kl_bwd(residuals, cotangent):
+    teacher, student, norm_t, norm_s = residuals
+    p_t, p_s = jnp.exp(teacher - norm_t), jnp.exp(student - norm_s)  # float32, as the norms are
+    gradient = (p_s - p_t) * cotangent[..., None]
+    return jnp.zeros_like(teacher), gradient.astype(student.dtype)
+
+
+_row_kl.defvjp(_row_kl_fwd, _row_kl_bwd)
 
 
 def attention_mse(teacher: Array, student: Array, query_valid: Array | None = None) -> Array:
     """``mean of sum_k (A_T - A_S)^2`` over batch, heads, valid queries, from scores [ours]."""
-    a_t = jax.nn.softmax(lax.stop_gradient(teacher), axis=-1)
-    a_s = jax.nn.softmax(student, axis=-1)
+    a_t = jax.nn.softmax(lax.stop_gradient(teacher).astype(jnp.float32), axis=-1)
+    a_s = jax.nn.softmax(student.astype(jnp.float32), axis=-1)
     return masked_mean(jnp.sum(jnp.square(a_t - a_s), axis=-1), query_valid)
 
 
@@ -100,7 +127,8 @@ def score_mse(teacher: Array, student: Array, query_valid: Array | None = None) 
 
     Softmax does not see a constant added to a row, so the row means are removed first.
     """
-    teacher = lax.stop_gradient(teacher)
+    teacher = lax.stop_gradient(teacher).astype(jnp.float32)
+    student = student.astype(jnp.float32)
     real = teacher > SCORE_FLOOR
     count = jnp.maximum(jnp.sum(real, axis=-1, keepdims=True), 1)
 
@@ -117,7 +145,7 @@ def output_mse(teacher: Array, student: Array, query_valid: Array | None = None)
 
     Relative to the teacher's mean square, so that layers of different scale weigh alike.
     """
-    teacher = lax.stop_gradient(teacher)
+    teacher = lax.stop_gradient(teacher).astype(jnp.float32)
     difference = masked_mean(jnp.mean(jnp.square(teacher - student), -1)[:, None], query_valid)
     scale = masked_mean(jnp.mean(jnp.square(teacher), -1)[:, None], query_valid)
     return difference / jnp.maximum(scale, 1e-12)

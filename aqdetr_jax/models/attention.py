@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from aqdetr_jax.models.layers import FLOAT
 from aqdetr_jax.models.quantized import QDense, activation_quantizer, module_path
+from aqdetr_jax.ops.activations import softmax
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.product import Mix, Quantizer, Scores, quantized_product
 from aqdetr_jax.quant.record import OpRecord, record
@@ -25,8 +26,10 @@ MASKED = -1e9
 class AttentionMaps(NamedTuple):
     """What the distillation may look at, in the layer's own terms.
 
+    All of them in the carrier dtype of the activations.
+
     Attributes:
-      scores: [B, H, Q, K] float32, ``q k^T / sqrt(d)`` with padded keys at ``MASKED``.
+      scores: [B, H, Q, K], ``q k^T / sqrt(d)`` with padded keys at ``MASKED``.
       probabilities: [B, H, Q, K] softmax of the scores, before the probabilities' own quantizer.
       output: [B, Q, H*D] the mixed values ``A v``, heads concatenated, before the output layer.
     """
@@ -185,17 +188,17 @@ class AttentionCore(nn.Module):
         q_q = activation_quantizer(self, "q", q, signed, head_axis=1)
         q_k = activation_quantizer(self, "k", k, signed, head_axis=1)
         scores = quantized_product(Scores(self.dtype), q, k, q_q, q_k, policy.arithmetic)
-        scores = scores / math.sqrt(q.shape[-1])
+        scores = (scores.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(self.dtype)
         if key_valid is not None:
             scores = jnp.where(key_valid[:, None, None, :], scores, MASKED)
-        probabilities = jax.nn.softmax(scores, axis=-1)
+        probabilities = softmax(scores)
         # Dropout acts before the quantizer, so that what is mixed is always on the grid.
         weights = nn.Dropout(self.dropout, deterministic=not train)(probabilities)
         q_p = activation_quantizer(self, "probs", weights, unsigned, head_axis=1)
         q_v = activation_quantizer(self, "v", v, signed, head_axis=1)
         mixed = quantized_product(Mix(self.dtype), weights, v, q_p, q_v, policy.arithmetic)
         if policy.renormalize and q_p is not None and policy.arithmetic != "observe":
-            mixed = mixed / row_sum(weights, q_p)
+            mixed = (mixed / row_sum(weights, q_p)).astype(self.dtype)
         rule = policy.rule_for(path)
         note = rule.note if rule else "no rule: float"
         macs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
@@ -207,7 +210,7 @@ class AttentionCore(nn.Module):
 
 
 def row_sum(weights: Array, quantizer: Quantizer) -> Array:
-    """Sum of the quantized probabilities of each query [B, H, Q, 1], at least one level.
+    """Sum of the quantized probabilities of each query, float32 [B, H, Q, 1], at least one level.
 
     A column of ones beside the values: an integer sum and one scale, exact in any order, so that
     both arithmetics agree here too.

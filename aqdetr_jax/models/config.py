@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
+
 from aqdetr_jax.models.resnet import BackboneConfig
 from aqdetr_jax.ops.deformable import Sampling
 
@@ -62,7 +64,9 @@ class DetrConfig:
       remat: what the backward pass computes again to save memory: whole transformer layers (True),
         of a "deformable" model the sampled values alone ("samples"), or nothing (False). Unless it
         is False, deformable attention samples head by head.
-      dtype: carrier dtype of products, "float32" or "bfloat16"; sums and norms are float32.
+      dtype: carrier dtype of products and of what lies between the layers, "float32" or
+        "bfloat16"; sums and norms are computed in float32. "auto" in a configuration: follows from
+        the platform, see ``training.sizing``.
       pixel_mean: RGB mean of images in [0, 1].
       pixel_std: RGB standard deviation.
       family: "detr" or "deformable".
@@ -95,6 +99,10 @@ class DetrConfig:
                 f"model width {self.dim} does not split into deformable.norm_groups="
                 f"{self.deformable.norm_groups} groups"
             )
+        if self.dtype not in ("float32", "bfloat16", "auto"):
+            raise ValueError(
+                f"model.dtype must be 'float32', 'bfloat16' or 'auto', got {self.dtype!r}"
+            )
         if self.family == "detr" and self.remat == "samples":
             raise ValueError("remat='samples' is of deformable attention: use True or False")
         if self.num_auxiliary > 0 and self.num_auxiliary % self.auxiliary_groups:
@@ -102,6 +110,20 @@ class DetrConfig:
                 f"{self.num_auxiliary} auxiliary queries do not split into "
                 f"{self.auxiliary_groups} equal groups"
             )
+
+    @property
+    def carrier(self) -> jnp.dtype:
+        """``dtype`` as an array's.
+
+        Raises:
+          ValueError: it is still open.
+        """
+        if self.dtype == "auto":
+            raise ValueError(
+                "model.dtype='auto' is open: training.sizing.with_devices fills it in, or give "
+                "model.dtype=float32 or model.dtype=bfloat16"
+            )
+        return jnp.dtype(self.dtype)
 
     @property
     def class_loss(self) -> Literal["softmax", "focal"]:

@@ -135,12 +135,18 @@ class DeformableAttention(nn.Module):
             heads * levels * points * 2,
             kernel_init=zeros,
             bias_init=offset_bias_init(heads, levels, points),
+            out_dtype=jnp.float32,  # coordinates
             name="sampling_offsets",
         )(query)
         locations = deformable.sampling_locations(
             reference, offsets.reshape(batch, queries, heads, levels, points, 2), shapes
         )
-        scores = dense(heads * levels * points, kernel_init=zeros, name="attention_weights")(query)
+        scores = dense(
+            heads * levels * points,
+            kernel_init=zeros,
+            out_dtype=jnp.float32,
+            name="attention_weights",
+        )(query)
         scores = scores.reshape(batch, queries, heads, levels * points).transpose(0, 2, 1, 3)
         core = SamplingCore(self.policy, self.sampling, self.remat, self.dtype, name="core")
         mixed, maps = core(values, locations, scores, shapes)
@@ -166,7 +172,7 @@ class SamplingCore(nn.Module):
         def sample(values: Array, locations: Array) -> Array:
             return deformable.sample_values(
                 values.astype(self.dtype), locations, shapes, self.sampling
-            ).astype(jnp.float32)
+            )
 
         # Calibration looks at the samples of all heads.
         one_by_one = self.remat and not observing(self)
@@ -187,7 +193,7 @@ class SamplingCore(nn.Module):
         else:
             mixed = mix(probabilities, samples, q_p, q_s, policy.arithmetic)
         if policy.renormalize and q_p is not None and policy.arithmetic != "observe":
-            mixed = mixed / row_sum(probabilities, q_p)
+            mixed = (mixed / row_sum(probabilities, q_p)).astype(self.dtype)
         rule = policy.rule_for(path)
         note = rule.note if rule else "no rule: float"
         macs = samples.size

@@ -88,6 +88,7 @@ class DeformableDetr(nn.Module):
             target, query, reference = self._best(proposal_logits, coordinates, sum(sets))
         else:
             target, query, reference = self._learned(images.shape[0], auxiliary=len(sets) > 1)
+        target, query = (x.astype(memory.dtype) for x in (target, query))
 
         # --- decoder --------------------------------------------------------------------------
         decoded, boxes, self_maps, cross_maps = DeformableDecoder(c, policy, name="decoder")(

@@ -32,7 +32,7 @@ class _DeformableLayer(TransformerLayer):
             self.policy,
             c.deformable.sampling,
             bool(c.remat),
-            jnp.dtype(c.dtype),
+            c.carrier,
             name=name,
         )
 

@@ -75,12 +75,19 @@ class DensePretrainer(nn.Module):
         """DETR's encoder output [B, S, d], and the mask of its one level."""
         c = self.config
         x = normalize_images(images, mask, c)
-        x = ResNet(c.backbone, dtype=jnp.dtype(c.dtype), name="backbone")(x, train=train)[-1]
+        x = ResNet(c.backbone, dtype=c.carrier, name="backbone")(x, train=train)[-1]
         batch, height, width, _ = x.shape
         cells = downsample_mask(mask, height, width)
-        position = sine_position_encoding(cells, c.dim).reshape(batch, -1, c.dim)
+        position = sine_position_encoding(cells, c.dim).reshape(batch, -1, c.dim).astype(x.dtype)
         valid = cells.reshape(batch, -1)
-        x = QConv(c.dim, (1, 1), use_bias=True, kernel_init=TORCH_LINEAR, name="input_proj")(x)
+        x = QConv(
+            c.dim,
+            (1, 1),
+            use_bias=True,
+            kernel_init=TORCH_LINEAR,
+            dtype=c.carrier,
+            name="input_proj",
+        )(x)
         x, _ = Encoder(c, name="encoder")(x.reshape(batch, -1, c.dim), position, valid, train)
         return x, [cells]
 

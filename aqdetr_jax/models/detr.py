@@ -57,11 +57,11 @@ class Detr(nn.Module):
         c, policy = self.config, self.policy
         sets = c.active_sets(auxiliary, self.is_initializing())
         x = normalize_images(images, mask, c)
-        features = ResNet(c.backbone, policy, jnp.dtype(c.dtype), name="backbone")(x, train=train)
+        features = ResNet(c.backbone, policy, c.carrier, name="backbone")(x, train=train)
         x = features[-1]
         batch, height, width, _ = x.shape
         cells = downsample_mask(mask, height, width)
-        position = sine_position_encoding(cells, c.dim).reshape(batch, -1, c.dim)
+        position = sine_position_encoding(cells, c.dim).reshape(batch, -1, c.dim).astype(c.carrier)
         record(OpRecord(f"{module_path(self)}position".strip("/"), "position", note=FLOAT))
         x = QConv(
             c.dim,
@@ -69,7 +69,7 @@ class Detr(nn.Module):
             policy,
             use_bias=True,
             kernel_init=TORCH_LINEAR,
-            dtype=jnp.dtype(c.dtype),
+            dtype=c.carrier,
             name="input_proj",
         )(x)
         valid = cells.reshape(batch, -1)
@@ -84,7 +84,7 @@ class Detr(nn.Module):
                 "auxiliary_queries", query_start(c, c.num_queries), (c.num_auxiliary, c.dim)
             )
             queries = jnp.concatenate([queries, more])
-        query = jnp.broadcast_to(queries, (batch, *queries.shape))
+        query = jnp.broadcast_to(queries, (batch, *queries.shape)).astype(c.carrier)
         decoded, self_maps, cross_maps = Decoder(c, policy, name="decoder")(
             query, memory, position, valid, sets, train
         )

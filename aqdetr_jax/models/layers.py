@@ -1,16 +1,19 @@
-"""Norms and the feed-forward network of the transformer layers."""
+"""Norms and the feed-forward network of the transformer layers.
+
+Norms compute in float32 and return the dtype of their input, which carries it between layers.
+"""
 
 from __future__ import annotations
 
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from aqdetr_jax.models.quantized import QDense, module_path
+from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.record import OpRecord, record
 
@@ -29,9 +32,10 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         record(OpRecord(module_path(self), "norm", parameters=2 * x.shape[-1], note=FLOAT))
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        return centred * (lax.rsqrt(variance + NORM_EPS) * scale) + bias
+        return (centred * (lax.rsqrt(variance + NORM_EPS) * scale) + bias).astype(x.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -49,11 +53,13 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         record(OpRecord(module_path(self), "norm", parameters=2 * channels, note=FLOAT))
-        grouped = x.reshape(batch, height, width, self.groups, channels // self.groups)
+        wide = x.astype(jnp.float32)
+        grouped = wide.reshape(batch, height, width, self.groups, channels // self.groups)
         axes = (1, 2, 4)
         centred = grouped - jnp.mean(grouped, axes, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
-        return (centred * lax.rsqrt(variance + NORM_EPS)).reshape(x.shape) * scale + bias
+        normal = (centred * lax.rsqrt(variance + NORM_EPS)).reshape(x.shape)
+        return (normal * scale + bias).astype(x.dtype)
 
 
 def norm_affine(scale: Array, bias: Array, mean: Array, var: Array) -> tuple[Array, Array]:
@@ -103,15 +109,16 @@ class BatchNorm(nn.Module):
             scale, bias = lax.stop_gradient(scale), lax.stop_gradient(bias)
         if self.frozen or not train:
             factor, bias = norm_affine(scale, bias, mean.value, var.value)
-            return x * factor + bias
-        batch_mean = jnp.mean(x, axis=(0, 1, 2))
-        batch_var = jnp.mean(jnp.square(x - batch_mean), axis=(0, 1, 2))
+            return (x * factor + bias).astype(x.dtype)
+        wide = x.astype(jnp.float32)
+        batch_mean = jnp.mean(wide, axis=(0, 1, 2))
+        batch_var = jnp.mean(jnp.square(wide - batch_mean), axis=(0, 1, 2))
         if not self.is_initializing():
             m = self.momentum
             mean.value = m * mean.value + (1 - m) * lax.stop_gradient(batch_mean)
             var.value = m * var.value + (1 - m) * lax.stop_gradient(batch_var)
         factor, bias = norm_affine(scale, bias, batch_mean, batch_var)
-        return x * factor + bias
+        return (wide * factor + bias).astype(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -135,6 +142,6 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """[B, S, dim] -> [B, S, dim]."""
         dense = functools.partial(QDense, policy=self.policy, dtype=self.dtype)
-        x = jax.nn.relu(dense(self.hidden, name="linear1")(x))
+        x = relu(dense(self.hidden, name="linear1")(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return dense(self.dim, name="linear2", unsigned=True)(x)

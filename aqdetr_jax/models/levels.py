@@ -82,8 +82,7 @@ def _feature_levels(
     """Backbone and input projections: maps [B, H_l, W_l, d] and masks bool [B, H_l, W_l]."""
     c, options = config, config.deformable
     x = normalize_images(images, mask, c)
-    dtype = jnp.dtype(c.dtype)
-    features = ResNet(c.backbone, policy, dtype, name="backbone")(x, train=train)
+    features = ResNet(c.backbone, policy, c.carrier, name="backbone")(x, train=train)
     features = features[-min(options.stages, options.levels, len(features)) :]
     levels: list[Array] = []
     for i in range(options.levels):
@@ -99,7 +98,7 @@ def _feature_levels(
             use_bias=True,
             unsigned=i <= len(features),
             kernel_init=nn.initializers.xavier_uniform(),
-            dtype=dtype,
+            dtype=c.carrier,
             name=f"input_proj_{i}",
         )(source)
         levels.append(GroupNorm(options.norm_groups, name=f"input_norm_{i}")(projected))
@@ -122,4 +121,4 @@ def _join_levels(levels: list[Array], masks: list[Array], embedding: Array) -> t
         sine_position_encoding(mask, dim, offset=-0.5).reshape(batch, -1, dim) + embedding[i]
         for i, mask in enumerate(masks)
     ]
-    return tokens, jnp.concatenate(positions, axis=1)
+    return tokens, jnp.concatenate(positions, axis=1).astype(tokens.dtype)

@@ -54,12 +54,12 @@ def channel_affine(
     one multiply-add before the rounding, part of the weights, and part of the bias.
 
     Returns:
-      (centred x, scaled kernel, bias).
+      (centred x in its own dtype, scaled kernel, bias).
     """
     width = x.shape[-1:]
     shift = module.param("input_shift", nn.initializers.zeros, width, jnp.float32)
     scale = module.param("input_scale", nn.initializers.ones, width, jnp.float32)
-    return (x - shift) / scale, kernel * scale[:, None], bias + shift @ kernel
+    return ((x - shift) / scale).astype(x.dtype), kernel * scale[:, None], bias + shift @ kernel
 
 
 def activation_quantizer(
@@ -154,6 +154,7 @@ class QDense(nn.Module):
       kernel_init: initializer of the [K, N] kernel.
       bias_init: initializer of the [N] bias.
       dtype: carrier dtype of the product, see ``quant.product``.
+      out_dtype: dtype of the output; None = ``dtype``.
     """
 
     features: int
@@ -162,10 +163,11 @@ class QDense(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: DTypeLike = jnp.float32
+    out_dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Maps [..., K] to [..., N] (float32)."""
+        """Maps [..., K] to [..., N]."""
         path = module_path(self)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
@@ -179,8 +181,9 @@ class QDense(nn.Module):
         q_w = weight_quantizer(self, kernel, weight_spec)
         row = _row(path, "dense", self.policy, weight_spec, input_spec, kernel, bias, x.size)
         record(dataclasses.replace(row, centred=x.shape[-1] if centred else 0))
-        y = quantized_product(Dense(self.dtype), x, kernel, q_x, q_w, self.policy.arithmetic)
-        return y + bias
+        contraction = Dense(self.dtype, out_dtype=self.out_dtype)
+        y = quantized_product(contraction, x, kernel, q_x, q_w, self.policy.arithmetic)
+        return (y + bias).astype(y.dtype)
 
 
 class QConv(nn.Module):
@@ -195,6 +198,7 @@ class QConv(nn.Module):
       padding: zeros on each side; None = ``dilation * (k - 1) // 2`` as torch layers use.
       use_bias: adds a bias (the input projection of DETR has one).
       unsigned: the input cannot be negative.
+      constant_input: the input is data and takes no gradient (the stem's images).
       kernel_init: initializer of the HWIO kernel.
       bias_init: initializer of the bias.
       dtype: carrier dtype of the product.
@@ -208,6 +212,7 @@ class QConv(nn.Module):
     padding: int | None = None
     use_bias: bool = False
     unsigned: bool = True
+    constant_input: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.variance_scaling(
         2.0, "fan_out", "truncated_normal"
     )
@@ -216,7 +221,7 @@ class QConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Maps [B, H, W, C] to [B, H', W', N] (float32)."""
+        """Maps [B, H, W, C] to [B, H', W', N] in the carrier dtype."""
         path = module_path(self)
         kernel = self.param(
             "kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features)
@@ -234,12 +239,13 @@ class QConv(nn.Module):
             (self.strides, self.strides),
             ((pads[0], pads[0]), (pads[1], pads[1])),
             (self.dilation, self.dilation),
+            constant_left=self.constant_input,
         )
         y = quantized_product(contraction, x, kernel, q_x, q_w, self.policy.arithmetic)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
-            y = y + bias
+            y = (y + bias).astype(y.dtype)
         positions = y.shape[0] * y.shape[1] * y.shape[2] * kernel.size // self.features
         record(_row(path, "conv", self.policy, weight_spec, input_spec, kernel, bias, positions))
         return y

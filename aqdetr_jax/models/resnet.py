@@ -6,13 +6,13 @@ import dataclasses
 from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
 from aqdetr_jax.models.layers import FLOAT, BatchNorm
 from aqdetr_jax.models.quantized import QConv, module_path
+from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.record import OpRecord, record
 
@@ -127,11 +127,11 @@ class ResNet(nn.Module):
         """Feature maps of every stage.
 
         Args:
-          images: normalised, [B, H, W, 3] float32.
+          images: normalised, [B, H, W, 3] float32; data, to which no gradient flows.
           train: a learning norm uses and updates batch statistics.
 
         Returns:
-          One [B, H_i, W_i, C_i] array per stage, last one the coarsest.
+          One [B, H_i, W_i, C_i] array of the carrier dtype per stage, last one the coarsest.
         """
         c = self.config
         x = QConv(
@@ -139,11 +139,12 @@ class ResNet(nn.Module):
             (c.stem_kernel, c.stem_kernel),
             strides=c.stem_stride,
             unsigned=False,
+            constant_input=True,
             policy=self.policy,
             dtype=self.dtype,
             name="stem",
         )(images)
-        x = jax.nn.relu(BatchNorm(c.norm == "frozen", name="stem_norm")(x, train=train))
+        x = relu(BatchNorm(c.norm == "frozen", name="stem_norm")(x, train=train))
         if c.stem_pool:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         block = Bottleneck if c.block == "bottleneck" else BasicBlock
@@ -199,7 +200,7 @@ class _Block(nn.Module):
     def residual(self, y, x):
         """ReLU of the sum of both branches."""
         record(OpRecord(f"{module_path(self)}/sum", "add", note=FLOAT))
-        return jax.nn.relu(y + x)
+        return relu(y + x)
 
 
 class BasicBlock(_Block):
@@ -209,7 +210,7 @@ class BasicBlock(_Block):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """[B, H, W, C] -> [B, H/s, W/s, width]."""
         y = self.conv(x, self.width, 3, self.strides, self.dilation, "1", train)
-        y = self.conv(jax.nn.relu(y), self.width, 3, 1, self.dilation, "2", train, zero_scale=True)
+        y = self.conv(relu(y), self.width, 3, 1, self.dilation, "2", train, zero_scale=True)
         return self.residual(y, self.shortcut(x, self.width, train))
 
 
@@ -220,7 +221,7 @@ class Bottleneck(_Block):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """[B, H, W, C] -> [B, H/s, W/s, 4 width]."""
         out = 4 * self.width
-        y = jax.nn.relu(self.conv(x, self.width, 1, 1, 1, "1", train))
-        y = jax.nn.relu(self.conv(y, self.width, 3, self.strides, self.dilation, "2", train))
+        y = relu(self.conv(x, self.width, 1, 1, 1, "1", train))
+        y = relu(self.conv(y, self.width, 3, self.strides, self.dilation, "2", train))
         y = self.conv(y, out, 1, 1, 1, "3", train, zero_scale=True)
         return self.residual(y, self.shortcut(x, out, train))

@@ -23,9 +23,7 @@ class TransformerLayer(nn.Module):
     def attention(self, name: str) -> MultiHeadAttention:
         """An attention sub-layer."""
         c = self.config
-        return MultiHeadAttention(
-            c.dim, c.heads, self.policy, c.dropout, jnp.dtype(c.dtype), name=name
-        )
+        return MultiHeadAttention(c.dim, c.heads, self.policy, c.dropout, c.carrier, name=name)
 
     def residual(self, x: Array, sublayer, norm: str, train: bool):
         """Post-norm ``norm(x + f(x))`` or pre-norm ``x + f(norm(x))``; f returns (y, maps)."""
@@ -39,9 +37,7 @@ class TransformerLayer(nn.Module):
     def feed_forward(self, x: Array, norm: str, train: bool) -> Array:
         """The FFN sub-layer."""
         c = self.config
-        ffn = FeedForward(
-            c.dim, c.ffn, self.policy, c.dropout, jnp.dtype(c.dtype), name="feed_forward"
-        )
+        ffn = FeedForward(c.dim, c.ffn, self.policy, c.dropout, c.carrier, name="feed_forward")
         return self.residual(x, lambda y: (ffn(y, train=train), None), norm, train)[0]
 
 

@@ -5,8 +5,9 @@ the smallest and the largest integer level, ``v_bar`` the integer code, ``v_hat`
 grid. Here the levels are given as ``lower = -Qn`` and ``upper = Qp`` so that a grid with a zero
 point (``lower = -z``, ``upper = 2^b - 1 - z``) is the same code.
 
-This module imports no neural network library. Arrays are float32 unless said otherwise; ``s``,
-``lower`` and ``upper`` broadcast against ``v``.
+This module imports no neural network library. ``v`` and its cotangent may be bfloat16; everything
+else is float32, what is computed of them too. ``s``, ``lower`` and ``upper`` broadcast against
+``v``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def codes(v: Array, s: Array, lower: Array | float, upper: Array | float) -> Arr
       upper: largest code.
 
     Returns:
-      Array of ``v``'s shape and dtype holding integers in ``[lower, upper]``.
+      Array of ``v``'s shape holding integers in ``[lower, upper]``.
     """
     return jnp.round(jnp.clip(v / s, lower, upper))
 
@@ -96,9 +97,9 @@ def vjp(
       cotangent: dL/dv_hat, of ``v``'s shape.
 
     Returns:
-      (dL/dv of ``v``'s shape, dL/ds of ``s``'s shape).
+      (dL/dv of ``v``'s shape and dtype, dL/ds of ``s``'s shape).
     """
-    dv = jnp.where(inside(v, s, lower, upper), cotangent, 0)
+    dv = jnp.where(inside(v, s, lower, upper), cotangent, 0).astype(v.dtype)
     ds = sum_to_shape(cotangent * step_derivative(v, s, lower, upper), jnp.shape(s))
     return dv, g * ds
 

@@ -6,9 +6,13 @@ integer-valued floats. Those sums are exact while they stay below 2^24 in magnit
 order of summation, and codes of up to 8 bits are exact in bfloat16 too; so the training forward and
 the integer forward (int8 operands, int32 sums) are the same numbers, bit for bit.
 
+The scale is applied in float32; what is rounded to the dtype that carries activations is the scaled
+product, never the integer sums.
+
 The gradient is LSQ's: with ``a_hat = s_a a_bar``, dL/da_hat is the transposed product of the
 cotangent with ``b_hat``, from which ``lsq.vjp`` gives the gradients of ``a`` and of ``s_a``. (Here
-bfloat16 operands do round: the values on the grid, as they do the cotangent.)
+bfloat16 operands do round: the values on the grid, as they do the cotangent.) Cotangents of
+activations stay in their dtype; weights' and steps' gradients are summed in float32.
 """
 
 from __future__ import annotations
@@ -51,9 +55,14 @@ class _Contraction:
 
     Attributes:
       dtype: dtype that carries the operands of the float arithmetic; sums are float32.
+      out_dtype: dtype of the scaled product; None = ``dtype``.
+      constant_left: the left operand is data (images): it gets no gradient, and its step's is
+        taken without making one.
     """
 
     dtype: DTypeLike = jnp.float32
+    out_dtype: DTypeLike | None = dataclasses.field(default=None, kw_only=True)
+    constant_left: bool = dataclasses.field(default=False, kw_only=True)
 
     def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
         """The product of ``a`` and ``b``, summed and returned in ``out_dtype``."""
@@ -67,12 +76,25 @@ class _Contraction:
         """The product on int32 operands with int32 sums."""
         return self.contract(a, b, jnp.int32)
 
+    def scaled(self, total: Array, scale: Array | float) -> Array:
+        """The product from its float32 sums."""
+        return (total * scale).astype(self.out_dtype or self.dtype)
+
     def transpose(self, a: Array, b: Array, cotangent: Array) -> tuple[Array, Array]:
-        """Cotangents of ``a`` and ``b`` (float32), computed on operands of ``dtype``."""
-        a, b = a.astype(self.dtype), b.astype(self.dtype)
-        _, pullback = jax.vjp(lambda x, y: self.contract(x, y, self.dtype), a, b)
-        da, db = pullback(cotangent.astype(self.dtype))
-        return da.astype(jnp.float32), db.astype(jnp.float32)
+        """Cotangents of ``a`` and ``b``, computed on operands of ``dtype``.
+
+        An activation's is returned in ``dtype``, a weight's in float32, the dtype of its sum.
+        """
+        b, cotangent = b.astype(self.dtype), cotangent.astype(self.dtype)
+        _, pullback = jax.vjp(lambda x: self.contract(x, b, self.dtype), a.astype(self.dtype))
+        (da,) = pullback(cotangent)
+        return da, self.transpose_right(a, b, cotangent)
+
+    def transpose_right(self, a: Array, b: Array, cotangent: Array) -> Array:
+        """The second of ``transpose``."""
+        a, cotangent = a.astype(self.dtype), cotangent.astype(self.dtype)
+        _, pullback = jax.vjp(lambda y: self.contract(a, y, self.dtype), b.astype(self.dtype))
+        return pullback(cotangent)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +105,16 @@ class Dense(_Contraction):
         """See the class."""
         dims = (((a.ndim - 1,), (0,)), ((), ()))
         return lax.dot_general(a, b, dims, preferred_element_type=out_dtype)
+
+    def transpose_right(self, a: Array, b: Array, cotangent: Array) -> Array:
+        """See the class; float32."""
+        positions = tuple(range(a.ndim - 1))
+        return lax.dot_general(
+            a.astype(self.dtype),
+            cotangent.astype(self.dtype),
+            ((positions, positions), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +155,7 @@ class MixSamples(_Contraction):
         """See the class. Outside a matrix unit only float32 sums are summed in float32."""
         a, b = a.astype(self.dtype), b.astype(self.dtype)
         _, pullback = jax.vjp(lambda x, y: self.contract(x, y, jnp.float32), a, b)
-        da, db = pullback(cotangent)
-        return da.astype(jnp.float32), db.astype(jnp.float32)
+        return pullback(cotangent.astype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +186,27 @@ class Conv(_Contraction):
     @property
     def _window(self) -> convolution.Window:
         return convolution.Window(self.strides, self.padding, self.dilation)
+
+    def transpose_right(self, a: Array, b: Array, cotangent: Array) -> Array:
+        """See the class; float32.
+
+        Once more a convolution: batch and channels change places, the cotangent is the kernel,
+        strides dilate it, and the kernel's taps are the positions.
+        """
+        padding = []
+        for i, (low, _) in enumerate(self.padding):
+            reach = self.strides[i] * (cotangent.shape[1 + i] - 1) + 1
+            taps = self.dilation[i] * (b.shape[i] - 1) + 1
+            padding.append((low, reach + taps - 1 - a.shape[1 + i] - low))
+        return lax.conv_general_dilated(
+            a.astype(self.dtype),
+            cotangent.astype(self.dtype),
+            self.dilation,
+            padding,
+            rhs_dilation=self.strides,
+            dimension_numbers=("CHWN", "IHWO", "HWNC"),
+            preferred_element_type=jnp.float32,
+        )
 
     def integers(self, a: Array, b: Array) -> Array:
         """The product on integers: a sum of matrix products over the kernel's taps.
@@ -202,7 +254,8 @@ def quantized_product(
         quantization: the float product, used by calibration).
 
     Returns:
-      float32 product. "fake" and "integer" agree bit for bit while sums stay below 2^24.
+      The product in ``contraction.out_dtype``. "fake" and "integer" agree bit for bit while sums
+      stay below 2^24.
     """
     if arithmetic == "observe":
         return _fake_product(contraction, a, b, None, None)
@@ -210,7 +263,7 @@ def quantized_product(
         code_a = lsq.codes(a, quantizer_a.step, quantizer_a.lower, quantizer_a.upper)
         code_b = lsq.codes(b, quantizer_b.step, quantizer_b.lower, quantizer_b.upper)
         total = contraction.integers(code_a.astype(jnp.int32), code_b.astype(jnp.int32))
-        return total.astype(jnp.float32) * (quantizer_a.step * quantizer_b.step)
+        return contraction.scaled(total.astype(jnp.float32), quantizer_a.step * quantizer_b.step)
     return _fake_product(contraction, a, b, quantizer_a, quantizer_b)
 
 
@@ -218,7 +271,7 @@ def quantized_product(
 def _fake_product(contraction, a, b, quantizer_a, quantizer_b):
     code_a, step_a = _encode(a, quantizer_a)
     code_b, step_b = _encode(b, quantizer_b)
-    return contraction.floats(code_a, code_b) * (step_a * step_b)
+    return contraction.scaled(contraction.floats(code_a, code_b), step_a * step_b)
 
 
 def _encode(x: Array, quantizer: Quantizer | None) -> tuple[Array, Array | float]:
@@ -228,9 +281,7 @@ def _encode(x: Array, quantizer: Quantizer | None) -> tuple[Array, Array | float
 
 
 def _fake_product_fwd(contraction, a, b, quantizer_a, quantizer_b):
-    code_a, step_a = _encode(a, quantizer_a)
-    code_b, step_b = _encode(b, quantizer_b)
-    out = contraction.floats(code_a, code_b) * (step_a * step_b)
+    out = _fake_product(contraction, a, b, quantizer_a, quantizer_b)
     return out, (a, b, quantizer_a, quantizer_b)
 
 
@@ -239,8 +290,13 @@ def _fake_product_bwd(contraction, residuals, cotangent):
     # The transposed products with the values on the grid, a_hat = s_a a_bar, are dL/da_hat and
     # dL/db_hat as they stand: no pass over the cotangent is spent on the scales.
     a_hat, b_hat = _on_grid(a, quantizer_a), _on_grid(b, quantizer_b)
-    d_a_hat, d_b_hat = contraction.transpose(a_hat, b_hat, cotangent)
-    da, dqa = _cotangents(a, quantizer_a, d_a_hat)
+    if contraction.constant_left:
+        d_b_hat = contraction.transpose_right(a_hat, b_hat, cotangent)
+        da = jnp.zeros_like(a)
+        dqa = _step_of_constant(contraction, a, quantizer_a, b_hat, cotangent)
+    else:
+        d_a_hat, d_b_hat = contraction.transpose(a_hat, b_hat, cotangent)
+        da, dqa = _cotangents(a, quantizer_a, d_a_hat)
     db, dqb = _cotangents(b, quantizer_b, d_b_hat)
     return da, db, dqa, dqb
 
@@ -252,10 +308,26 @@ def _on_grid(x: Array, quantizer: Quantizer | None) -> Array:
 
 def _cotangents(x: Array, quantizer: Quantizer | None, d_hat: Array):
     if quantizer is None:
-        return d_hat, None
+        return d_hat.astype(x.dtype), None
     step, lower, upper, g = quantizer
     dx, ds = lsq.vjp(x, step, lower, upper, g, d_hat)
-    return dx, Quantizer(ds, jnp.zeros_like(lower), jnp.zeros_like(upper), jnp.zeros_like(g))
+    return dx, _step_cotangent(quantizer, ds)
+
+
+def _step_of_constant(contraction, x, quantizer, b_hat, cotangent):
+    """The step's cotangent without that of ``x``: ``g sum(ct . contraction(dx_hat/ds, b_hat))``."""
+    if quantizer is None:
+        return None
+    step, lower, upper, g = quantizer
+    if jnp.ndim(step):
+        raise ValueError(f"constant_left needs one step for the operand, got {jnp.shape(step)}")
+    moved = contraction.floats(lsq.step_derivative(x, step, lower, upper), b_hat)
+    return _step_cotangent(quantizer, g * jnp.sum(cotangent * moved))
+
+
+def _step_cotangent(quantizer: Quantizer, ds: Array) -> Quantizer:
+    _, *others = quantizer
+    return Quantizer(ds, *(jnp.zeros_like(x) for x in others))
 
 
 _fake_product.defvjp(_fake_product_fwd, _fake_product_bwd)

@@ -101,7 +101,7 @@ def model_checksums(config: ExperimentConfig) -> dict[str, str | None]:
 
 
 def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
-    """The float teacher of a distillation, or None.
+    """The float teacher of a distillation, or None; its activations in the student's dtype.
 
     Raises:
       ValueError: the teacher is a backbone or quantized, or its attention does not match the
@@ -134,7 +134,8 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
                 f"config.{key}={path!r} has {name}={theirs.get(name)}, the student has "
                 f"{mine[name]}: their attention maps cannot be compared"
             )
-    return teacher
+    config_of = dataclasses.replace(teacher.config, dtype=config.model.dtype)
+    return dataclasses.replace(teacher, config=config_of)
 
 
 def _compared(model: DetrConfig, weights: DistillationWeights) -> dict[str, Any]:

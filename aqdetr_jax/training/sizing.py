@@ -1,5 +1,7 @@
 """Sizes that follow from the training set: buckets, resizes, boxes, queries, classes, steps.
 
+And one that follows from the platform: the dtype that carries activations.
+
 A configuration leaves them open (``data.fit``, and 0 or -1 for the others); here they are filled
 in, once the data are known, and the result is what the run keeps as its configuration.
 """
@@ -9,12 +11,16 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 import numpy as np
 
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.fit import fitted, small_share
 from aqdetr_jax.parallel.hosts import say_once
 from aqdetr_jax.training.config import ExperimentConfig
+
+BY_PLATFORM = "auto"
+"""Of ``model.dtype``: bfloat16 where the chip computes in it, float32 elsewhere."""
 
 BY_DATA = -1
 """Of ``model.num_auxiliary``: twice as many as object queries, and room for all repeats [ours]."""
@@ -27,7 +33,8 @@ def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> Experiment
     """Fills in what depends on the training set; what is pinned stays.
 
     ``data.fit`` becomes buckets, resizes and scales; ``data.max_boxes=0``, ``model.num_queries=0``,
-    ``model.num_auxiliary=-1`` and ``model.num_classes=0`` their numbers; ``train.epochs`` steps.
+    ``model.num_auxiliary=-1`` and ``model.num_classes=0`` their numbers; ``train.epochs`` steps;
+    ``model.dtype="auto"`` what suits the devices.
 
     Raises:
       ValueError: the data have more classes than a pinned number, or neither steps nor epochs are
@@ -58,13 +65,32 @@ def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> Experiment
         train = dataclasses.replace(train, steps=min(steps, train.steps) if train.steps else steps)
     if not train.steps:
         raise ValueError("config.train.steps and config.train.epochs are both 0: set one of them")
-    return dataclasses.replace(config, data=data, model=model, train=train)
+    config = dataclasses.replace(config, data=data, model=model, train=train)
+    return with_devices(config, jax.devices()[0])
+
+
+def with_devices(config: ExperimentConfig, device: jax.Device) -> ExperimentConfig:
+    """Fills in what depends on the kind of device; what is pinned stays.
+
+    ``model.dtype="auto"`` becomes bfloat16 on a TPU, and on a GPU of compute capability 8 or more;
+    float32 elsewhere: CPUs compute bfloat16 by way of float32.
+
+    Args:
+      config: any.
+      device: one of those that train, which need not be here (a topology's).
+    """
+    if config.model.dtype != BY_PLATFORM:
+        return config
+    capability = getattr(device, "compute_capability", "0")
+    native = device.platform == "tpu" or (device.platform == "gpu" and float(capability) >= 8)
+    model = dataclasses.replace(config.model, dtype="bfloat16" if native else "float32")
+    return dataclasses.replace(config, model=model)
 
 
 def say_sizes(
     given: ExperimentConfig, resolved: ExperimentConfig, dataset: DetectionDataset
 ) -> None:
-    """Says in one paragraph what a set is and which sizes it got, where they were left open.
+    """Says what a set is, which sizes it got and which dtype, where they were left open.
 
     Args:
       given: the configuration before :func:`with_data`.
@@ -73,6 +99,11 @@ def say_sizes(
     """
     if given.data.fit or not given.data.max_boxes or not given.model.num_queries:
         say_once(describe(resolved, dataset))
+    if given.model.dtype == BY_PLATFORM:
+        say_once(
+            f"Activations are {resolved.model.dtype} on this {jax.devices()[0].platform} "
+            "(config.model.dtype)"
+        )
 
 
 def describe(config: ExperimentConfig, dataset: DetectionDataset) -> str:

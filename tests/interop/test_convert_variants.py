@@ -62,7 +62,7 @@ def empty_state(params, stats, table):
 def test_official_variants(name):
     wanted, hidden = OFFICIAL[name]
     model = load_experiment(f"{name},float").model
-    model = dataclasses.replace(model, num_classes=91, remat=False)
+    model = dataclasses.replace(model, num_classes=91, remat=False, dtype="float32")
     images, mask = example_input((256, 512))  # 680 tokens for 300 proposals
     module = build_detector(model)
     params, stats = flat_shapes(jax.eval_shape(module.init, jax.random.key(0), images, mask))

@@ -152,7 +152,12 @@ def test_fake_integer_and_bfloat16_are_the_same_numbers(name, seed, bits, signed
     a.flat[::3] = 0.5 * np.float32(qa.step.max() if np.ndim(qa.step) else qa.step)  # ties
     fake = np.asarray(product(name)(a, b, qa, qb))
     np.testing.assert_array_equal(fake, product(name, "integer")(a, b, qa, qb))
-    np.testing.assert_array_equal(fake, product(name, dtype="bfloat16")(a, b, qa, qb))
+    # bfloat16 carries the codes exactly; what it rounds is the scaled product, once.
+    rounded = fake.astype(jnp.bfloat16)
+    for arithmetic in ("fake", "integer"):
+        low = product(name, arithmetic, "bfloat16")(a, b, qa, qb)
+        assert low.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(low, rounded)
 
 
 @pytest.mark.accelerator
@@ -189,8 +194,69 @@ def test_bfloat16_gradients_are_close_to_float32_ones():
         return jax.jit(jax.grad(loss, (0, 1)))(a, qa.step)
 
     for low, full in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
-        assert low.dtype == jnp.float32
+        assert low.dtype == jnp.float32  # as the operands
         np.testing.assert_allclose(low, full, rtol=0.05, atol=0.02 * float(jnp.abs(full).max()))
+
+
+@pytest.mark.parametrize("name", ["dense", "conv", "conv_strided_dilated"])
+def test_bfloat16_weight_and_step_gradients_are_float32_sums(name):
+    """Of operands that bfloat16 holds, every product of codes and cotangents is exact."""
+    kind, options, *_ = CASES[name]
+    a, b, qa, qb = operands(name, seed=4)
+    qa, qb = (q._replace(step=np.full_like(q.step, 0.25)) for q in (qa, qb))
+    # 4096 images of one kind: sums beyond what eight bits of a mantissa can count.
+    a = np.repeat(a[:1], 4096, 0).astype(jnp.bfloat16)
+
+    def gradients(dtype, a):
+        def loss(b, step_a, step_b):
+            out = quantized_product(
+                kind(dtype, **options), a, b, qa._replace(step=step_a), qb._replace(step=step_b)
+            )
+            return jnp.sum(out.astype(jnp.float32))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(b, qa.step, qb.step)
+
+    for low, full in zip(
+        gradients(jnp.bfloat16, a), gradients(jnp.float32, a.astype(np.float32)), strict=True
+    ):
+        assert low.dtype == jnp.float32
+        np.testing.assert_allclose(low, full, rtol=1e-3, atol=1e-3 * float(jnp.abs(full).max()))
+
+
+@pytest.mark.parametrize("which", ["both", "left", "right", "none"])
+@pytest.mark.parametrize("name", ["dense", "conv", "conv_strided_dilated"])
+def test_a_constant_operand_changes_no_other_gradient(name, which):
+    kind, options, *_ = CASES[name]
+    a, b, qa, qb = operands(name, seed=6)
+    qa = qa if which in ("both", "left") else None
+    qb = qb if which in ("both", "right") else None
+    cotangent = np.random.default_rng(7).normal(size=plain_product(name, a, b).shape)
+    cotangent = cotangent.astype(np.float32)
+
+    def gradients(constant):
+        def loss(a, b, qa, qb):
+            contraction = kind(**options, constant_left=constant)
+            return jnp.sum(quantized_product(contraction, a, b, qa, qb) * cotangent)
+
+        return jax.grad(loss, (0, 1, 2, 3))
+
+    got, expected = jax.jit(lambda *x: (gradients(True)(*x), gradients(False)(*x)))(a, b, qa, qb)
+    np.testing.assert_array_equal(got[0], 0)
+    assert np.any(np.asarray(expected[0]))
+    for mine, reference in zip(
+        jax.tree.leaves(got[1:]), jax.tree.leaves(expected[1:]), strict=True
+    ):
+        scale = max(float(jnp.abs(reference).max()), 1e-3)
+        np.testing.assert_allclose(mine, reference, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_a_constant_operand_has_one_step():
+    a, b, qa, qb = operands("mix")
+    contraction = Mix(constant_left=True)
+    with pytest.raises(ValueError, match=r"one step for the operand, got \(3, 1, 1\)"):
+        jax.grad(lambda s: quantized_product(contraction, a, b, qa._replace(step=s), qb).sum())(
+            jnp.asarray(qa.step)
+        )
 
 
 # All sizes equal: a step on the wrong axis has the right shape here and must show otherwise.
