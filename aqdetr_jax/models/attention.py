@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from aqdetr_jax.models.dropout import dropout
 from aqdetr_jax.models.layers import FLOAT
 from aqdetr_jax.models.quantized import QDense, activation_quantizer, module_path
 from aqdetr_jax.ops.activations import softmax
@@ -193,7 +194,7 @@ class AttentionCore(nn.Module):
             scores = jnp.where(key_valid[:, None, None, :], scores, MASKED)
         probabilities = softmax(scores)
         # Dropout acts before the quantizer, so that what is mixed is always on the grid.
-        weights = nn.Dropout(self.dropout, deterministic=not train)(probabilities)
+        weights = dropout(self, probabilities, self.dropout, train=train)
         q_p = activation_quantizer(self, "probs", weights, unsigned, head_axis=1)
         q_v = activation_quantizer(self, "v", v, signed, head_axis=1)
         mixed = quantized_product(Mix(self.dtype), weights, v, q_p, q_v, policy.arithmetic)

@@ -45,7 +45,7 @@ class Detr(nn.Module):
         Args:
           images: uint8 [B, H, W, 3] (normalised here), or float32, normalised already.
           mask: bool [B, H, W], True = real pixel.
-          train: dropout and learning norms on (needs an rng "dropout" if the rate is positive).
+          train: dropout and learning norms on (which draws by ``models.dropout.drawing``).
           auxiliary: run the auxiliary queries too.
 
         Returns:

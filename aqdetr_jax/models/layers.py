@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from aqdetr_jax.models.dropout import dropout
 from aqdetr_jax.models.quantized import QDense, module_path
 from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.quant.policy import Policy
@@ -143,5 +144,5 @@ class FeedForward(nn.Module):
         """[B, S, dim] -> [B, S, dim]."""
         dense = functools.partial(QDense, policy=self.policy, dtype=self.dtype)
         x = relu(dense(self.hidden, name="linear1")(x))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = dropout(self, x, self.dropout, train=train)
         return dense(self.dim, name="linear2", unsigned=True)(x)

@@ -8,6 +8,7 @@ from jax import Array
 
 from aqdetr_jax.models.attention import MultiHeadAttention
 from aqdetr_jax.models.config import DetrConfig
+from aqdetr_jax.models.dropout import dropout
 from aqdetr_jax.models.layers import FLOAT, FeedForward, LayerNorm
 from aqdetr_jax.models.quantized import module_path
 from aqdetr_jax.quant.policy import Policy
@@ -28,10 +29,9 @@ class TransformerLayer(nn.Module):
     def residual(self, x: Array, sublayer, norm: str, train: bool):
         """Post-norm ``norm(x + f(x))`` or pre-norm ``x + f(norm(x))``; f returns (y, maps)."""
         layer_norm = LayerNorm(name=norm)
-        dropout = nn.Dropout(self.config.dropout, deterministic=not train)
         y, maps = sublayer(layer_norm(x) if self.config.pre_norm else x)
         record(OpRecord(f"{module_path(self)}/{norm}_sum", "add", note=FLOAT))
-        x = x + dropout(y)
+        x = x + dropout(self, y, self.config.dropout, train=train)
         return (x if self.config.pre_norm else layer_norm(x)), maps
 
     def feed_forward(self, x: Array, norm: str, train: bool) -> Array:

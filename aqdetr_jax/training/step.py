@@ -18,6 +18,7 @@ from aqdetr_jax.losses.proposals import proposal_loss
 from aqdetr_jax.losses.targets import Predictions, Targets
 from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detector import Detector
+from aqdetr_jax.models.dropout import drawing, row_keys
 from aqdetr_jax.models.output import DetrOutput
 from aqdetr_jax.parallel.mesh import batch_sharding, replicated
 from aqdetr_jax.training import optimizer as optim
@@ -101,15 +102,15 @@ def detection_loss_fn(
     weights = config.distill.weights
 
     def loss_fn(params, batch_stats, teacher_variables, batch, step):
-        output, updated = model.apply(
-            variables(params, batch_stats),
-            batch["images"],
-            batch["mask"],
-            train=True,
-            auxiliary=sizes.num_auxiliary > 0,
-            mutable=["batch_stats"],
-            rngs={"dropout": step_key(config.seed, step, DROPOUT)} if sizes.dropout else None,
-        )
+        with drawing(row_keys(step_key(config.seed, step, DROPOUT), len(batch["images"]))):
+            output, updated = model.apply(
+                variables(params, batch_stats),
+                batch["images"],
+                batch["mask"],
+                train=True,
+                auxiliary=sizes.num_auxiliary > 0,
+                mutable=["batch_stats"],
+            )
         extra = (
             Predictions(output.auxiliary_logits, output.auxiliary_boxes)
             if sizes.num_auxiliary
@@ -146,14 +147,14 @@ def pretrain_loss_fn(config: ExperimentConfig, model: DensePretrainer) -> LossFn
 
     def loss_fn(params, batch_stats, teacher_variables, batch, step):
         del teacher_variables
-        output, updated = model.apply(
-            variables(params, batch_stats),
-            batch["images"],
-            batch["mask"],
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": step_key(config.seed, step, DROPOUT)},
-        )
+        with drawing(row_keys(step_key(config.seed, step, DROPOUT), len(batch["images"]))):
+            output, updated = model.apply(
+                variables(params, batch_stats),
+                batch["images"],
+                batch["mask"],
+                train=True,
+                mutable=["batch_stats"],
+            )
         targets = targets_of(batch)
         matched = dense_assignment(output.centres, targets, output.cell)
         loss, terms = dense_loss(output.logits, output.boxes, output.valid, matched, targets)

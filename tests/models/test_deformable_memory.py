@@ -14,6 +14,7 @@ from tiny_models import DEFORMABLE, PLAIN, batch, model, variables_of
 
 from aqdetr_jax.models.deformable_attention import DeformableAttention
 from aqdetr_jax.models.detector import build_detector
+from aqdetr_jax.models.dropout import drawing, row_keys
 from aqdetr_jax.models.quantized import OBSERVED
 from aqdetr_jax.quant.policy import stock_policy
 from aqdetr_jax.quant.record import recording
@@ -33,13 +34,10 @@ def test_recomputing_changes_neither_outputs_nor_gradients():
         module = build_detector(config, stock_policy("w4a4"))
 
         def loss(params, module=module):
-            out = module.apply(
-                {**variables, "params": params},
-                *given,
-                train=True,
-                auxiliary=True,
-                rngs={"dropout": jax.random.key(1)},
-            )
+            with drawing(row_keys(jax.random.key(1), len(given[0]))):
+                out = module.apply(
+                    {**variables, "params": params}, *given, train=True, auxiliary=True
+                )
             seen = (out.logits, out.boxes, out.auxiliary_boxes, out.proposal_logits)
             seen += (out.encoder_attention[0].locations, out.encoder_attention[0].scores)
             return sum(jnp.mean(jnp.square(x)) for x in seen)

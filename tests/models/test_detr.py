@@ -13,6 +13,7 @@ from tiny_models import DETR as CONFIG
 
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.models.dropout import drawing, row_keys
 from aqdetr_jax.models.heads import normalize_images
 from aqdetr_jax.models.quantized import OBSERVED
 from aqdetr_jax.models.resnet import resnet_config
@@ -257,13 +258,8 @@ def test_recomputing_layers_fits_training():
     module = Detr(dataclasses.replace(CONFIG, remat=True), stock_policy("w4a4"))
 
     def loss(params, key):
-        out = module.apply(
-            {**variables, "params": params},
-            *batch,
-            train=True,
-            auxiliary=True,
-            rngs={"dropout": key},
-        )
+        with drawing(row_keys(key, len(batch[0]))):
+            out = module.apply({**variables, "params": params}, *batch, train=True, auxiliary=True)
         return jnp.sum(out.logits) + jnp.sum(out.auxiliary_boxes)
 
     gradients = jax.eval_shape(jax.grad(loss), variables["params"], jax.random.key(0))

@@ -10,6 +10,7 @@ import pytest
 
 from aqdetr_jax.models.attention import MASKED, MultiHeadAttention
 from aqdetr_jax.models.config import DetrConfig
+from aqdetr_jax.models.dropout import drawing, row_keys
 from aqdetr_jax.models.resnet import BackboneConfig
 from aqdetr_jax.models.transformer import Decoder, Encoder
 from aqdetr_jax.quant.policy import stock_policy
@@ -223,7 +224,12 @@ def stack(kind, pre_norm, policy="float", sets=(QUERIES,)):
         extra = (sets,)
     variables = randomized(lambda key, *x: module.init(key, *x, *extra, False), *inputs)
     evaluate = jax.jit(lambda v, *x: module.apply(v, *x, *extra, False))
-    train = jax.jit(lambda v, key, *x: module.apply(v, *x, *extra, True, rngs={"dropout": key}))
+
+    @jax.jit
+    def train(v, key, *x):
+        with drawing(row_keys(key, BATCH)):
+            return module.apply(v, *x, *extra, True)
+
     return evaluate, train, variables
 
 

@@ -1,0 +1,118 @@
+"""Dropout whose mask is a function of the step's key, the image, the place and the position.
+
+A key for every place would be a chain of scalar operations for each, which a TPU runs one by one,
+and twice where a layer is computed again. Here one vector operation makes the keys of a step's
+images (:func:`row_keys`); a place adds a constant of its own, and every element counts: a
+counter-based generator (Salmon et al., SC 2011) as cheap as the mask's use, so that nothing random
+is kept in memory. Keyed by the image's number in the global batch, a mask does not depend on the
+devices, nor on the micro-batches, that share the batch.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import contextvars
+import hashlib
+import math
+from collections.abc import Iterator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+
+class _Draws:
+    """The keys of a forward pass, and how often each place has drawn in it."""
+
+    def __init__(self, keys: Array):
+        self.keys = keys
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def at(self, path: str) -> Array:
+        """Keys uint32 [B, 2] of this call of a place."""
+        number = self.calls[path]
+        self.calls[path] += 1
+        digest = hashlib.blake2b(f"{path}:{number}".encode(), digest_size=8).digest()
+        return self.keys ^ np.frombuffer(digest, "<u4")
+
+
+_draws: contextvars.ContextVar[_Draws | None] = contextvars.ContextVar("draws", default=None)
+
+
+def row_keys(key: Array, batch: int) -> Array:
+    """Keys of the images of a global batch, uint32 [B, 2], from the step's key."""
+    return jax.random.bits(key, (batch, 2))
+
+
+@contextlib.contextmanager
+def drawing(keys: Array) -> Iterator[None]:
+    """One forward pass that drops by these keys, to be opened inside of what is jitted.
+
+    Args:
+      keys: uint32 [B, 2], from :func:`row_keys`.
+    """
+    token = _draws.set(_Draws(keys))
+    try:
+        yield
+    finally:
+        _draws.reset(token)
+
+
+def dropout(module: nn.Module, x: Array, rate: float, *, train: bool) -> Array:
+    """Sets elements to 0 with probability ``rate`` (to within 2^-32), and scales up the others.
+
+    Every call in a forward pass has a mask of its own, which its recomputation in the backward pass
+    repeats.
+
+    Args:
+      module: where this is.
+      x: [B * n, ...], the n rows of an image side by side.
+      rate: in [0, 1].
+      train: off otherwise.
+
+    Raises:
+      ValueError: there are no keys (see :func:`drawing`), or the rows are not theirs.
+    """
+    if not train or rate == 0:
+        return x
+    path, draws = "/".join(module.path), _draws.get()
+    if draws is None:
+        raise ValueError(f"{path} drops in training: it needs the keys of models.dropout.drawing")
+    keys = draws.at(path)
+    if x.shape[0] % keys.shape[0]:
+        raise ValueError(f"{path}: {x.shape[0]} rows are not of {keys.shape[0]} images")
+    bits = _bits(keys, x.shape)
+    kept = bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return jnp.where(kept, x / (1 - rate), 0) if rate < 1 else jnp.zeros_like(x)
+
+
+def _bits(keys: Array, shape: tuple[int, ...]) -> Array:
+    """Random bits, uint32 of ``shape``, for keys uint32 [B, 2] of B images.
+
+    The position within the image is hashed in three rounds of xor, shift and multiplication (C.
+    Wellons' "triple32", public domain), with half of the key before them and half between them:
+    one half alone would only permute the positions.
+    """
+    copies = shape[0] // keys.shape[0]
+    keys = jnp.repeat(keys, copies, axis=0) if copies > 1 else keys
+    first, second = (keys[:, i].reshape(-1, *(1,) * (len(shape) - 1)) for i in (0, 1))
+
+    def along(axis: int) -> Array:
+        return lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(
+            math.prod(shape[axis + 1 :])
+        )
+
+    position = jnp.zeros(shape, jnp.uint32)
+    for axis in range(1, len(shape)):
+        position += along(axis)
+    if copies > 1:
+        copy = lax.broadcasted_iota(jnp.uint32, shape, 0) % np.uint32(copies)
+        position += copy * np.uint32(math.prod(shape[1:]))
+    x = position ^ first
+    x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB)
+    x = (x ^ (x >> 11) ^ second) * np.uint32(0xAC4C1B51)
+    x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)
+    return x ^ (x >> 14)
