@@ -1,4 +1,7 @@
-"""The command ``aqdetr``: verbs only, no logic."""
+"""The command ``aqdetr``: verbs only, no logic.
+
+A verb imports what it needs when it runs: help and mistyped arguments must not wait for JAX.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aqdetr_jax import host
+from aqdetr_jax.training.arguments import parse_arguments
 
 EXIT_STOPPED = 75
 """Exit status of a run that was asked to stop and saved its state (EX_TEMPFAIL: try again)."""
@@ -16,8 +20,11 @@ EXIT_STOPPED = 75
 
 def entry_point() -> None:
     """Console script."""
-    host.prepare()
-    sys.exit(main(sys.argv[1:]))
+    host.print_any_name()
+    arguments, overrides = parse_arguments(_parser(), sys.argv[1:])
+    if arguments.computes:
+        host.prepare()
+    sys.exit(_run(arguments, overrides))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,14 +37,13 @@ def main(argv: Sequence[str]) -> int:
       Exit status: 0, 1 for bad input (one line on stderr says what), 75 for a run that was asked
       to stop and can go on.
     """
-    from aqdetr_jax.training.arguments import parse_arguments
+    return _run(*parse_arguments(_parser(), argv))
 
-    arguments, overrides = parse_arguments(_parser(), argv)
-    from aqdetr_jax.training.loop import StoppedError
 
+def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     try:
         return arguments.run(arguments, overrides) or 0
-    except StoppedError as stop:
+    except host.StoppedError as stop:
         print(f"aqdetr: {stop}", file=sys.stderr)
         return EXIT_STOPPED
     except (ValueError, OSError, RuntimeError) as error:
@@ -58,9 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name, run, text, *, config=False, workdir=False):
+    def verb(name, run, text, *, config=False, workdir=False, computes=True):
         sub = verbs.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run, overrides=config or name in ("quickstart", "finetune"))
+        takes = config or name in ("quickstart", "finetune")
+        sub.set_defaults(run=run, overrides=takes, computes=computes)
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         if config:
             sub.add_argument("--config", required=True, metavar="configs/NAME.py")
@@ -129,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.png|DIR",
         help="draw images with their boxes, those with problems first: one picture, or one a set",
     )
-    verb("config", _config, "print a resolved configuration", config=True)
+    verb("config", _config, "print a resolved configuration", config=True, computes=False)
     return parser
 
 

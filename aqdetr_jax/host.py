@@ -1,19 +1,30 @@
-"""What the host's operating system should be told before JAX starts."""
+"""What the host's operating system should be told before JAX starts, and what it asks for.
+
+Importing this file is cheap: the command line reads its arguments before anything else is loaded.
+"""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
+import stat
 import sys
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 _MAX_CPU_DEVICES = 8
 _TUNABLES = "GLIBC_TUNABLES"
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
+class StoppedError(RuntimeError):
+    """A run was asked to stop (SIGTERM or SIGINT); its state is saved."""
+
+
 def prepare(*, compilation_cache: bool = True) -> None:
-    """Everything below; called by programs, first thing in ``main`` (it may restart the program).
+    """Everything below; called by programs before they use JAX (it may restart the program).
 
     Args:
       compilation_cache: False in benchmarks that state compile times.
@@ -73,21 +84,47 @@ def use_huge_pages() -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs in the user's cache folder.
+    """Keeps compiled programs between runs in the user's cache folder, on every kind of device.
 
-    A low-bit training step takes the better part of a minute to compile on a small CPU; a run that
-    goes on after an interruption should not pay for it again. ``JAX_COMPILATION_CACHE_DIR`` chooses
-    another folder. The folder holds executable code: it must be writable by its user only.
+    A training step takes the better part of a minute to compile on a small CPU and minutes for an
+    accelerator; a run that goes on after an interruption should not pay for it again.
+    ``JAX_COMPILATION_CACHE_DIR`` chooses another folder. The folder holds executable code: one that
+    others may write to is not used.
+
+    Of the processes of a pod only the first writes (JAX's rule) and every process reads: hosts with
+    home folders of their own need a folder that they share to gain from it.
     """
     import jax
 
     if jax.config.values.get("jax_compilation_cache_dir"):
         return
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "aqdetr_jax" / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return  # a read-only home: compile every time
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    # The standard has relative paths ignored, and so what is no path of this machine ("gs://...").
+    base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+    folder = base / "aqdetr_jax" / "compiled"
+    reason = _not_mine(folder)
+    if reason:
+        logger.warning(
+            "nothing compiled is kept between runs: %s %s; JAX_COMPILATION_CACHE_DIR chooses "
+            "another folder",
+            folder,
+            reason,
+        )
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _not_mine(folder: Path) -> str:
+    """Makes a folder for this user alone; says why it cannot be one, "" if it is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
+    except OSError as error:
+        return f"cannot be made ({error.strerror})"
+    if hasattr(os, "getuid"):
+        if found.st_uid != os.getuid():
+            return "belongs to another user"
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return "can be written by others (chmod go-w)"
+    return "" if os.access(folder, os.W_OK) else "cannot be written"

@@ -1,12 +1,16 @@
-"""One virtual CPU device a core, unless the user says otherwise; output on any terminal."""
+"""One virtual CPU device a core, unless the user says otherwise; output; what is compiled."""
 
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from aqdetr_jax import host
 
 PROGRAM = """
 from aqdetr_jax.host import use_every_core
@@ -50,3 +54,51 @@ def test_any_name_can_be_printed(encoding):
     )
     cat = "\u732b" if encoding == "utf-8" else "\\u732b"
     assert child.stdout.decode(encoding).strip() == f"a{cat}\\udcff"
+
+
+@pytest.fixture
+def cache(monkeypatch):
+    """What ``use_compilation_cache`` would set, where nothing is set yet; nothing is changed."""
+    name, set_to = "jax_compilation_cache_dir", {}
+    before = jax.config.values[name]
+    jax.config.update(name, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.config, "update", set_to.__setitem__)
+        yield set_to
+    jax.config.update(name, before)
+
+
+def test_what_is_compiled_is_kept_in_a_folder_of_the_users_own(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    host.use_compilation_cache()
+    folder = tmp_path / "aqdetr_jax" / "compiled"
+    assert cache["jax_compilation_cache_dir"] == str(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(cache, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "aqdetr_jax" / "compiled"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    host.use_compilation_cache()
+    assert not cache
+    assert f"{folder} can be written by others" in caplog.text
+    assert "JAX_COMPILATION_CACHE_DIR" in caplog.text
+
+
+@pytest.mark.parametrize("given", ["gs://bucket/cache", "relative", ""])
+def test_no_path_of_this_machine_is_no_cache_home(given, cache, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    host.use_compilation_cache()
+    wanted = tmp_path / "home" / ".cache" / "aqdetr_jax" / "compiled"
+    assert cache["jax_compilation_cache_dir"] == str(wanted)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_the_users_own_choice_of_a_folder_stays(monkeypatch):
+    assert jax.config.values["jax_compilation_cache_dir"]  # of these tests
+    monkeypatch.setattr(jax.config, "update", None)
+    host.use_compilation_cache()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 
-from aqdetr_jax.training.config_tools import OVERRIDE_PREFIX
+OVERRIDE_PREFIX = re.compile(r"^--?config\.")
+"""How an override may begin."""
 
 
 def parse_arguments(

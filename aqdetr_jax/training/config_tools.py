@@ -36,9 +36,9 @@ from aqdetr_jax.config_types import (
     unknown_key,
 )
 from aqdetr_jax.io import read_json
+from aqdetr_jax.training.arguments import OVERRIDE_PREFIX
 
 __all__ = [
-    "OVERRIDE_PREFIX",
     "ConfigError",
     "apply_overrides",
     "available_configs",
@@ -182,10 +182,6 @@ def _load_python(file: Path, argument: str | None) -> ml_collections.ConfigDict:
 
 
 # --- overrides -----------------------------------------------------------------------------------
-
-
-OVERRIDE_PREFIX = re.compile(r"^--?config\.")
-"""How an override may begin."""
 
 
 def apply_overrides(

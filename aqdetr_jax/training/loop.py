@@ -22,6 +22,7 @@ from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.evaluation.coco import results_block
 from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
+from aqdetr_jax.host import StoppedError
 from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
 from aqdetr_jax.models.detector import Detector, example_input, record_ops
 from aqdetr_jax.parallel.hosts import agree, is_main, one_for_all, say, stop_request
@@ -48,10 +49,6 @@ from aqdetr_jax.training.workdir import prepare_workdir
 
 TRAINED_KEYS = ("images", "mask", "boxes", "labels", "valid")
 """The entries of a batch that the training step reads; the rest stays on the host."""
-
-
-class StoppedError(RuntimeError):
-    """The run was asked to stop (SIGTERM or SIGINT); its state is saved."""
 
 
 @dataclasses.dataclass
