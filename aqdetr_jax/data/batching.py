@@ -1,7 +1,8 @@
-"""Padding of single examples to static shapes and stacking them to a batch."""
+"""Padding of images to the static shapes of a batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Sequence
 
@@ -56,64 +57,80 @@ class PipelineStats:
             self._skipped.add(file_name)
 
 
-def pad_example(
-    example: Example,
-    index: int,
-    original_size: Sequence[int],
-    bucket: tuple[int, int],
-    max_boxes: int,
-    stats: PipelineStats,
-) -> Batch:
-    """Pads one example to a bucket and T boxes; the row of a batch (no batch axis).
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One image of a batch before it is padded.
 
-    Args:
-      example: fits the bucket; boxes xyxy in its pixels.
+    Attributes:
+      example: the image as it enters, at most as large as the bucket; boxes xyxy in its pixels.
       index: dataset index.
       original_size: (h, w) of the image as stored.
+    """
+
+    example: Example
+    index: int
+    original_size: tuple[int, int]
+
+
+def assemble(
+    rows: Sequence[Row | None], bucket: tuple[int, int], max_boxes: int, stats: PipelineStats
+) -> Batch:
+    """A batch of images padded to a bucket and T boxes; every pixel is written once.
+
+    Args:
+      rows: the images; None makes a black row without boxes, of ``image_index`` -1, whose mask is
+        all True.
       bucket: (H, W).
-      max_boxes: T; the first T boxes are kept.
+      max_boxes: T; the first T boxes of an image are kept.
       stats: counts truncated boxes.
 
     Raises:
-      ValueError: the image exceeds the bucket.
+      ValueError: an image exceeds the bucket.
     """
+    count = len(rows)
+    batch = {
+        "images": np.empty((count, *bucket, 3), np.uint8),
+        "mask": np.zeros((count, *bucket), bool),
+        "boxes": np.zeros((count, max_boxes, 4), np.float32),
+        "labels": np.zeros((count, max_boxes), np.int32),
+        "valid": np.zeros((count, max_boxes), bool),
+        "image_index": np.full(count, -1, np.int32),
+        "size": np.full((count, 2), bucket, np.int32),
+        "original_size": np.full((count, 2), bucket, np.int32),
+    }
+    for i, row in enumerate(rows):
+        part = {key: value[i : i + 1] for key, value in batch.items()}
+        if row is None:
+            part["images"][:] = 0
+            part["mask"][:] = True
+        else:
+            _fill(part, row, stats)
+    return batch
+
+
+def _fill(part: Batch, row: Row, stats: PipelineStats) -> None:
+    """Writes one image into its part of a batch, of which only the pixels are undefined."""
+    example = row.example
     height, width = example.image.shape[:2]
-    if height > bucket[0] or width > bucket[1]:
-        raise ValueError(f"{example.file_name}: {height}x{width} exceeds the bucket {bucket}")
-    row = filler_row(bucket, max_boxes)
-    row["images"][:height, :width] = example.image
-    row["mask"][height:] = False
-    row["mask"][:, width:] = False
-    count = min(len(example.boxes), max_boxes)
+    images, mask = part["images"][0], part["mask"][0]
+    if height > images.shape[0] or width > images.shape[1]:
+        raise ValueError(
+            f"{example.file_name}: {height}x{width} exceeds the bucket {images.shape[:2]}"
+        )
+    images[:height, :width] = example.image
+    images[height:] = 0
+    images[:height, width:] = 0
+    mask[:height, :width] = True
+    count = min(len(example.boxes), part["boxes"].shape[1])
     if count < len(example.boxes):
         stats.add_truncated(len(example.boxes) - count)
     x1, y1, x2, y2 = example.boxes[:count].T
-    row["boxes"][:count] = np.stack(
+    part["boxes"][0, :count] = np.stack(
         [(x1 + x2) / (2 * width), (y1 + y2) / (2 * height), (x2 - x1) / width, (y2 - y1) / height],
         1,
     )
-    row["labels"][:count] = example.labels[:count]
-    row["valid"][:count] = True
-    row["image_index"][...] = index
-    row["size"][:] = height, width
-    row["original_size"][:] = original_size
-    return row
-
-
-def filler_row(bucket: tuple[int, int], max_boxes: int) -> Batch:
-    """A black row without boxes and with ``image_index`` -1; its mask is all True."""
-    return {
-        "images": np.zeros((*bucket, 3), np.uint8),
-        "mask": np.ones(bucket, bool),
-        "boxes": np.zeros((max_boxes, 4), np.float32),
-        "labels": np.zeros(max_boxes, np.int32),
-        "valid": np.zeros(max_boxes, bool),
-        "image_index": np.array(-1, np.int32),
-        "size": np.array(bucket, np.int32),
-        "original_size": np.array(bucket, np.int32),
-    }
-
-
-def stack(rows: Sequence[Batch]) -> Batch:
-    """Stacks rows along a new first axis."""
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    part["labels"][0, :count] = example.labels[:count]
+    part["valid"][0, :count] = True
+    part["image_index"][0] = row.index
+    part["size"][0] = height, width
+    part["original_size"][0] = row.original_size

@@ -205,7 +205,9 @@ def _plain_rgb(picture: Image.Image) -> np.ndarray:
         picture = picture.convert("LA")
     elif picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # Pillow warns about going straight to RGB.
-    return np.array(picture.convert("RGB"))
+    if picture.mode != "RGB":  # Pillow would copy
+        picture = picture.convert("RGB")
+    return np.asarray(picture)
 
 
 def _read(source: Any, name: str, use: Any) -> Any:

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import jax
 import numpy as np
 
 from aqdetr_jax.data import transforms
-from aqdetr_jax.data.batching import Batch, PipelineStats, filler_row, pad_example, stack
+from aqdetr_jax.data.batching import Batch, PipelineStats, Row, assemble
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.dataset import DatasetError, DetectionDataset, Example, ImageReadError
 
@@ -204,14 +204,17 @@ def train_map_dataset(
     check_dataset(dataset, config)
     counts = stats or PipelineStats()
 
-    def load(item: tuple[int, int], rng: np.random.Generator) -> Batch:
+    def load(item: tuple[int, int], rng: np.random.Generator) -> tuple[Row, tuple[int, int]]:
         position, index = item
         bucket = config.buckets[train_bucket(config, position // config.batch_size)]
         index, example = _read_or_next(dataset, index, config.on_error, counts)
         original_size = example.image.shape[0], example.image.shape[1]
         example = transforms.select(example, ~example.iscrowd)
         example = transforms.augment(example, rng, config.augment, bucket)
-        return pad_example(example, index, original_size, bucket, config.max_boxes, counts)
+        return Row(example, index, original_size), bucket
+
+    def batch(rows: Sequence[tuple[Row, tuple[int, int]]]) -> Batch:
+        return assemble([row for row, _ in rows], rows[0][1], config.max_boxes, counts)
 
     elements = grain.MapDataset.range(len(dataset)).seed(config.seed).shuffle().repeat()
     # The position is attached before the slice, so that it is the global one on every process.
@@ -220,7 +223,7 @@ def train_map_dataset(
     elements = elements[config.process_index :: config.process_count]
     # drop_remainder only keeps Grain's length of the endless stream within an integer.
     local_size = config.batch_size // config.process_count
-    return elements.batch(local_size, drop_remainder=True, batch_fn=stack)
+    return elements.batch(local_size, drop_remainder=True, batch_fn=batch)
 
 
 def train_bucket(config: PipelineConfig, step: int) -> int:
@@ -260,13 +263,14 @@ class EvalBatches:
 
     def _load(self, number: int) -> Batch:
         config = self._config
-        bucket, rows = self._batches[number]
-        mine = rows[config.process_index :: config.process_count]
-        return stack([self._load_row(index, config.buckets[bucket]) for index in mine])
+        bucket, images = self._batches[number]
+        mine = images[config.process_index :: config.process_count]
+        rows = [self._load_row(index, config.buckets[bucket]) for index in mine]
+        return assemble(rows, config.buckets[bucket], config.max_boxes, self.stats)
 
-    def _load_row(self, index: int, bucket: tuple[int, int]) -> Batch:
+    def _load_row(self, index: int, bucket: tuple[int, int]) -> Row | None:
         if index < 0:
-            return filler_row(bucket, self._config.max_boxes)
+            return None
         config = self._config
         try:
             example = self._dataset[index]
@@ -274,12 +278,12 @@ class EvalBatches:
             if config.on_error == "error":
                 raise _with_remedy(error) from error
             self.stats.add_skipped(self._dataset.file_name(index), str(error))
-            return filler_row(bucket, config.max_boxes)
+            return None
         original_size = example.image.shape[0], example.image.shape[1]
         size = _eval_size(original_size, config)
         example = transforms.resize(example, transforms.fitted_size(*size, bucket))
         example = transforms.select(example, ~example.iscrowd)
-        return pad_example(example, index, original_size, bucket, config.max_boxes, self.stats)
+        return Row(example, index, original_size)
 
 
 def make_eval_pipeline(dataset: DetectionDataset, config: PipelineConfig) -> EvalBatches:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from aqdetr_jax.data import resampling
 from aqdetr_jax.data.dataset import Example
 from aqdetr_jax.data.images import MAX_PIXELS
 
@@ -118,20 +119,26 @@ def fitted_size(height: int, width: int, bucket: tuple[int, int]) -> tuple[int, 
     )
 
 
-def resize(example: Example, size: tuple[int, int]) -> Example:
-    """Resizes image (Pillow bilinear with its area support, i.e. antialiased) and boxes.
+def resize(
+    example: Example,
+    size: tuple[int, int],
+    resample: Callable[[np.ndarray, tuple[int, int]], np.ndarray] = resampling.resize_exact,
+) -> Example:
+    """Resizes image (bilinear with area support, i.e. antialiased) and boxes.
 
     Args:
       example: the image with boxes.
       size: ``(height, width)`` in pixels.
+      resample: of the pixels.
     """
     height, width = example.image.shape[:2]
     if (height, width) == tuple(size):
         return example
-    picture = Image.fromarray(example.image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
     factor = np.array([size[1] / width, size[0] / height] * 2, np.float32)
     return dataclasses.replace(
-        example, image=np.asarray(picture), boxes=(example.boxes * factor).astype(np.float32)
+        example,
+        image=resample(example.image, size),
+        boxes=(example.boxes * factor).astype(np.float32),
     )
 
 
@@ -140,8 +147,7 @@ def horizontal_flip(example: Example) -> Example:
     width = example.image.shape[1]
     x1, y1, x2, y2 = example.boxes.T
     boxes = np.stack([width - x2, y1, width - x1, y2], 1).astype(np.float32)
-    image = np.ascontiguousarray(example.image[:, ::-1])
-    return dataclasses.replace(example, image=image, boxes=boxes)
+    return dataclasses.replace(example, image=resampling.mirrored(example.image), boxes=boxes)
 
 
 def crop(example: Example, top: int, left: int, height: int, width: int) -> Example:
@@ -165,7 +171,7 @@ def crop(example: Example, top: int, left: int, height: int, width: int) -> Exam
     limit = np.array([width, height] * 2, np.float32)
     boxes = np.clip(example.boxes - np.array([left, top] * 2, np.float32), 0, limit)
     keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    image = np.ascontiguousarray(example.image[top : top + height, left : left + width])
+    image = example.image[top : top + height, left : left + width]
     return select(dataclasses.replace(example, image=image, boxes=boxes), keep)
 
 
@@ -250,4 +256,4 @@ def _random_resize(
             size = height, width
     if bucket is not None:
         size = fitted_size(*size, bucket)
-    return resize(example, size)
+    return resize(example, size, resampling.resize_fast)

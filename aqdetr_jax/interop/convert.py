@@ -16,10 +16,15 @@ from flax import traverse_util
 from aqdetr_jax.checkpoint.model_folder import InputRule, ModelBundle, save_model
 from aqdetr_jax.checkpoint.params import check_target
 from aqdetr_jax.checkpoint.transfer import LoadReport, merge
-from aqdetr_jax.data.fit import UNIT
 from aqdetr_jax.interop import labels, names, recognise, variant
 from aqdetr_jax.interop.checkpoints import Checkpoint, read_checkpoint
-from aqdetr_jax.interop.preprocessing import LONG_SIDE, SHORT_SIDE, ImageRule, image_rule
+from aqdetr_jax.interop.preprocessing import (
+    LONG_SIDE,
+    SHORT_SIDE,
+    ImageRule,
+    buckets,
+    image_rule,
+)
 from aqdetr_jax.interop.tables import TABLES
 from aqdetr_jax.interop.weight_sets import unwrap
 from aqdetr_jax.models.config import DeformableConfig, DetrConfig
@@ -264,12 +269,9 @@ def _classes(
 
 def _input_rule(rule: ImageRule) -> tuple[InputRule, dict[str, Any]]:
     """Buckets for the rule, and what it says of the pixels."""
-    sides = (rule.short_side or SHORT_SIDE, rule.long_side or LONG_SIDE)
-    rounded = [-(-side // UNIT) * UNIT for side in sides]
-    buckets = ((rounded[0], rounded[1]), (rounded[1], rounded[0]))
     pixels = {"pixel_mean": rule.mean, "pixel_std": rule.std}
     given = {key: values for key, values in pixels.items() if values is not None}
-    return InputRule(buckets, rule.short_side, rule.long_side), given
+    return InputRule(buckets(rule), rule.short_side, rule.long_side), given
 
 
 def _resnet_name(backbone: BackboneConfig) -> str:

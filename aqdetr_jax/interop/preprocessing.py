@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from aqdetr_jax.data.fit import UNIT
 from aqdetr_jax.interop.source import shown
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
@@ -13,6 +14,9 @@ SHORT_SIDE, LONG_SIDE = 800, 1333
 
 MAX_SIDE = 16_384
 """Pixels of a side."""
+
+RATIOS = (3 / 2, 4 / 3, 1)
+"""Long side to short side of images that get a padded size of their own."""
 
 FILE = "preprocessor_config.json"
 
@@ -88,6 +92,24 @@ def image_rule(settings: Mapping[str, Any], name: str) -> ImageRule:
             values = tuple(float(value) for value in values)
         pixels.append(values)
     return ImageRule(short, long, *pixels)
+
+
+def buckets(rule: ImageRule) -> tuple[tuple[int, int], ...]:
+    """Padded sizes (height, width) for the rule, the largest first.
+
+    Each is compiled when an image first needs it. Square, 4:3 and 3:2, upright and lying, and what
+    the limit of the long side leaves: a photograph of a common shape is padded by next to nothing.
+
+    Args:
+      rule: without sides, the official ones give the sizes.
+    """
+    short, longest = rule.short_side or SHORT_SIDE, rule.long_side or LONG_SIDE
+    short, *sides = (
+        math.ceil(side / UNIT) * UNIT
+        for side in (short, longest, *(min(short * ratio, longest) for ratio in RATIOS))
+    )
+    lying = dict.fromkeys((short, side) for side in sides)
+    return tuple(dict.fromkeys(turned for size in lying for turned in (size, size[::-1])))
 
 
 def _is_number(value: Any) -> bool:
