@@ -17,7 +17,7 @@ LAYERS = (
     ("interop", "checkpoint"),
     ("evaluation",),
     ("training", "deploy", "viz"),
-    ("reporting", "predicting"),
+    ("reporting", "predicting", "planning"),
     ("compress",),
     ("quickstart", "finetune"),
     ("cli",),

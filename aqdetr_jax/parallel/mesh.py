@@ -7,7 +7,7 @@ the batch is a sum over all devices. One CPU is a mesh of 1 x 1, a pod the same 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -18,7 +18,13 @@ logger = logging.getLogger(__name__)
 AXES = ("data", "model")
 
 
-def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None = None) -> Mesh:
+def make_mesh(
+    data: int | None = None,
+    model: int = 1,
+    *,
+    batch_size: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """Makes the mesh of all devices with the axes ``('data', 'model')``, both of type ``Auto``.
 
     The devices of a lone CPU are its cores under another name (``host.use_every_core``): there, and
@@ -28,12 +34,14 @@ def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None
       data: devices along the batch; all that ``model`` leaves when None.
       model: devices that share one replica's parameters.
       batch_size: on a lone CPU, ``data=None`` takes no more devices than share it evenly.
+      devices: of another machine, to compile for it; this one's when None.
 
     Raises:
       ValueError: ``data * model`` is not the number of devices.
     """
-    count = jax.device_count()
-    cores = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    known = jax.devices() if devices is None else list(devices)
+    count = len(known)
+    cores = jax.process_count() == 1 and known[0].platform == "cpu"
     if model < 1 or (data is not None and data < 1):
         raise ValueError(f"mesh sizes must be at least 1, found data={data}, model={model}")
     if data is None:
@@ -48,8 +56,7 @@ def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None
         )
     # Explicit, the default since jax 0.9, breaks Linen's sharding constraints.
     types = (AxisType.Auto, AxisType.Auto)
-    some = jax.devices()[:used] if used < count else None
-    return jax.make_mesh((data, model), AXES, axis_types=types, devices=some)
+    return jax.make_mesh((data, model), AXES, axis_types=types, devices=known[:used])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -10,19 +10,11 @@ import jax
 
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.pipeline import make_train_pipeline
-from aqdetr_jax.models.detector import Detector, build_detector, example_input
+from aqdetr_jax.models.detector import Detector, example_input
 from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
-from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training import setup
+from aqdetr_jax.training.assemble import TRAINED_KEYS, assemble, stand_in_teacher
 from aqdetr_jax.training.config import ExperimentConfig
-from aqdetr_jax.training.loop import TRAINED_KEYS
-from aqdetr_jax.training.state import TrainState
-from aqdetr_jax.training.step import (
-    detection_loss_fn,
-    jit_train_step,
-    make_train_step,
-    pretrain_loss_fn,
-)
 
 _TIMED = 2
 _FORWARD = 1 / 3
@@ -66,7 +58,6 @@ def estimate(
         batch_size=train.batch_size,
     )
     module = setup.build_module(config)
-    frozen = config.model.backbone.norm == "frozen"
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         pipeline = dataclasses.replace(
@@ -77,26 +68,14 @@ def estimate(
         placed = put_batch({key: batch[key] for key in TRAINED_KEYS}, mesh)
         example = example_input(data.buckets[0])
         first = jax.jit(module.init)(jax.random.key(0), *example)
-        params, stats = first["params"], first["batch_stats"]
-        optimizer = optim.make_optimizer(params, config.optimizer, train.steps, frozen_norms=frozen)
-        groups = optim.parameter_groups(params, config.optimizer, frozen_norms=frozen)
-        ema = config.optimizer.ema > 0
-        state = jax.jit(
-            lambda p, s: TrainState.create(p, s, optimizer, ema=ema), out_shardings=replicated(mesh)
-        )(params, stats)
-        teacher_variables = {}
-        if isinstance(module, Detector):
-            teacher = None
-            if config.distill.weights.active:
-                plain = dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1)
-                teacher = build_detector(plain)
-                teacher_variables = jax.jit(teacher.init, out_shardings=replicated(mesh))(
-                    jax.random.key(1), *example
-                )
-            loss_fn = detection_loss_fn(config, module, teacher)
-        else:
-            loss_fn = pretrain_loss_fn(config, module)
-        step = jit_train_step(make_train_step(config, loss_fn, optimizer, groups), state, mesh)
+        assembly = assemble(config, first, mesh)
+        state = assembly.start(first)
+        teacher, teacher_variables = stand_in_teacher(config), {}
+        if teacher is not None:
+            teacher_variables = jax.jit(teacher.init, out_shardings=replicated(mesh))(
+                jax.random.key(1), *example
+            )
+        step = assembly.step(module, teacher)
         state, metrics = step(state, teacher_variables, placed)
         jax.block_until_ready(metrics)
         compiled = time.perf_counter()

@@ -27,11 +27,11 @@ from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
 from aqdetr_jax.models.detector import Detector, example_input, record_ops
 from aqdetr_jax.parallel.hosts import agree, is_main, one_for_all, say, stop_request
 from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
-from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training import optimizer as optim
+from aqdetr_jax.training.assemble import TRAINED_KEYS, Assembly, assemble
 from aqdetr_jax.training.bundles import run_bundle
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.data_check import check_data
@@ -39,16 +39,7 @@ from aqdetr_jax.training.metrics import MetricsWriter, Progress
 from aqdetr_jax.training.notices import check_step, counts_by_image, say_limits
 from aqdetr_jax.training.resume import facts
 from aqdetr_jax.training.state import TrainState
-from aqdetr_jax.training.step import (
-    detection_loss_fn,
-    jit_train_step,
-    make_train_step,
-    pretrain_loss_fn,
-)
 from aqdetr_jax.training.workdir import prepare_workdir
-
-TRAINED_KEYS = ("images", "mask", "boxes", "labels", "valid")
-"""The entries of a batch that the training step reads; the rest stays on the host."""
 
 
 @dataclasses.dataclass
@@ -109,7 +100,6 @@ class _Run:
         self.train_set: DetectionDataset = train_set
         self.eval_set: DetectionDataset = eval_set
         self.module = setup.build_module(config)
-        self.frozen_norms = config.model.backbone.norm == "frozen"
         self.evaluator: Evaluator | None = None
 
     def run(self) -> RunResult:
@@ -129,18 +119,12 @@ class _Run:
 
         # --- state: restored, or made ---------------------------------------------------------
         with Checkpoints(self.path / "checkpoints", config.train.keep_checkpoints) as checkpoints:
-            optimizer, groups, state, restored = self._state(checkpoints)
+            assembly, state, restored = self._state(checkpoints)
             first = int(restored or 0)
             self._write_bits(state)
 
             # --- the step ---------------------------------------------------------------------
-            if isinstance(self.module, Detector):
-                loss_fn = detection_loss_fn(config, self.module, teacher_module)
-            else:
-                loss_fn = pretrain_loss_fn(config, self.module)
-            step = jit_train_step(
-                make_train_step(config, loss_fn, optimizer, groups), state, self.mesh
-            )
+            step = assembly.step(self.module, teacher_module)
 
             # --- loop -------------------------------------------------------------------------
             block = detections = None
@@ -197,42 +181,28 @@ class _Run:
         done = agree((self.path / MODEL_FOLDER).is_dir())
         return RunResult(self.config, load_model(self.path)) if done else None
 
-    def _state(self, checkpoints: Checkpoints):
-        """Optimizer, groups, state on the mesh, and the restored step (None = a fresh start)."""
+    def _state(self, checkpoints: Checkpoints) -> tuple[Assembly, TrainState, int | None]:
+        """What the run is made of, its state on the mesh, the restored step (None = a start)."""
         config = self.config
         fresh = agree(checkpoints.latest_step() is None)
-        images, mask = example_input(config.data.buckets[0])
-        key = jax.random.key(0)
         if fresh:
             first = one_for_all(self._first_variables())
         else:
-            first = jax.eval_shape(self.module.init, key, images, mask)
-        params, stats = first["params"], first["batch_stats"]
-        arguments = (params, config.optimizer)
-        optimizer = optim.make_optimizer(
-            *arguments, config.train.steps, frozen_norms=self.frozen_norms
-        )
-        groups = optim.parameter_groups(*arguments, frozen_norms=self.frozen_norms)
-
-        def create(params, stats):
-            return TrainState.create(params, stats, optimizer, ema=config.optimizer.ema > 0)
-
-        abstract = jax.eval_shape(create, params, stats)
-        rules = MODEL_PARALLEL if config.mesh.model > 1 else ()
-        shardings = parameter_shardings(abstract, self.mesh, rules)
+            example = example_input(config.data.buckets[0])
+            first = jax.eval_shape(self.module.init, jax.random.key(0), *example)
+        assembly = assemble(config, first, self.mesh)
         if fresh:
-            state = jax.jit(create, out_shardings=shardings)(params, stats)
-            trainable = optim.count_trainable(*arguments, frozen_norms=self.frozen_norms)
+            params = first["params"]
+            trainable = optim.count_trainable(
+                params, config.optimizer, frozen_norms=config.model.backbone.norm == "frozen"
+            )
             total = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
             say(f"{config.name}: {total:,} parameters, {trainable:,} of them trained")
-            return optimizer, groups, state, None
-        wanted = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
-        )
-        restored = checkpoints.restore(wanted)
+            return assembly, assembly.start(first), None
+        restored = checkpoints.restore(assembly.state)
         assert restored is not None
         say(f"{config.name}: going on from step {restored[1]} in {self.path}")
-        return optimizer, groups, restored[0], restored[1]
+        return assembly, *restored
 
     def _first_variables(self) -> dict[str, Any]:
         config = self.config

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.fit import fitted, small_share
 from aqdetr_jax.parallel.hosts import say_once
-from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.config import ExperimentConfig, TrainConfig
 
 BY_PLATFORM = "auto"
 """Of ``model.dtype``: bfloat16 where the chip computes in it, float32 elsewhere."""
@@ -60,16 +61,38 @@ def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> Experiment
             f"{dataset.name} has {dataset.num_classes} classes, but config.model.num_classes is "
             f"{model.num_classes}; set it to 0 to take the data's"
         )
-    if train.epochs:
-        steps = max(1, math.ceil(train.epochs * len(dataset) / train.batch_size))
-        train = dataclasses.replace(train, steps=min(steps, train.steps) if train.steps else steps)
-    if not train.steps:
-        raise ValueError("config.train.steps and config.train.epochs are both 0: set one of them")
+    train = with_steps(train, len(dataset))
     config = dataclasses.replace(config, data=data, model=model, train=train)
     return with_devices(config, jax.devices()[0])
 
 
-def with_devices(config: ExperimentConfig, device: jax.Device) -> ExperimentConfig:
+def with_steps(train: TrainConfig, images: int) -> TrainConfig:
+    """Fills in ``steps`` from ``epochs``.
+
+    Args:
+      train: the loop.
+      images: of the training set.
+
+    Raises:
+      ValueError: both are 0.
+    """
+    if train.epochs:
+        steps = max(1, math.ceil(train.epochs * images / train.batch_size))
+        train = dataclasses.replace(train, steps=min(steps, train.steps) if train.steps else steps)
+    if not train.steps:
+        raise ValueError("config.train.steps and config.train.epochs are both 0: set one of them")
+    return train
+
+
+class Device(Protocol):
+    """What a dtype depends on: a JAX device, or a slice that is planned for."""
+
+    @property
+    def platform(self) -> str:
+        """Such as "tpu"."""
+
+
+def with_devices(config: ExperimentConfig, device: Device) -> ExperimentConfig:
     """Fills in what depends on the kind of device; what is pinned stays.
 
     ``model.dtype="auto"`` becomes bfloat16 on a TPU, and on a GPU of compute capability 8 or more;

@@ -1,0 +1,136 @@
+"""Compiles one program for a slice that is not there; a process of its own.
+
+``python -m aqdetr_jax.planning.child FOLDER`` reads ``FOLDER/case.json``, lets XLA dump into
+``FOLDER/dump`` (the parent has set its flags, and libtpu's variables, which count at the start of a
+process only) and writes ``FOLDER/done.json``. The parent may end it before, see ``ahead``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from aqdetr_jax.config_types import to_dataclass
+from aqdetr_jax.evaluation.evaluator import make_predict_fn
+from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.models.dense import DensePretrainer
+from aqdetr_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from aqdetr_jax.planning.chips import parse_slice
+from aqdetr_jax.training import setup
+from aqdetr_jax.training.assemble import assemble, stand_in_teacher
+from aqdetr_jax.training.config import ExperimentConfig
+
+
+def slice_mesh(name: str, data: int | None, model: int) -> Mesh:
+    """The mesh that a run would make on a slice, without the slice."""
+    from jax.experimental import topologies
+
+    wanted = parse_slice(name)
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name=wanted.name, **wanted.options
+    )
+    return make_mesh(data, model, devices=found.devices)
+
+
+def placed(tree: Any, sharding: Any) -> Any:
+    """Shapes with a sharding."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+def train_program(
+    config: ExperimentConfig, bucket: tuple[int, int], mesh: Mesh
+) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted training step of a configuration, and the shapes of its arguments.
+
+    Args:
+      config: with every size given; ``train.batch_size`` rows a step.
+      bucket: height and width of the images.
+      mesh: devices.
+    """
+    module, teacher = setup.build_module(config), stand_in_teacher(config)
+    assembly = assemble(config, variables_of(module, bucket), mesh)
+    theirs = {} if teacher is None else variables_of(teacher, bucket)
+    rows, boxes = config.train.batch_size, config.data.max_boxes
+    pixels, mask = images(bucket, rows)
+    batch = {
+        "images": pixels,
+        "mask": mask,
+        "boxes": jax.ShapeDtypeStruct((rows, boxes, 4), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((rows, boxes), jnp.int32),
+        "valid": jax.ShapeDtypeStruct((rows, boxes), jnp.bool_),
+    }
+    arguments = (
+        assembly.state,
+        placed(theirs, replicated(mesh)),
+        placed(batch, batch_sharding(mesh)),
+    )
+    return assembly.step(module, teacher), arguments
+
+
+def eval_program(
+    config: ExperimentConfig, bucket: tuple[int, int], mesh: Mesh
+) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted inference of an evaluation, ``train.eval_batch_size`` images, and its shapes."""
+    module = setup.build_module(config)
+    if isinstance(module, DensePretrainer):
+        raise ValueError("a dense pretraining has no evaluation step")
+    variables = variables_of(module, bucket)
+    rows = config.train.eval_batch_size
+    batch = (*images(bucket, rows), jax.ShapeDtypeStruct((rows, 2), jnp.int32))
+    arguments = (placed(variables, replicated(mesh)), *placed(batch, batch_sharding(mesh)))
+    return make_predict_fn(module, mesh, config.model.num_classes), arguments
+
+
+def variables_of(module: Any, bucket: tuple[int, int]) -> Any:
+    """Shapes of a module's variables; nothing is put on the mesh, which no machine has."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(module.init, key, *images(bucket, 1))
+
+
+def images(bucket: tuple[int, int], rows: int) -> tuple[Any, Any]:
+    """Shapes of images and their mask."""
+    pixels = jax.ShapeDtypeStruct((rows, *bucket, 3), jnp.uint8)
+    return pixels, jax.ShapeDtypeStruct((rows, *bucket), jnp.bool_)
+
+
+PROGRAMS = {"train": train_program, "eval": eval_program}
+
+
+def main(folder: Path) -> None:
+    """Compiles the case of a folder."""
+    case = read_json(folder / "case.json")
+    config = to_dataclass(ExperimentConfig, case["config"])
+    data = None if config.mesh.data < 0 else config.mesh.data
+    mesh = slice_mesh(case["topology"], data, config.mesh.model)
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        program, arguments = PROGRAMS[case["kind"]](config, tuple(case["bucket"]), mesh)
+        lowered = program.lower(*arguments)
+        traced = time.perf_counter()
+        write_json_atomic(folder / "lowered.json", {"trace_seconds": traced - start})
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            write_json_atomic(folder / "done.json", {"error": str(error)})
+            return
+    found = compiled.memory_analysis()
+    write_json_atomic(
+        folder / "done.json",
+        {
+            "compile_seconds": time.perf_counter() - traced,
+            "code_bytes": int(found.generated_code_size_in_bytes),
+            "peak_bytes": int(found.peak_memory_in_bytes),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

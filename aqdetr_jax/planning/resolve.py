@@ -1,0 +1,163 @@
+"""The sizes that a step on a slice has: of the configuration, of the data, or COCO's, as stated."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from aqdetr_jax.data.open import open_dataset
+from aqdetr_jax.planning.chips import Slice
+from aqdetr_jax.training import sizing
+from aqdetr_jax.training.config import ExperimentConfig
+
+COCO_CLASSES = 91
+"""Outputs of the official heads: COCO's category ids reach to 90."""
+
+COCO_TRAIN, COCO_EVAL = 118_287, 5_000
+"""Images of train2017 and val2017."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A configuration with nothing left open.
+
+    Attributes:
+      config: ``train.batch_size`` and ``train.eval_batch_size`` are the rows of a step over the
+        slice, ``train.steps`` those of the run.
+      rows: images a replica (one chip, unless ``mesh.model`` or the kind of chip says otherwise).
+      replicas: devices along "data".
+      images: of the training set.
+      eval_images: of the evaluation set.
+      notes: what was assumed, a sentence each.
+    """
+
+    config: ExperimentConfig
+    rows: int
+    replicas: int
+    images: int
+    eval_images: int
+    notes: tuple[str, ...]
+
+
+def replicas_on(config: ExperimentConfig, place: Slice) -> int:
+    """Devices along "data" of the mesh that a run makes on a slice.
+
+    Raises:
+      ValueError: ``mesh.model`` does not divide the slice, or ``mesh.data`` is not what it leaves.
+    """
+    data, model, devices = config.mesh.data, config.mesh.model, place.devices
+    if model < 1 or devices % model:
+        fitting = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        raise ValueError(
+            f"config.mesh.model={model} does not divide the {devices} devices of {place.name}: "
+            f"{fitting} do"
+        )
+    if data > 0 and data * model != devices:
+        raise ValueError(
+            f"config.mesh.data={data} x config.mesh.model={model} is not the {devices} devices of "
+            f"{place.name}: mesh.data=-1 takes what mesh.model leaves ({devices // model})"
+        )
+    return devices // model
+
+
+def resolve(
+    config: ExperimentConfig,
+    place: Slice,
+    *,
+    per_chip: int | None = None,
+    images: int | None = None,
+) -> Sizes:
+    """Fills in what a step needs; reads the data set if there is one.
+
+    Args:
+      config: as given.
+      place: the slice.
+      per_chip: images a replica, in place of the configuration's batch sizes.
+      images: of the training set, in place of the data's.
+
+    Raises:
+      ValueError: a batch that the slice cannot share, or a size that follows from data which are
+        not there; the message says what to give.
+    """
+    replicas = replicas_on(config, place)
+    config = _with_batch(config, place, replicas, per_chip)
+    given = config.train
+    notes: list[str] = []
+    if _has_data(config):
+        train_set = open_dataset(config.data, train=True)
+        config = sizing.with_data(config, train_set)
+        found, eval_images = len(train_set), len(open_dataset(config.data, train=False))
+    else:
+        config = _without_data(config, notes)
+        found, eval_images = COCO_TRAIN, COCO_EVAL
+        if images is None and config.data.kind == "coco":
+            notes.append(
+                f"{COCO_TRAIN:,} training and {COCO_EVAL:,} validation images: COCO's (no data "
+                "are read; --images=N for others)"
+            )
+        elif images is None and given.epochs:
+            raise ValueError(
+                f"config.train.epochs={given.epochs:g} of how many images? There are none at "
+                f"config.data.root={config.data.root!r}: give --images=N, or set data.root"
+            )
+    found = found if images is None else images
+    config = dataclasses.replace(config, train=sizing.with_steps(given, found))
+    rows = config.train.batch_size // replicas
+    return Sizes(config, rows, replicas, found, eval_images, tuple(notes))
+
+
+def _with_batch(
+    config: ExperimentConfig, place: Slice, replicas: int, per_chip: int | None
+) -> ExperimentConfig:
+    """The rows of a training step and of an evaluation step, over the slice."""
+    train = config.train
+    if per_chip is not None:
+        if per_chip < 1:
+            raise ValueError(f"--per_chip={per_chip} must be at least 1")
+        rows = per_chip * replicas
+        train = dataclasses.replace(train, batch_size=rows, eval_batch_size=rows)
+    elif train.batch_size % replicas:
+        less = "less than" if train.batch_size < replicas else "no multiple of"
+        raise ValueError(
+            f"config.train.batch_size={train.batch_size} is {less} the {replicas} devices along "
+            f"'data' of {place.name}, which cannot share it evenly: set a multiple of {replicas}, "
+            "give --per_chip=N, or choose another topology"
+        )
+    # As the evaluator does: its last batch is filled up anyway.
+    evaluated = -(-train.eval_batch_size // replicas) * replicas
+    train = dataclasses.replace(train, eval_batch_size=evaluated)
+    return dataclasses.replace(config, train=train)
+
+
+def _has_data(config: ExperimentConfig) -> bool:
+    """Whether there is a data set to ask: a root that does not exist here is none."""
+    data = config.data
+    if data.kind == "shapes":
+        return True
+    return (bool(data.root) and Path(data.root).exists()) or bool(data.train_annotations)
+
+
+def _without_data(config: ExperimentConfig, notes: list[str]) -> ExperimentConfig:
+    """What the data would say; COCO's number of classes where it is open."""
+    data, model = config.data, config.model
+    remedies = []
+    if data.fit:
+        remedies.append("data.fit=0 with data.buckets")
+    if not data.max_boxes:
+        remedies.append("data.max_boxes")
+    if not model.num_queries:
+        remedies.append("model.num_queries")
+    if model.num_auxiliary == sizing.BY_DATA:
+        remedies.append("model.num_auxiliary")
+    if remedies:
+        raise ValueError(
+            "sizes of this configuration follow from its data, and there are none at "
+            f"config.data.root={data.root!r}: set data.root, or {', '.join(remedies)}"
+        )
+    if not model.num_classes:
+        notes.append(
+            f"model.num_classes={COCO_CLASSES}: COCO's official head (no data are read; "
+            "model.num_classes=N for others)"
+        )
+        model = dataclasses.replace(model, num_classes=COCO_CLASSES)
+    return dataclasses.replace(config, model=model)
