@@ -136,6 +136,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.png|DIR",
         help="draw images with their boxes, those with problems first: one picture, or one a set",
     )
+    sub = verb(
+        "plan", _plan, "what a slice of TPUs gives, without a TPU", config=True, computes=False
+    )
+    sub.add_argument("--topology", required=True, metavar="v5e:16x16", help="the slice")
+    sub.add_argument("--per_chip", type=int, metavar="N", help="images a chip in a step")
+    sub.add_argument("--bucket", metavar="HxW", help="of the images; default: every bucket")
+    sub.add_argument("--kind", choices=("train", "eval", "both"), default="both")
+    sub.add_argument("--images", type=int, metavar="N", help="size of the training set")
+    sub.add_argument("--fast", action="store_true", help="stop before code is generated")
+    sub.add_argument("--search", action="store_true", help="find the largest batch that fits")
+    sub.add_argument("--out", type=Path, metavar="FILE.json", help="where the plan is written too")
     verb("config", _config, "print a resolved configuration", config=True, computes=False)
     return parser
 
@@ -321,6 +332,27 @@ def _inspect(arguments, overrides) -> int:
     for reason in reasons:
         print(f"training would stop: {reason}")
     return int(bool(reasons))
+
+
+def _plan(arguments, overrides) -> int:
+    from aqdetr_jax.io import write_json_atomic
+    from aqdetr_jax.planning.plan import KINDS, as_json, make_plan
+    from aqdetr_jax.planning.table import format_plan
+
+    plan = make_plan(
+        _experiment(arguments, overrides),
+        arguments.topology,
+        per_chip=arguments.per_chip,
+        bucket=arguments.bucket,
+        kinds=KINDS if arguments.kind == "both" else (arguments.kind,),
+        images=arguments.images,
+        fast=arguments.fast,
+        search=arguments.search,
+    )
+    print(format_plan(plan))
+    if arguments.out:
+        print(f"written to {write_json_atomic(arguments.out, as_json(plan))}")
+    return int(not plan.fits)
 
 
 def _config(arguments, overrides) -> None:

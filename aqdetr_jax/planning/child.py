@@ -23,7 +23,7 @@ from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from aqdetr_jax.planning.chips import parse_slice
 from aqdetr_jax.training import setup
-from aqdetr_jax.training.assemble import assemble, stand_in_teacher
+from aqdetr_jax.training.assemble import assemble, batch_shapes, stand_in_teacher, variables_of
 from aqdetr_jax.training.config import ExperimentConfig
 
 
@@ -58,15 +58,7 @@ def train_program(
     module, teacher = setup.build_module(config), stand_in_teacher(config)
     assembly = assemble(config, variables_of(module, bucket), mesh)
     theirs = {} if teacher is None else variables_of(teacher, bucket)
-    rows, boxes = config.train.batch_size, config.data.max_boxes
-    pixels, mask = images(bucket, rows)
-    batch = {
-        "images": pixels,
-        "mask": mask,
-        "boxes": jax.ShapeDtypeStruct((rows, boxes, 4), jnp.float32),
-        "labels": jax.ShapeDtypeStruct((rows, boxes), jnp.int32),
-        "valid": jax.ShapeDtypeStruct((rows, boxes), jnp.bool_),
-    }
+    batch = batch_shapes(config, bucket, config.train.batch_size)
     arguments = (
         assembly.state,
         placed(theirs, replicated(mesh)),
@@ -87,12 +79,6 @@ def eval_program(
     batch = (*images(bucket, rows), jax.ShapeDtypeStruct((rows, 2), jnp.int32))
     arguments = (placed(variables, replicated(mesh)), *placed(batch, batch_sharding(mesh)))
     return make_predict_fn(module, mesh, config.model.num_classes), arguments
-
-
-def variables_of(module: Any, bucket: tuple[int, int]) -> Any:
-    """Shapes of a module's variables; nothing is put on the mesh, which no machine has."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(module.init, key, *images(bucket, 1))
 
 
 def images(bucket: tuple[int, int], rows: int) -> tuple[Any, Any]:

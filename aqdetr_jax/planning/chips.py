@@ -82,6 +82,11 @@ class Slice:
     shape: str
 
     @property
+    def platform(self) -> str:
+        """As JAX names it."""
+        return "tpu"
+
+    @property
     def name(self) -> str:
         """The compiler's name, "v5e:16x16"."""
         return f"{self.kind.name}:{self.shape}"

@@ -80,7 +80,7 @@ def resolve(
         not there; the message says what to give.
     """
     replicas = replicas_on(config, place)
-    config = _with_batch(config, place, replicas, per_chip)
+    config = sizing.with_devices(_with_batch(config, place, replicas, per_chip), place)
     given = config.train
     notes: list[str] = []
     if _has_data(config):

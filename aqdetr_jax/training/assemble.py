@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from aqdetr_jax.models.dense import DensePretrainer
@@ -20,6 +21,7 @@ from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
+    LossFn,
     detection_loss_fn,
     jit_train_step,
     make_train_step,
@@ -58,12 +60,41 @@ class Assembly:
 
     def step(self, module: Detector | DensePretrainer, teacher: Detector | None) -> Any:
         """The jitted step, see ``step.make_train_step``; ``teacher``: its module, if there is."""
-        if isinstance(module, DensePretrainer):
-            loss_fn = pretrain_loss_fn(self.config, module)
-        else:
-            loss_fn = detection_loss_fn(self.config, module, teacher)
+        loss_fn = loss_function(self.config, module, teacher)
         step = make_train_step(self.config, loss_fn, self.optimizer, self.groups)
         return jit_train_step(step, self.state, self.mesh)
+
+
+def loss_function(
+    config: ExperimentConfig, module: Detector | DensePretrainer, teacher: Detector | None
+) -> LossFn:
+    """The loss of a configuration's task."""
+    if isinstance(module, DensePretrainer):
+        return pretrain_loss_fn(config, module)
+    return detection_loss_fn(config, module, teacher)
+
+
+def variables_of(module: Any, bucket: tuple[int, int]) -> Any:
+    """The shapes of a module's variables; nothing is put on a device, which may be elsewhere."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    images = jax.ShapeDtypeStruct((1, *bucket, 3), jnp.uint8)
+    return jax.eval_shape(module.init, key, images, jax.ShapeDtypeStruct((1, *bucket), jnp.bool_))
+
+
+def batch_shapes(config: ExperimentConfig, bucket: tuple[int, int], rows: int) -> dict[str, Any]:
+    """The shapes of what a training step reads, ``TRAINED_KEYS``."""
+    boxes = config.data.max_boxes
+
+    def shape(kind: Any, *sides: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *sides), kind)
+
+    return {
+        "images": shape(jnp.uint8, *bucket, 3),
+        "mask": shape(jnp.bool_, *bucket),
+        "boxes": shape(jnp.float32, boxes, 4),
+        "labels": shape(jnp.int32, boxes),
+        "valid": shape(jnp.bool_, boxes),
+    }
 
 
 def assemble(config: ExperimentConfig, variables: Any, mesh: Mesh) -> Assembly:
