@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,8 @@ _TEXT, _BUFFERS, _GIVEN = (
 )
 _REPORT = "*.after_optimizations-memory-usage-report.txt"
 """What XLA writes after the buffer assignment."""
+
+_REASON = re.compile(r"Check failed|^[\w.]*(Error|Exception)\b|^Killed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,7 @@ def compile_ahead(case: Case, *, fast: bool = True) -> Compiled:
 
     Raises:
       ModuleNotFoundError: libtpu is not installed.
+      ValueError: the configuration cannot be laid out on the slice.
       RuntimeError: the compiler failed for another reason than memory; the message has its words.
     """
     check_libtpu()
@@ -131,6 +135,8 @@ def compile_ahead(case: Case, *, fast: bool = True) -> Compiled:
         words = _run(folder, dump, fast)
         seconds = time.perf_counter() - start
         done = read_json(folder / "done.json") if (folder / "done.json").is_file() else {}
+        if "refused" in done:
+            raise ValueError(done["refused"])
         if not _assigned(dump) or not (done or fast):
             raise RuntimeError(f"compiling for {case.place.name} failed:\n{words}")
         memory = read_memory(
@@ -168,7 +174,14 @@ def _run(folder: Path, dump: Path, fast: bool) -> str:
             if child.poll() is None:  # by its number: it is ours
                 child.send_signal(signal.SIGKILL)
             child.wait()
-    return log.read_text(errors="replace")[-4000:]
+    return last_words(log.read_text(errors="replace"))
+
+
+def last_words(log: str) -> str:
+    """Of a log the lines that say why a process died, else its last ones."""
+    lines = log.strip().splitlines()
+    reasons = [line for line in lines if _REASON.search(line)]
+    return "\n".join(reasons[:3] or lines[-5:])
 
 
 def _assigned(dump: Path) -> bool:

@@ -27,15 +27,30 @@ from aqdetr_jax.training.assemble import assemble, batch_shapes, stand_in_teache
 from aqdetr_jax.training.config import ExperimentConfig
 
 
-def slice_mesh(name: str, data: int | None, model: int) -> Mesh:
-    """The mesh that a run would make on a slice, without the slice."""
+def slice_mesh(name: str, data: int, model: int) -> Mesh:
+    """The mesh that a run would make on a slice, without the slice.
+
+    Args:
+      name: of the slice.
+      data: devices along the batch; -1 = all that ``model`` leaves.
+      model: devices that share a replica's parameters.
+
+    Raises:
+      ValueError: JAX cannot lay such a mesh over the links of the slice.
+    """
     from jax.experimental import topologies
 
     wanted = parse_slice(name)
     found = topologies.get_topology_desc(
         platform="tpu", topology_name=wanted.name, **wanted.options
     )
-    return make_mesh(data, model, devices=found.devices)
+    try:
+        return make_mesh(None if data < 0 else data, model, devices=found.devices)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"config.mesh.model={model} cannot be laid over the links of {name}, on the slice "
+            "itself neither: config.mesh.model=1 can"
+        ) from error
 
 
 def placed(tree: Any, sharding: Any) -> Any:
@@ -94,14 +109,16 @@ def main(folder: Path) -> None:
     """Compiles the case of a folder."""
     case = read_json(folder / "case.json")
     config = to_dataclass(ExperimentConfig, case["config"])
-    data = None if config.mesh.data < 0 else config.mesh.data
-    mesh = slice_mesh(case["topology"], data, config.mesh.model)
-    start = time.perf_counter()
+    try:
+        mesh = slice_mesh(case["topology"], config.mesh.data, config.mesh.model)
+        with jax.set_mesh(mesh):
+            program, arguments = PROGRAMS[case["kind"]](config, tuple(case["bucket"]), mesh)
+    except ValueError as error:  # of the placement: it says what to change
+        write_json_atomic(folder / "done.json", {"refused": str(error)})
+        return
     with jax.set_mesh(mesh):
-        program, arguments = PROGRAMS[case["kind"]](config, tuple(case["bucket"]), mesh)
         lowered = program.lower(*arguments)
-        traced = time.perf_counter()
-        write_json_atomic(folder / "lowered.json", {"trace_seconds": traced - start})
+        start = time.perf_counter()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -111,7 +128,7 @@ def main(folder: Path) -> None:
     write_json_atomic(
         folder / "done.json",
         {
-            "compile_seconds": time.perf_counter() - traced,
+            "compile_seconds": time.perf_counter() - start,
             "code_bytes": int(found.generated_code_size_in_bytes),
             "peak_bytes": int(found.peak_memory_in_bytes),
         },

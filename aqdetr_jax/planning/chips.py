@@ -26,7 +26,7 @@ class ChipKind:
       bandwidth: bytes/s of a chip's HBM.
       interconnect: bytes/s that a chip can send over all its links together.
       hbm: bytes of HBM that a program can use on one device.
-      hosts: chips that one host has, in slices of more than one host.
+      host: chips of one host, in slices of more than one.
       devices: JAX devices a chip.
       slices: shapes of the slices that the compiler knows.
       options: further arguments of ``get_topology_desc``.
@@ -37,20 +37,20 @@ class ChipKind:
     bandwidth: float
     interconnect: float
     hbm: int
-    hosts: int
+    host: int
     devices: int
     slices: tuple[str, ...]
     options: tuple[tuple[str, Any], ...] = ()
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 KINDS = {
     kind.name: kind
     for kind in (
-        ChipKind("v5e", 197e12, 819e9, 200e9, int(15.75 * GIB), 8, 1, _FLAT),
-        ChipKind("v6e", 918e12, 1638e9, 400e9, int(31.25 * GIB), 8, 1, _FLAT),
+        ChipKind("v5e", 197e12, 819e9, 200e9, int(15.75 * GIB), 4, 1, _FLAT),
+        ChipKind("v6e", 918e12, 1638e9, 400e9, int(31.25 * GIB), 4, 1, _FLAT),
         ChipKind("v5p", 459e12, 2765e9, 600e9, int(95.74 * GIB), 4, 1, _CUBES),
         # Without "megacore" a v4 chip is two devices, which a mesh over its torus cannot place.
         ChipKind(
@@ -95,6 +95,11 @@ class Slice:
     def chips(self) -> int:
         """How many."""
         return math.prod(map(int, self.shape.split("x")))
+
+    @property
+    def hosts(self) -> int:
+        """Machines that the chips are in."""
+        return -(-self.chips // self.kind.host)
 
     @property
     def devices(self) -> int:
