@@ -28,8 +28,8 @@ from aqdetr_jax.training.config import ExperimentConfig
 
 Kind = Literal["train", "eval"]
 
-INSTALL = "pip install libtpu"
-"""What installs the compiler; ``pip install -r requirements-tpu.txt`` in a checkout does too."""
+INSTALL = "pip install 'jax[tpu]'"
+"""Adds libtpu for the version of JAX that is there; so does ``requirements-tpu.txt``."""
 
 _LIBTPU = {
     "JAX_PLATFORMS": "cpu",
@@ -99,8 +99,8 @@ class Compiled:
 def check_libtpu() -> None:
     """Raises an error that says what to install where the compiler for TPUs is missing."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError(
-            f"the compiler for TPUs is missing (no TPU is needed, libtpu is): {INSTALL}"
+        raise RuntimeError(
+            f"libtpu, the compiler for TPUs, is not installed (no TPU is needed): {INSTALL}"
         )
 
 
@@ -112,9 +112,9 @@ def compile_ahead(case: Case, *, fast: bool = True) -> Compiled:
       fast: end the compiler once its buffers are assigned; else let it generate code.
 
     Raises:
-      ModuleNotFoundError: libtpu is not installed.
+      RuntimeError: libtpu is not installed, or the compiler failed for another reason than memory;
+        the message has its words.
       ValueError: the configuration cannot be laid out on the slice.
-      RuntimeError: the compiler failed for another reason than memory; the message has its words.
     """
     check_libtpu()
     start = time.perf_counter()

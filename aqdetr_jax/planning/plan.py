@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from aqdetr_jax.parallel.hosts import say
@@ -85,7 +85,6 @@ def make_plan(
     images: int | None = None,
     fast: bool = False,
     search: bool = False,
-    compiler: Callable[..., Compiled] = compile_ahead,
 ) -> Plan:
     """Compiles every program that a run needs on a slice; minutes each.
 
@@ -98,11 +97,10 @@ def make_plan(
       images: of the training set, in place of the data's.
       fast: without generating code.
       search: with the largest batch that fits, in place of the configuration's.
-      compiler: for tests.
 
     Raises:
       ValueError: something that cannot be planned; the message says what to change.
-      ModuleNotFoundError: the compiler for TPUs is missing.
+      RuntimeError: the compiler for TPUs is missing, or failed.
     """
     place = parse_slice(topology)
     given = None if bucket is None else (parse_bucket(bucket),)
@@ -122,7 +120,7 @@ def make_plan(
         if key not in made or not (quick or made[key].complete):
             say(f"compiling {kind} {shape[0]}x{shape[1]}, {rows} images a chip, {place.name}")
             full = resolve(config, place, per_chip=rows, images=images).config
-            made[key] = compiler(Case(full, place, shape, kind), fast=quick)
+            made[key] = compile_ahead(Case(full, place, shape, kind), fast=quick)
         return made[key]
 
     data = sizes.config.data

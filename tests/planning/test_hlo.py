@@ -42,7 +42,9 @@ def test_padding_is_to_whole_tiles(sizes, order, tile):
     """However the dimensions lie, the number of tiles is that of the two innermost ones."""
     layout = list(range(len(sizes)))
     order.shuffle(layout)
-    text = f"f32{sizes}".replace(" ", "") + f"{{{','.join(map(str, layout))}:T({tile[0]},{tile[1]})}}"
+    text = (
+        f"f32{sizes}".replace(" ", "") + f"{{{','.join(map(str, layout))}:T({tile[0]},{tile[1]})}}"
+    )
     tiles = math.ceil(sizes[layout[0]] / tile[1]) * math.ceil(sizes[layout[1]] / tile[0])
     rest = math.prod(sizes[i] for i in layout[2:])
     assert shape_bytes(text) == tiles * tile[0] * tile[1] * rest * 4
@@ -52,7 +54,7 @@ def test_an_instruction():
     line = (
         "  ROOT %fusion.7 = (f32[8]{0:T(128)}, bf16[2,4]{1,0:T(8,128)(2,1)S(1)}) "
         "fusion(%a.1, /*index=1*/%b-2), kind=kLoop, calls=%fused.3, "
-        'metadata={op_name="jit(step)/state.params[\\\'x\\\']/add" stack_frame_id=3}\n'
+        "metadata={op_name=\"jit(step)/state.params[\\'x\\']/add\" stack_frame_id=3}\n"
     )
     found = parse_instruction(line)
     assert found is not None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import texts
+from pathlib import Path
 
 from aqdetr_jax.planning.traffic import read_program
+
+LOOP = (Path(__file__).parents[1] / "fixtures" / "loop.hlo.txt").read_text()
+"""A small program as XLA prints them, written by hand: two loops, what starts and ends apart."""
 
 PADDED = 8 * 128 * 4
 """f32[3,100] in tiles of 8 x 128."""
@@ -17,13 +20,13 @@ def read(text: str):
 
 
 def test_instructions_are_those_of_entry_and_loop_bodies():
-    program = read(texts.LOOP)
+    program = read(LOOP)
     assert program.entry_instructions == 18
     assert program.instructions == 18 + 8 + 4
 
 
 def test_loops_run_as_often_as_their_condition_says():
-    counted, searched = read(texts.LOOP).loops
+    counted, searched = read(LOOP).loops
     assert (counted.name, counted.trips, counted.depth) == ("while.1", 5, 0)
     assert counted.op_name == "jit(step)/while"
     assert (searched.name, searched.trips) == ("while.2", None)
@@ -31,12 +34,12 @@ def test_loops_run_as_often_as_their_condition_says():
 
 def test_a_note_of_the_compiler_goes_before_the_condition():
     noted = 'body=%body.1, backend_config={"known_trip_count":{"n":"7"}}'
-    program = read(texts.LOOP.replace("body=%body.1", noted))
+    program = read(LOOP.replace("body=%body.1", noted))
     assert program.loops[0].trips == 7
 
 
 def test_a_counter_that_does_not_meet_a_constant_is_unknown():
-    program = read(texts.LOOP.replace("direction=LT", "direction=NE"))
+    program = read(LOOP.replace("direction=LT", "direction=NE"))
     assert program.loops[0].trips is None
 
 
@@ -54,7 +57,7 @@ def test_hbm_traffic():
     copied = 64 * 256 * 4
     half = 64 * 256 * 2
     gathered = half + (half + 4 * half)
-    program = read(texts.LOOP)
+    program = read(LOOP)
     assert program.traffic == loop + fetched + copied + half + gathered
     assert program.by_opcode == {
         "fusion": 5 * 2 * PADDED,
@@ -70,7 +73,7 @@ def test_hbm_traffic():
 
 
 def test_collectives():
-    program = read(texts.LOOP)
+    program = read(LOOP)
     by_kind = {found.kind: found for found in program.collectives}
     inside, outside = by_kind["all-reduce"], by_kind["all-gather"]
     assert (inside.bytes, inside.group, inside.times) == (3 * 100 * 4, 2, 5)
@@ -81,7 +84,7 @@ def test_collectives():
 
 
 def test_a_collective_inside_an_asynchronous_computation_is_found():
-    text = texts.LOOP.replace(
+    text = LOOP.replace(
         "ROOT %part = f32[16,256]{1,0:T(8,128)S(1)} slice(%a), slice={[0:16], [0:256]}",
         "ROOT %part = f32[16,256]{1,0:T(8,128)S(1)} reduce-scatter(%a), dimensions={0}, "
         "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}, to_apply=%plus",
@@ -91,7 +94,7 @@ def test_a_collective_inside_an_asynchronous_computation_is_found():
 
 
 def test_a_nested_loop_multiplies():
-    inner = texts.LOOP.replace(
+    inner = LOOP.replace(
         "  %sum = f32",
         "  %while.3 = (s32[]{:T(128)}, f32[3,100]{1,0:T(8,128)}) while(%p), "
         "condition=%condition.1, body=%inner\n  %sum = f32",
@@ -112,7 +115,7 @@ def test_a_nested_loop_multiplies():
 
 
 def test_branches_of_a_conditional_count():
-    text = texts.LOOP.replace(
+    text = LOOP.replace(
         "  %half = bf16",
         "  %chosen = f32[3,100]{1,0:T(8,128)} conditional(%zero, %small, %small), "
         "branch_computations={%first, %second}\n  %half = bf16",
