@@ -1,4 +1,4 @@
-"""Writes the result tables of README.md and docs/results.md from experiments/results/*.json.
+"""Writes the result tables of README.md and of docs from experiments/results/*.json.
 
 python experiments/render_results.py
 
@@ -11,6 +11,8 @@ import re
 import statistics
 from pathlib import Path
 from typing import Any
+
+import render_tpu
 
 from aqdetr_jax.io import read_json, write_text_atomic
 
@@ -345,6 +347,9 @@ def main() -> None:
         full_size_table("deformable_full_size_step.json"),
     ]
     replace(ROOT / "docs" / "parity.md", "parity", parity_table())
+    plan = ROOT / "docs" / "plan.md"
+    replace(plan, "tpu-step", render_tpu.step_table(load("tpu_step.json")))
+    replace(plan, "tpu-plan", render_tpu.plan_table(load("plan.json")))
     replace(ROOT / "docs" / "results.md", "ablation", "\n\n".join(parts))
 
 

@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_no_error(child):
             "INTERNAL: why",
         ),
         (
-            'print("F1127 emitter.cc:4582] Check failed: window\\n@ 0x7\\n@ 0x8", flush=True)\nos.abort()',
+            'os.write(1, b"F1127 emitter.cc] Check failed: window\\n@ 0x7\\n@ 0x8")\nos.abort()',
             RuntimeError,
             "Check failed: window",
         ),

@@ -1,0 +1,105 @@
+"""The tables of docs/plan.md, from what was compiled ahead of time; see ``render_results``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+NOT_RUN = "not run"
+_GIB = 2**30
+
+
+def step_table(result: dict[str, Any] | None) -> str:
+    """What a step moves and holds: every program once, its labels (before, after) side by side."""
+    if result is None:
+        return f"`python experiments/tpu_step.py`: {NOT_RUN}."
+    labels = list(dict.fromkeys(row["label"] for row in result["rows"]))
+    programs: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        key = (row["config"], row["kind"], row["dtype"], row["per_chip"], row["topology"])
+        programs.setdefault(key, {})[row["label"]] = row
+
+    def hbm(row: dict[str, Any]) -> str:
+        return f"{row['hbm_gib']:.1f}" + ("" if row["fits"] else " (!)")
+
+    def moved(row: dict[str, Any]) -> str:
+        return f"{row['gb_per_image']:.1f}"
+
+    def cells(found: dict[str, dict[str, Any]], show: Callable[[dict[str, Any]], str]) -> str:
+        return " → ".join(show(found[x]) if x in found else NOT_RUN for x in labels)
+
+    lines = [
+        f"Labels: {' → '.join(labels)}.",
+        "",
+        "| config | step | dtype | images a chip | HBM GiB | GB an image | all-reduces in loops | "
+        "instructions |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (config, kind, dtype, count, topology), found in sorted(programs.items()):
+        lines.append(
+            f"| `{config}` on {topology} | {kind} | {dtype} | {count} | "
+            f"{cells(found, hbm)} | {cells(found, moved)} | "
+            f"{cells(found, lambda x: str(x['all_reduces_in_loops']))} | "
+            f"{cells(found, lambda x: format(x['instructions'], ','))} |"
+        )
+    commits = "; ".join(
+        f"{label} {', '.join(sorted({row['commit'][:12] for row in rows}))}"
+        for label in labels
+        for rows in [[row for row in result["rows"] if row["label"] == label]]
+    )
+    versions = result["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"(!) more than the chip has. `python experiments/tpu_step.py`, bucket 800 x 1344, jax "
+            f"{versions['jax']}; commits: {commits}.",
+        ]
+    )
+
+
+def plan_table(result: dict[str, Any] | None) -> str:
+    """What slices give the recipes."""
+    if result is None:
+        return f"`python experiments/tpu_plan.py`: {NOT_RUN}."
+    lines = [
+        "| config | slice | chips | images a chip | batch | HBM GiB | fits | bound by | images/s a "
+        "chip at most | hours at least | chip-hours |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    buckets = []
+    for row in sorted(result["rows"], key=lambda x: (x["config"], x["chips"], x["topology"])):
+        steps = [step for step in row["steps"] if step["kind"] == "train"]
+        fullest = max(steps, key=lambda step: step["hbm_bytes"])
+        rates = [step["estimate"]["images_per_second_a_chip_at_most"] for step in steps]
+        rate = len(rates) / sum(1 / x for x in rates)
+        time = row["schedule"]
+        hours = (
+            f"{time['hours_at_least']:.1f} | {time['chip_hours_at_least']:,.0f}"
+            if time
+            else "– | –"
+        )
+        lines.append(
+            f"| `{row['given']}` | {row['topology']} | {row['chips']} | {row['per_chip']} | "
+            f"{row['batch']} | {fullest['hbm_bytes'] / _GIB:.1f} | "
+            f"{'yes' if row['fits'] else 'no'} | {fullest['estimate']['bound_by']} | {rate:.1f} | "
+            f"{hours} |"
+        )
+        if len(steps) > 1:
+            sizes = ", ".join(
+                f"{s['bucket'][0]}x{s['bucket'][1]} {s['hbm_bytes'] / _GIB:.1f} GiB, "
+                f"{s['traffic_bytes'] / 1e9 / s['per_chip']:.1f} GB an image"
+                for s in steps
+            )
+            buckets.append(f"`{row['given']}` on {row['topology']} by bucket: {sizes}.")
+    commits = ", ".join(sorted({row["commit"][:12] for row in result["rows"]}))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *buckets,
+            "",
+            "Rates and hours are estimates: a roofline's bounds, no measurements. "
+            f"`python experiments/tpu_plan.py`, commits: {commits}.",
+        ]
+    )

@@ -1,0 +1,71 @@
+"""``aqdetr plan`` of both COCO families on four slices.
+
+python experiments/tpu_plan.py [--only=deformable] [--topology=v5e:2x2]
+
+Every program is compiled up to its buffers (minutes each) and every slice written to the JSON file
+when it is done; one that is there for this commit is kept. Needs libtpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+from tpu_step import rows_of, same
+
+from aqdetr_jax.io import write_json_atomic
+from aqdetr_jax.planning.plan import as_json, make_plan
+from aqdetr_jax.planning.table import format_plan
+from aqdetr_jax.provenance import git_commit
+from aqdetr_jax.training.experiment import load_experiment
+
+CONFIGS = (
+    "coco:r50,w4a4",
+    "coco:r50,float",
+    "coco_deformable:r50,w4a4",
+    "coco_deformable:r50,float",
+)
+TOPOLOGIES = ("v5e:2x2", "v5e:16x16", "v6e:16x16", "v5p:4x4x4")
+EVERY_BUCKET = "v5e:2x2"
+"""Where all buckets are compiled; on the others the first alone."""
+
+_LONG = ("largest", "loops", "collectives", "traffic_bytes_by_opcode")
+
+
+def slim(block: dict[str, Any]) -> dict[str, Any]:
+    """A plan without its lists of hundreds; the number of collectives is kept."""
+    steps = [
+        {"collectives_count": len(step["collectives"])}
+        | {name: value for name, value in step.items() if name not in _LONG}
+        for step in block["steps"]
+    ]
+    return {**block, "steps": steps}
+
+
+def main() -> None:
+    """Plans what is missing and writes the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="configurations with this in their name")
+    parser.add_argument("--topology", help="one slice alone")
+    parser.add_argument("--out", type=Path, default="experiments/results/plan.json")
+    options = parser.parse_args()
+    for topology, name in itertools.product(TOPOLOGIES, CONFIGS):
+        key = {"given": name, "topology": topology}
+        done = {**key, "commit": git_commit()}
+        wanted = options.only in name and options.topology in (None, topology)
+        if not wanted or any(same(row, done) for row in rows_of(options.out)):
+            continue
+        config = load_experiment(name)
+        height, width = config.data.buckets[0]
+        bucket = None if topology == EVERY_BUCKET else f"{height}x{width}"
+        plan = make_plan(config, topology, bucket=bucket, fast=True)
+        print(format_plan(plan), flush=True)
+        kept = [row for row in rows_of(options.out) if not same(row, key)]
+        made = {**slim(as_json(plan)), "given": name}
+        write_json_atomic(options.out, {"rows": [*kept, made]})
+
+
+if __name__ == "__main__":
+    main()
