@@ -41,8 +41,14 @@ KEYS = frozenset(keys(ExperimentConfig))
 GROUPS = sorted({key.split(".")[0] for key in KEYS if "." in key})
 VERBS = options(cli._parser())
 
-OTHERS = frozenset(("--verify", "--porcelain", "--show-toplevel", "--run", "--run-dark"))
-"""Options of git, and variables of style sheets."""
+OTHERS = frozenset(
+    (
+        *("--verify", "--porcelain", "--show-toplevel"),
+        *("--xla_dump_to", "--xla_dump_hlo_as_text"),
+        *("--run", "--run-dark"),
+    )
+)
+"""Options of git and of XLA, and variables of style sheets."""
 
 FILES = ("json", "yaml", "yml", "pkl", "pth", "safetensors")
 """What follows the dot in the names of files: "data.yaml" is no key."""
