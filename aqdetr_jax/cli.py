@@ -339,6 +339,7 @@ def _plan(arguments, overrides) -> int:
     from aqdetr_jax.planning.plan import KINDS, as_json, make_plan
     from aqdetr_jax.planning.table import format_plan
 
+    host.use_cpu()
     plan = make_plan(
         _experiment(arguments, overrides),
         arguments.topology,

@@ -65,6 +65,13 @@ def use_every_core() -> None:
     jax.config.update("jax_num_cpu_devices", 1 << (count.bit_length() - 1))
 
 
+def use_cpu() -> None:
+    """Keeps JAX off accelerators, for programs that only describe what will run on others."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def use_huge_pages() -> None:
     """Starts this program again with transparent huge pages for large allocations, on Linux.
 

@@ -53,7 +53,7 @@ def step_table(result: dict[str, Any] | None) -> str:
             *lines,
             "",
             f"(!) more than the chip has. `python experiments/tpu_step.py`, bucket 800 x 1344, jax "
-            f"{versions['jax']}; commits: {commits}.",
+            f"{versions['jax']}, libtpu {versions.get('libtpu', 'unknown')}; commits: {commits}.",
         ]
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tpu_step import rows_of, same
 
+from aqdetr_jax import host
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.planning.plan import as_json, make_plan
 from aqdetr_jax.planning.table import format_plan
@@ -68,4 +69,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    host.use_cpu()
     main()

@@ -13,11 +13,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from aqdetr_jax import host
 from aqdetr_jax.io import read_json, write_json_atomic
-from aqdetr_jax.planning.ahead import Case, Compiled, Kind, compile_ahead
+from aqdetr_jax.planning.ahead import Case, Compiled, Kind, compile_ahead, versions
 from aqdetr_jax.planning.chips import parse_slice
 from aqdetr_jax.planning.resolve import Sizes, resolve
-from aqdetr_jax.provenance import git_commit, package_versions
+from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training.experiment import load_experiment
 
 BUCKET = (800, 1344)
@@ -120,9 +121,9 @@ def main() -> None:
         made = {**done, **measure(row)}
         print({k: v for k, v in made.items() if k not in ("largest", "gb_by_opcode")}, flush=True)
         kept = [other for other in rows_of(options.out) if not same(other, key)]
-        versions = package_versions()
-        write_json_atomic(options.out, {"versions": versions, "rows": [*kept, made]})
+        write_json_atomic(options.out, {"versions": versions(), "rows": [*kept, made]})
 
 
 if __name__ == "__main__":
+    host.use_cpu()
     main()

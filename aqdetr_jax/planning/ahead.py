@@ -7,6 +7,7 @@ decided before it: by default the compiler is ended as soon as its buffers are a
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -24,6 +25,7 @@ from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.planning.chips import Slice
 from aqdetr_jax.planning.memory import Memory, argument_names, read_memory
 from aqdetr_jax.planning.traffic import Program, read_program
+from aqdetr_jax.provenance import package_versions
 from aqdetr_jax.training.config import ExperimentConfig
 
 Kind = Literal["train", "eval"]
@@ -94,6 +96,15 @@ class Compiled:
     def fits(self) -> bool:
         """Whether there is room for it (without its code, where none was generated)."""
         return self.memory.total <= self.limit
+
+
+def versions() -> dict[str, str]:
+    """Versions of what compiles, and of what results depend on otherwise."""
+    try:
+        compiler = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        compiler = "unknown"
+    return {**package_versions(), "libtpu": compiler}
 
 
 def check_libtpu() -> None:

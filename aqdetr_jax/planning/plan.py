@@ -7,13 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from aqdetr_jax.parallel.hosts import say
-from aqdetr_jax.planning.ahead import Case, Compiled, Kind, check_libtpu, compile_ahead
+from aqdetr_jax.planning.ahead import (
+    Case,
+    Compiled,
+    Kind,
+    check_libtpu,
+    compile_ahead,
+    versions,
+)
 from aqdetr_jax.planning.chips import Slice, parse_slice
 from aqdetr_jax.planning.resolve import Sizes, resolve
 from aqdetr_jax.planning.roofline import Roofline, Schedule, roofline, schedule
 from aqdetr_jax.planning.search import largest_batch
 from aqdetr_jax.planning.work import image_flops
-from aqdetr_jax.provenance import git_commit, package_versions
+from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training.config import ExperimentConfig
 
 Bucket = tuple[int, int]
@@ -61,6 +68,10 @@ class Plan:
     def fits(self) -> bool:
         """Whether all of it does."""
         return all(step.compiled.fits for step in self.steps)
+
+    def images_per_second(self, step: Step) -> float:
+        """What a chip gets through at most, an estimate."""
+        return step.rows * self.sizes.replicas / self.place.chips / step.times.seconds
 
 
 def parse_bucket(text: str) -> Bucket:
@@ -199,16 +210,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "batch": config.train.batch_size,
         "assumed": list(plan.sizes.notes),
         "fits": plan.fits,
-        "steps": [_step_json(step, config, place) for step in plan.steps],
+        "steps": [_step_json(step, plan) for step in plan.steps],
         "schedule": None if plan.schedule is None else _schedule_json(plan.schedule),
         "commit": git_commit(),
-        "versions": package_versions(),
+        "versions": versions(),
     }
 
 
-def _step_json(step: Step, config: ExperimentConfig, place: Slice) -> dict[str, Any]:
-    result, program = step.compiled, step.compiled.program
-    images = step.rows / step.times.seconds / (config.mesh.model / place.kind.devices)
+def _step_json(step: Step, plan: Plan) -> dict[str, Any]:
+    result, program, config = step.compiled, step.compiled.program, plan.sizes.config
     return {
         "kind": step.kind,
         "bucket": list(step.bucket),
@@ -234,7 +244,7 @@ def _step_json(step: Step, config: ExperimentConfig, place: Slice) -> dict[str, 
             **{f"{k}_seconds": v for k, v in dataclasses.asdict(step.times).items()},
             "step_seconds_at_least": step.times.seconds,
             "bound_by": step.times.bound,
-            "images_per_second_a_chip_at_most": images,
+            "images_per_second_a_chip_at_most": plan.images_per_second(step),
         },
     }
 

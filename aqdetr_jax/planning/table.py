@@ -50,6 +50,11 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _number(value: float) -> str:
+    """Three digits of it, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _name(step: Step) -> str:
     return f"{step.kind} {step.bucket[0]}x{step.bucket[1]}"
 
@@ -76,12 +81,12 @@ def _row(step: Step) -> tuple[str, ...]:
         str(step.rows),
         f"{found.memory.total / _GIB:.2f}",
         "yes" if found.fits else "NO",
-        f"{step.flops / 1e12:.2f}",
-        f"{program.traffic / 1e9:.1f}",
-        f"{program.traffic / 1e9 / step.rows:.1f}",
-        str(program.instructions),
+        f"{step.flops / 1e12:.3g}",
+        f"{program.traffic / 1e9:.4g}",
+        f"{program.traffic / 1e9 / step.rows:.4g}",
+        f"{program.instructions:,}",
         f"{found.seconds:.0f}" + ("" if found.complete else " (no code)"),
-        f"{step.times.seconds * 1e3:.1f}",
+        _number(step.times.seconds * 1e3),
         step.times.bound,
     )
 
@@ -126,19 +131,19 @@ def _estimates(plan: Plan) -> list[str]:
         "interconnect; a lower bound on time):"
     ]
     for step in plan.steps:
-        times, devices = step.times, plan.place.kind.devices
-        rate = step.rows / times.seconds / plan.sizes.config.mesh.model * devices
+        times, rate = step.times, plan.images_per_second(step)
         lines.append(
-            f"  {_name(step)}: arithmetic {times.arithmetic * 1e3:.1f} ms, memory "
-            f"{times.memory * 1e3:.1f} ms, interconnect {times.interconnect * 1e3:.1f} ms; at most "
-            f"{rate:.1f} images/s a chip, {rate * plan.place.chips:,.0f} in all"
+            f"  {_name(step)}: arithmetic {_number(times.arithmetic * 1e3)} ms, memory "
+            f"{_number(times.memory * 1e3)} ms, interconnect "
+            f"{_number(times.interconnect * 1e3)} ms; at most {_number(rate)} images/s a chip, "
+            f"{_number(rate * plan.place.chips)} in all"
         )
     found = plan.schedule
     if found is not None:
         lines.append(
             f"  the run: {found.steps:,} steps of {plan.sizes.config.train.batch_size} images and "
             f"{found.evaluations} evaluations of {plan.sizes.eval_images:,}: at least "
-            f"{found.training_hours:.1f} + {found.evaluation_hours:.1f} hours, "
-            f"{found.chip_hours:,.0f} chip-hours"
+            f"{_number(found.training_hours)} + {_number(found.evaluation_hours)} hours, "
+            f"{_number(found.chip_hours)} chip-hours"
         )
     return lines

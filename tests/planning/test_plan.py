@@ -199,7 +199,7 @@ def test_one_program_and_its_table(counting):
         "13.00",
         "IN A LOOP (8 times)",
         "a lower bound on time",
-        "at most 100.0 images/s a chip, 400 in all",
+        "at most 100 images/s a chip, 400 in all",
         "chip-hours",
     ):
         assert part in text, part
