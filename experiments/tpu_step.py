@@ -17,7 +17,7 @@ from aqdetr_jax import host
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.planning.ahead import Case, Compiled, Kind, compile_ahead, versions
 from aqdetr_jax.planning.chips import parse_slice
-from aqdetr_jax.planning.resolve import Sizes, resolve
+from aqdetr_jax.planning.resolve import Sizes, read_facts, resolve
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training.experiment import load_experiment
 
@@ -52,7 +52,7 @@ def measure(row: Row) -> dict[str, Any]:
     """Compiles a row and returns what it says."""
     place = parse_slice(row.topology)
     config = load_experiment(row.config, (f"model.dtype={row.dtype}",))
-    sizes = resolve(config, place, per_chip=row.per_chip)
+    sizes = resolve(read_facts(config, place), place, row.per_chip)
     found = compile_ahead(Case(sizes.config, place, row.bucket, row.kind))
     return summary(found, sizes)
 

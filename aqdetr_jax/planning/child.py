@@ -130,7 +130,6 @@ def main(folder: Path) -> None:
         {
             "compile_seconds": time.perf_counter() - start,
             "code_bytes": int(found.generated_code_size_in_bytes),
-            "peak_bytes": int(found.peak_memory_in_bytes),
         },
     )
 

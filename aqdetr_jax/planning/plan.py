@@ -16,7 +16,7 @@ from aqdetr_jax.planning.ahead import (
     versions,
 )
 from aqdetr_jax.planning.chips import Slice, parse_slice
-from aqdetr_jax.planning.resolve import Sizes, resolve
+from aqdetr_jax.planning.resolve import Sizes, read_facts, resolve, with_batch
 from aqdetr_jax.planning.roofline import Roofline, Schedule, roofline, schedule
 from aqdetr_jax.planning.search import largest_batch
 from aqdetr_jax.planning.work import image_flops
@@ -122,15 +122,17 @@ def make_plan(
         if per_chip is not None:
             raise ValueError("--per_chip has no effect: --search chooses it")
         per_chip = 1  # so that the configuration's own batch need not be shared evenly
-    sizes = resolve(config, place, per_chip=per_chip, images=images)
+    with_batch(config, place, per_chip)  # before data are read, which takes a while
     check_libtpu()
+    facts = read_facts(config, place, images)
+    sizes = resolve(facts, place, per_chip)
     made: dict[tuple[Kind, Bucket, int], Compiled] = {}
 
     def compiled(kind: Kind, shape: Bucket, rows: int, quick: bool) -> Compiled:
         key = (kind, shape, rows)
         if key not in made or not (quick or made[key].complete):
             say(f"compiling {kind} {shape[0]}x{shape[1]}, {rows} images a chip, {place.name}")
-            full = resolve(config, place, per_chip=rows, images=images).config
+            full = resolve(facts, place, rows).config
             made[key] = compile_ahead(Case(full, place, shape, kind), fast=quick)
         return made[key]
 
@@ -146,7 +148,7 @@ def make_plan(
             return compiled(kinds[0], shape, rows, True).memory.total
 
         found = largest_batch(needed, place.kind.hbm)
-        sizes = resolve(config, place, per_chip=max(found, 1), images=images)
+        sizes = resolve(facts, place, max(found, 1))
     eval_rows = sizes.config.train.eval_batch_size // sizes.replicas
     steps = []
     for kind in kinds:

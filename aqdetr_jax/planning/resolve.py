@@ -60,32 +60,40 @@ def replicas_on(config: ExperimentConfig, place: Slice) -> int:
     return devices // model
 
 
-def resolve(
-    config: ExperimentConfig,
-    place: Slice,
-    *,
-    per_chip: int | None = None,
-    images: int | None = None,
-) -> Sizes:
-    """Fills in what a step needs; reads the data set if there is one.
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the data say, or what is assumed in their place.
+
+    Attributes:
+      config: with every size of data and model; ``train`` is as it was given.
+      images: of the training set.
+      eval_images: of the evaluation set.
+      notes: what was assumed, a sentence each.
+    """
+
+    config: ExperimentConfig
+    images: int
+    eval_images: int
+    notes: tuple[str, ...]
+
+
+def read_facts(config: ExperimentConfig, place: Slice, images: int | None = None) -> Facts:
+    """Reads the data set if there is one.
 
     Args:
       config: as given.
-      place: the slice.
-      per_chip: images a replica, in place of the configuration's batch sizes.
+      place: the slice, for what follows from its kind.
       images: of the training set, in place of the data's.
 
     Raises:
-      ValueError: a batch that the slice cannot share, or a size that follows from data which are
-        not there; the message says what to give.
+      ValueError: a size follows from data which are not there; the message says what to give.
     """
-    replicas = replicas_on(config, place)
-    config = sizing.with_devices(_with_batch(config, place, replicas, per_chip), place)
+    config = sizing.with_devices(config, place)
     given = config.train
     notes: list[str] = []
     if _has_data(config):
         train_set = open_dataset(config.data, train=True)
-        config = sizing.with_data(config, train_set)
+        config = dataclasses.replace(sizing.with_data(config, train_set), train=given)
         found, eval_images = len(train_set), len(open_dataset(config.data, train=False))
     else:
         config = _without_data(config, notes)
@@ -101,15 +109,42 @@ def resolve(
                 f"config.data.root={config.data.root!r}: give --images=N, or set data.root"
             )
     found = found if images is None else images
-    config = dataclasses.replace(config, train=sizing.with_steps(given, found))
-    rows = config.train.batch_size // replicas
-    return Sizes(config, rows, replicas, found, eval_images, tuple(notes))
+    return Facts(config, found, eval_images, tuple(notes))
 
 
-def _with_batch(
-    config: ExperimentConfig, place: Slice, replicas: int, per_chip: int | None
+def resolve(facts: Facts, place: Slice, per_chip: int | None = None) -> Sizes:
+    """Fills in what depends on the slice: batches and steps.
+
+    Args:
+      facts: of the configuration.
+      place: the slice.
+      per_chip: images a replica, in place of the configuration's batch sizes.
+
+    Raises:
+      ValueError: a batch that the slice cannot share; the message says what to give.
+    """
+    config = with_batch(facts.config, place, per_chip)
+    train = sizing.with_steps(config.train, facts.images)
+    replicas = replicas_on(config, place)
+    return Sizes(
+        dataclasses.replace(config, train=train),
+        train.batch_size // replicas,
+        replicas,
+        facts.images,
+        facts.eval_images,
+        facts.notes,
+    )
+
+
+def with_batch(
+    config: ExperimentConfig, place: Slice, per_chip: int | None = None
 ) -> ExperimentConfig:
-    """The rows of a training step and of an evaluation step, over the slice."""
+    """The rows of a training step and of an evaluation step, over the slice.
+
+    Raises:
+      ValueError: the slice cannot share a batch evenly, or is none for ``config.mesh``.
+    """
+    replicas = replicas_on(config, place)
     train = config.train
     if per_chip is not None:
         if per_chip < 1:

@@ -15,7 +15,7 @@ import tiny
 
 from aqdetr_jax.planning.ahead import Case, compile_ahead, last_words
 from aqdetr_jax.planning.chips import parse_slice
-from aqdetr_jax.planning.resolve import resolve
+from aqdetr_jax.planning.resolve import read_facts, resolve
 
 LOOP = Path(__file__).parents[1] / "fixtures" / "loop.hlo.txt"
 ASSIGNED = (
@@ -70,7 +70,7 @@ def child(monkeypatch, tmp_path):
 
 def case(kind="eval") -> Case:
     place = parse_slice("v5e:2x2")
-    return Case(resolve(tiny.FLOAT, place).config, place, (64, 64), kind)
+    return Case(resolve(read_facts(tiny.FLOAT, place), place).config, place, (64, 64), kind)
 
 
 def test_fast_ends_the_compiler_once_buffers_are_assigned(child):
@@ -141,7 +141,8 @@ def test_a_step_compiles_for_a_slice():
     """Gradients are summed over the chips at the top; the state's size is known beforehand."""
     place = parse_slice("v5e:2x2")
     model = dataclasses.replace(tiny.MODEL, decoder_layers=1)
-    config = resolve(dataclasses.replace(tiny.FLOAT, model=model), place).config
+    facts = read_facts(dataclasses.replace(tiny.FLOAT, model=model), place)
+    config = resolve(facts, place).config
     found = compile_ahead(Case(config, place, (64, 64), "train"), fast=True)
     assert found.fits
     assert not found.program.collectives_in_loops

@@ -10,11 +10,12 @@ import pytest
 import tiny
 
 from aqdetr_jax.cli import main
+from aqdetr_jax.planning import resolve as resolving
 from aqdetr_jax.planning.ahead import Case, Compiled
 from aqdetr_jax.planning.chips import GIB, KINDS, known_slices, parse_slice
 from aqdetr_jax.planning.memory import Memory
 from aqdetr_jax.planning.plan import as_json, make_plan, remedies
-from aqdetr_jax.planning.resolve import replicas_on, resolve
+from aqdetr_jax.planning.resolve import Sizes, read_facts, replicas_on
 from aqdetr_jax.planning.table import format_plan
 from aqdetr_jax.planning.traffic import Collective, Program
 from aqdetr_jax.planning.work import image_flops
@@ -56,6 +57,10 @@ def counting(monkeypatch):
 
 def coco(*overrides: str):
     return load_experiment("coco:r50,w4a4", ("model.encoder_layers=1", *overrides))
+
+
+def resolve(config, place, *, per_chip=None, images=None) -> Sizes:
+    return resolving.resolve(read_facts(config, place, images), place, per_chip)
 
 
 def floating():
