@@ -144,9 +144,10 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             name="stem",
         )(images)
-        x = relu(BatchNorm(c.norm == "frozen", name="stem_norm")(x, train=train))
+        x = BatchNorm(c.norm == "frozen", name="stem_norm")(x, train=train)
         if c.stem_pool:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = relu(x)  # after the pooling, which it commutes with, a quarter is left
         block = Bottleneck if c.block == "bottleneck" else BasicBlock
         stages, dilation = [], 1
         for i, depth in enumerate(c.depths):
