@@ -295,8 +295,14 @@ def _fake_product_bwd(contraction, residuals, cotangent):
     if contraction.constant_left:
         da = jnp.zeros_like(a)
         dqa = _step_of_constant(contraction, a, quantizer_a, b_hat, cotangent)
+        return da, db, dqa, dqb
+    d_a_hat = contraction.left_gradient(a, b_hat, cotangent)
+    if quantizer_a is None or jnp.ndim(step_a):
+        da, dqa = _cotangents(a, quantizer_a, d_a_hat)
     else:
-        da, dqa = _cotangents(a, quantizer_a, contraction.left_gradient(a, b_hat, cotangent))
+        total = jnp.sum(d_b_hat * b_hat.astype(contraction.dtype))
+        da, ds = lsq.vjp_of_total(a, *quantizer_a, d_a_hat, total)
+        dqa = _step_cotangent(quantizer_a, ds)
     return da, db, dqa, dqb
 
 
