@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 
 from aqdetr_jax.models.dropout import dropout
 from aqdetr_jax.models.quantized import QDense, module_path
-from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.record import OpRecord, record
 
@@ -143,6 +142,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """[B, S, dim] -> [B, S, dim]."""
         dense = functools.partial(QDense, policy=self.policy, dtype=self.dtype)
-        x = relu(dense(self.hidden, name="linear1")(x))
+        x = dense(self.hidden, name="linear1")(x)
         x = dropout(self, x, self.dropout, train=train)
-        return dense(self.dim, name="linear2", unsigned=True)(x)
+        # Dropout, too, may come before the ReLU: it leaves signs alone.
+        return dense(self.dim, name="linear2", rectified=True)(x)

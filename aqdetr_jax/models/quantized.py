@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.product import Conv, Dense, Quantizer, quantized_product
@@ -121,6 +122,15 @@ def _sample(x: Array, axis: int | None, limit: int = SAMPLES_PER_SITE) -> Array:
     return flat[0] if axis is None else flat
 
 
+def rectify(x: Array, spec: QuantSpec | None, policy: Policy) -> Array:
+    """ReLU of a layer's input, unless its grid is one: below 0, codes and gradients are 0.
+
+    So neither the ReLU's output nor its mask is made.
+    """
+    clips = spec is not None and not spec.signed and not spec.zero_point
+    return x if clips and policy.arithmetic != "observe" else relu(x)
+
+
 def weight_quantizer(
     module: nn.Module, kernel: Array, spec: QuantSpec | None, name: str = "kernel"
 ) -> Quantizer | None:
@@ -151,6 +161,7 @@ class QDense(nn.Module):
       features: N, output channels.
       policy: bits by module path.
       unsigned: the input cannot be negative (after a ReLU): unsigned grid.
+      rectified: takes the ReLU of its input first, which is then unsigned.
       kernel_init: initializer of the [K, N] kernel.
       bias_init: initializer of the [N] bias.
       dtype: carrier dtype of the product, see ``quant.product``.
@@ -164,6 +175,7 @@ class QDense(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: DTypeLike = jnp.float32
     out_dtype: DTypeLike | None = None
+    rectified: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -172,8 +184,11 @@ class QDense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
         weight_spec = self.policy.weight_spec(path)
-        input_spec = self.policy.activation_spec(path, unsigned=self.unsigned)
-        sample, centred = None, self.policy.center and input_spec is not None and not self.unsigned
+        unsigned = self.unsigned or self.rectified
+        input_spec = self.policy.activation_spec(path, unsigned=unsigned)
+        if self.rectified:
+            x = rectify(x, input_spec, self.policy)
+        sample, centred = None, self.policy.center and input_spec is not None and not unsigned
         if centred:
             sample = _sample(x, x.ndim - 1, SAMPLES_PER_CHANNEL)
             x, kernel, bias = channel_affine(self, x, kernel, bias)
@@ -198,6 +213,7 @@ class QConv(nn.Module):
       padding: zeros on each side; None = ``dilation * (k - 1) // 2`` as torch layers use.
       use_bias: adds a bias (the input projection of DETR has one).
       unsigned: the input cannot be negative.
+      rectified: takes the ReLU of its input first.
       constant_input: the input is data and takes no gradient (the stem's images).
       kernel_init: initializer of the HWIO kernel.
       bias_init: initializer of the bias.
@@ -212,6 +228,7 @@ class QConv(nn.Module):
     padding: int | None = None
     use_bias: bool = False
     unsigned: bool = True
+    rectified: bool = False
     constant_input: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.variance_scaling(
         2.0, "fan_out", "truncated_normal"
@@ -228,6 +245,8 @@ class QConv(nn.Module):
         )
         weight_spec = self.policy.weight_spec(path)
         input_spec = self.policy.activation_spec(path, unsigned=self.unsigned)
+        if self.rectified:
+            x = rectify(x, input_spec, self.policy)
         q_x = activation_quantizer(self, "input", x, input_spec)
         q_w = weight_quantizer(self, kernel, weight_spec)
         pads: Sequence[int] = [

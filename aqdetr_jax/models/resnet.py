@@ -144,9 +144,10 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             name="stem",
         )(images)
-        x = relu(BatchNorm(c.norm == "frozen", name="stem_norm")(x, train=train))
+        x = BatchNorm(c.norm == "frozen", name="stem_norm")(x, train=train)
         if c.stem_pool:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = relu(x)  # after the pooling, which it commutes with, a quarter is left
         block = Bottleneck if c.block == "bottleneck" else BasicBlock
         stages, dilation = [], 1
         for i, depth in enumerate(c.depths):
@@ -173,14 +174,17 @@ class _Block(nn.Module):
     policy: Policy = Policy()
     dtype: DTypeLike = jnp.float32
 
-    def conv(self, x, features, size, strides, dilation, name, train, zero_scale=False):
-        """Convolution and norm."""
+    def conv(
+        self, x, features, size, strides, dilation, name, train, zero_scale=False, rectified=False
+    ):
+        """Convolution, of the ReLU of ``x`` where ``rectified``, and norm."""
         x = QConv(
             features,
             (size, size),
             self.policy,
             strides,
             dilation,
+            rectified=rectified,
             dtype=self.dtype,
             name=f"conv{name}" if name != "shortcut" else name,
         )(x)
@@ -210,7 +214,7 @@ class BasicBlock(_Block):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """[B, H, W, C] -> [B, H/s, W/s, width]."""
         y = self.conv(x, self.width, 3, self.strides, self.dilation, "1", train)
-        y = self.conv(relu(y), self.width, 3, 1, self.dilation, "2", train, zero_scale=True)
+        y = self.conv(y, self.width, 3, 1, self.dilation, "2", train, True, rectified=True)
         return self.residual(y, self.shortcut(x, self.width, train))
 
 
@@ -221,7 +225,7 @@ class Bottleneck(_Block):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """[B, H, W, C] -> [B, H/s, W/s, 4 width]."""
         out = 4 * self.width
-        y = relu(self.conv(x, self.width, 1, 1, 1, "1", train))
-        y = relu(self.conv(y, self.width, 3, self.strides, self.dilation, "2", train))
-        y = self.conv(y, out, 1, 1, 1, "3", train, zero_scale=True)
+        y = self.conv(x, self.width, 1, 1, 1, "1", train)
+        y = self.conv(y, self.width, 3, self.strides, self.dilation, "2", train, rectified=True)
+        y = self.conv(y, out, 1, 1, 1, "3", train, zero_scale=True, rectified=True)
         return self.residual(y, self.shortcut(x, out, train))

@@ -104,6 +104,38 @@ def vjp(
     return dv, g * ds
 
 
+def vjp_of_total(
+    v: Array,
+    s: Array,
+    lower: Array | float,
+    upper: Array | float,
+    g: Array | float,
+    cotangent: Array,
+    total: Array,
+) -> tuple[Array, Array]:
+    """``vjp`` where ``total = sum dL/dv_hat . v_hat`` is known already.
+
+    Of eq. 3, ``s dv_hat/ds`` is ``v_hat - v`` inside the range and ``v_hat`` outside, where
+    ``dL/dv = 0``: so ``dL/ds = g / s (total - sum dL/dv . v)``, from the gradient that is made
+    anyway, and what is made of ``dL/dv_hat`` need not be kept.
+
+    Args:
+      v: values.
+      s: one step for all of them.
+      lower: smallest code.
+      upper: largest code.
+      g: gradient factor of the step.
+      cotangent: dL/dv_hat, of ``v``'s shape.
+      total: scalar.
+
+    Returns:
+      As ``vjp``.
+    """
+    dv = jnp.where(inside(v, s, lower, upper), cotangent, 0).astype(v.dtype)
+    moved = jnp.sum(dv.astype(jnp.float32) * v.astype(jnp.float32))
+    return dv, g / s * (total - moved)
+
+
 @jax.custom_vjp
 def fake_quantize(
     v: Array, s: Array, lower: Array | float, upper: Array | float, g: Array | float = 1.0

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from aqdetr_jax.ops import convolution
@@ -80,21 +82,33 @@ class _Contraction:
         """The product from its float32 sums."""
         return (total * scale).astype(self.out_dtype or self.dtype)
 
-    def transpose(self, a: Array, b: Array, cotangent: Array) -> tuple[Array, Array]:
-        """Cotangents of ``a`` and ``b``, computed on operands of ``dtype``.
+    def left_gradient(self, a: Array, b: Array, cotangent: Array) -> Array:
+        """Cotangent of ``a`` in ``dtype``, which carries the operands too."""
+        return self._pulled(
+            lambda x: self.contract(x, b.astype(self.dtype), self.dtype), a, cotangent
+        )
 
-        An activation's is returned in ``dtype``, a weight's in float32, the dtype of its sum.
-        """
-        b, cotangent = b.astype(self.dtype), cotangent.astype(self.dtype)
-        _, pullback = jax.vjp(lambda x: self.contract(x, b, self.dtype), a.astype(self.dtype))
-        (da,) = pullback(cotangent)
-        return da, self.transpose_right(a, b, cotangent)
+    def right_gradient(self, a: Array, b: Array, cotangent: Array) -> Array:
+        """Cotangent of ``b``: a weight's in float32, the dtype of its sum, else in ``dtype``."""
+        return self._pulled(
+            lambda y: self.contract(a.astype(self.dtype), y, self.dtype), b, cotangent
+        )
 
-    def transpose_right(self, a: Array, b: Array, cotangent: Array) -> Array:
-        """The second of ``transpose``."""
-        a, cotangent = a.astype(self.dtype), cotangent.astype(self.dtype)
-        _, pullback = jax.vjp(lambda y: self.contract(a, y, self.dtype), b.astype(self.dtype))
-        return pullback(cotangent)[0]
+    def _pulled(self, product: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
+        _, pullback = jax.vjp(product, x.astype(self.dtype))
+        return pullback(cotangent.astype(self.dtype))[0]
+
+
+def _as_written(x: Array) -> Array:
+    """Attention maps [B, H, Q, K], on a TPU with Q and K innermost in memory; a gradient's too.
+
+    Left alone, XLA puts the heads inside the queries, which pads a little less, and then copies
+    every map before and after its products: half of an attention's memory traffic.
+    """
+    layout = Layout(tuple(range(x.ndim)))
+    return lax.platform_dependent(
+        x, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +120,8 @@ class Dense(_Contraction):
         dims = (((a.ndim - 1,), (0,)), ((), ()))
         return lax.dot_general(a, b, dims, preferred_element_type=out_dtype)
 
-    def transpose_right(self, a: Array, b: Array, cotangent: Array) -> Array:
-        """See the class; float32."""
+    def right_gradient(self, a: Array, b: Array, cotangent: Array) -> Array:
+        """See the class."""
         positions = tuple(range(a.ndim - 1))
         return lax.dot_general(
             a.astype(self.dtype),
@@ -124,7 +138,7 @@ class Scores(_Contraction):
     def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
         """See the class."""
         dims = (((3,), (3,)), ((0, 1), (0, 1)))
-        return lax.dot_general(a, b, dims, preferred_element_type=out_dtype)
+        return _as_written(lax.dot_general(a, b, dims, preferred_element_type=out_dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +148,7 @@ class Mix(_Contraction):
     def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
         """See the class."""
         dims = (((3,), (2,)), ((0, 1), (0, 1)))
-        return lax.dot_general(a, b, dims, preferred_element_type=out_dtype)
+        return lax.dot_general(_as_written(a), b, dims, preferred_element_type=out_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +165,15 @@ class MixSamples(_Contraction):
         # A product of one row with a small matrix, for every query: no matrix unit is filled.
         return jnp.sum(a.astype(out_dtype)[..., None] * b.astype(out_dtype), axis=3)
 
-    def transpose(self, a: Array, b: Array, cotangent: Array) -> tuple[Array, Array]:
+    def left_gradient(self, a: Array, b: Array, cotangent: Array) -> Array:
         """See the class. Outside a matrix unit only float32 sums are summed in float32."""
-        a, b = a.astype(self.dtype), b.astype(self.dtype)
-        _, pullback = jax.vjp(lambda x, y: self.contract(x, y, jnp.float32), a, b)
-        return pullback(cotangent.astype(jnp.float32))
+        b = b.astype(self.dtype).reshape(*a.shape, -1)
+        return jnp.sum(b.astype(jnp.float32) * cotangent[..., None, :], axis=-1)
+
+    def right_gradient(self, a: Array, b: Array, cotangent: Array) -> Array:
+        """See the class; no sum."""
+        a = a.astype(self.dtype).astype(jnp.float32)
+        return (a[..., None] * cotangent[..., None, :]).reshape(b.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,37 +194,19 @@ class Conv(_Contraction):
         """See the class."""
         return convolution.convolve(self._window, a, b, out_dtype)
 
-    def transpose(self, a: Array, b: Array, cotangent: Array) -> tuple[Array, Array]:
+    def left_gradient(self, a: Array, b: Array, cotangent: Array) -> Array:
         """See the class."""
-        a, b, cotangent = (x.astype(self.dtype) for x in (a, b, cotangent))
-        da = convolution.input_gradient(self._window, cotangent, b, a.shape, self.dtype)
-        db = convolution.kernel_gradient(self._window, a, cotangent, b.shape[:2], jnp.float32)
-        return da.astype(jnp.float32), db
+        b, cotangent = b.astype(self.dtype), cotangent.astype(self.dtype)
+        return convolution.input_gradient(self._window, cotangent, b, a.shape, self.dtype)
+
+    def right_gradient(self, a: Array, b: Array, cotangent: Array) -> Array:
+        """See the class."""
+        a, cotangent = a.astype(self.dtype), cotangent.astype(self.dtype)
+        return convolution.kernel_gradient(self._window, a, cotangent, b.shape[:2], jnp.float32)
 
     @property
     def _window(self) -> convolution.Window:
         return convolution.Window(self.strides, self.padding, self.dilation)
-
-    def transpose_right(self, a: Array, b: Array, cotangent: Array) -> Array:
-        """See the class; float32.
-
-        Once more a convolution: batch and channels change places, the cotangent is the kernel,
-        strides dilate it, and the kernel's taps are the positions.
-        """
-        padding = []
-        for i, (low, _) in enumerate(self.padding):
-            reach = self.strides[i] * (cotangent.shape[1 + i] - 1) + 1
-            taps = self.dilation[i] * (b.shape[i] - 1) + 1
-            padding.append((low, reach + taps - 1 - a.shape[1 + i] - low))
-        return lax.conv_general_dilated(
-            a.astype(self.dtype),
-            cotangent.astype(self.dtype),
-            self.dilation,
-            padding,
-            rhs_dilation=self.strides,
-            dimension_numbers=("CHWN", "IHWO", "HWNC"),
-            preferred_element_type=jnp.float32,
-        )
 
     def integers(self, a: Array, b: Array) -> Array:
         """The product on integers: a sum of matrix products over the kernel's taps.
@@ -287,17 +287,22 @@ def _fake_product_fwd(contraction, a, b, quantizer_a, quantizer_b):
 
 def _fake_product_bwd(contraction, residuals, cotangent):
     a, b, quantizer_a, quantizer_b = residuals
-    # The transposed products with the values on the grid, a_hat = s_a a_bar, are dL/da_hat and
-    # dL/db_hat as they stand: no pass over the cotangent is spent on the scales.
-    a_hat, b_hat = _on_grid(a, quantizer_a), _on_grid(b, quantizer_b)
+    code_a, step_a = _encode(a, quantizer_a)
+    b_hat = _on_grid(b, quantizer_b)
+    # No pass over the cotangent is spent on the scales: b's is in b_hat, a's in the result.
+    d_b_hat = contraction.right_gradient(code_a, b_hat, cotangent) * step_a
+    db, dqb = _cotangents(b, quantizer_b, d_b_hat)
     if contraction.constant_left:
-        d_b_hat = contraction.transpose_right(a_hat, b_hat, cotangent)
         da = jnp.zeros_like(a)
         dqa = _step_of_constant(contraction, a, quantizer_a, b_hat, cotangent)
-    else:
-        d_a_hat, d_b_hat = contraction.transpose(a_hat, b_hat, cotangent)
+        return da, db, dqa, dqb
+    d_a_hat = contraction.left_gradient(a, b_hat, cotangent)
+    if quantizer_a is None or jnp.ndim(step_a):
         da, dqa = _cotangents(a, quantizer_a, d_a_hat)
-    db, dqb = _cotangents(b, quantizer_b, d_b_hat)
+    else:
+        total = jnp.sum(d_b_hat * b_hat.astype(contraction.dtype))
+        da, ds = lsq.vjp_of_total(a, *quantizer_a, d_a_hat, total)
+        dqa = _step_cotangent(quantizer_a, ds)
     return da, db, dqa, dqb
 
 
@@ -314,15 +319,20 @@ def _cotangents(x: Array, quantizer: Quantizer | None, d_hat: Array):
     return dx, _step_cotangent(quantizer, ds)
 
 
-def _step_of_constant(contraction, x, quantizer, b_hat, cotangent):
-    """The step's cotangent without that of ``x``: ``g sum(ct . contraction(dx_hat/ds, b_hat))``."""
+def _step_of_constant(contraction, a, quantizer, b_hat, cotangent):
+    """The step's cotangent where ``a`` takes none.
+
+    ``dL/ds = g sum(dL/da_hat . da_hat/ds)``, and ``b_hat`` may change places in a sum of products:
+    ``g sum(b_hat . right_gradient(da_hat/ds))``. So no gradient of ``a`` is made.
+    """
     if quantizer is None:
         return None
     step, lower, upper, g = quantizer
     if jnp.ndim(step):
         raise ValueError(f"constant_left needs one step for the operand, got {jnp.shape(step)}")
-    moved = contraction.floats(lsq.step_derivative(x, step, lower, upper), b_hat)
-    return _step_cotangent(quantizer, g * jnp.sum(cotangent * moved))
+    derivative = lsq.step_derivative(a, step, lower, upper)
+    moved = contraction.right_gradient(derivative, b_hat, cotangent)
+    return _step_cotangent(quantizer, g * jnp.sum(b_hat * moved))
 
 
 def _step_cotangent(quantizer: Quantizer, ds: Array) -> Quantizer:
