@@ -178,35 +178,19 @@ class Conv(_Contraction):
 
     def transpose(self, a: Array, b: Array, cotangent: Array) -> tuple[Array, Array]:
         """See the class."""
-        a, b, cotangent = (x.astype(self.dtype) for x in (a, b, cotangent))
+        b, cotangent = b.astype(self.dtype), cotangent.astype(self.dtype)
         da = convolution.input_gradient(self._window, cotangent, b, a.shape, self.dtype)
-        db = convolution.kernel_gradient(self._window, a, cotangent, b.shape[:2], jnp.float32)
-        return da.astype(jnp.float32), db
+        return da, self.transpose_right(a, b, cotangent)
+
+    def transpose_right(self, a: Array, b: Array, cotangent: Array) -> Array:
+        """See the class; float32."""
+        a, cotangent = a.astype(self.dtype), cotangent.astype(self.dtype)
+        size = b.shape[:2]
+        return convolution.kernel_gradient(self._window, a, cotangent, size, jnp.float32)
 
     @property
     def _window(self) -> convolution.Window:
         return convolution.Window(self.strides, self.padding, self.dilation)
-
-    def transpose_right(self, a: Array, b: Array, cotangent: Array) -> Array:
-        """See the class; float32.
-
-        Once more a convolution: batch and channels change places, the cotangent is the kernel,
-        strides dilate it, and the kernel's taps are the positions.
-        """
-        padding = []
-        for i, (low, _) in enumerate(self.padding):
-            reach = self.strides[i] * (cotangent.shape[1 + i] - 1) + 1
-            taps = self.dilation[i] * (b.shape[i] - 1) + 1
-            padding.append((low, reach + taps - 1 - a.shape[1 + i] - low))
-        return lax.conv_general_dilated(
-            a.astype(self.dtype),
-            cotangent.astype(self.dtype),
-            self.dilation,
-            padding,
-            rhs_dilation=self.strides,
-            dimension_numbers=("CHWN", "IHWO", "HWNC"),
-            preferred_element_type=jnp.float32,
-        )
 
     def integers(self, a: Array, b: Array) -> Array:
         """The product on integers: a sum of matrix products over the kernel's taps.
