@@ -7,6 +7,7 @@ the batch is a sum over all devices. One CPU is a mesh of 1 x 1, a pod the same 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 import jax
@@ -16,6 +17,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 logger = logging.getLogger(__name__)
 
 AXES = ("data", "model")
+
+
+def mesh_shape(
+    data: int | None = None, model: int = 1, *, batch_size: int | None = None
+) -> tuple[int, int]:
+    """The sizes of :func:`make_mesh`'s axes, which has the arguments and errors."""
+    count = jax.device_count()
+    cores = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    if model < 1 or (data is not None and data < 1):
+        raise ValueError(f"mesh sizes must be at least 1, found data={data}, model={model}")
+    if data is None:
+        data = max(count // model, 1)
+        while cores and batch_size and data > 1 and batch_size % data:
+            data -= 1
+    used = data * model
+    if used > count or (used < count and not cores):
+        raise ValueError(
+            f"mesh data={data} x model={model} needs {used} devices, there are {count}: "
+            "config.mesh.data=-1 takes what config.mesh.model leaves, which must divide them"
+        )
+    return data, model
 
 
 def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None = None) -> Mesh:
@@ -32,24 +54,12 @@ def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None
     Raises:
       ValueError: ``data * model`` is not the number of devices.
     """
-    count = jax.device_count()
-    cores = jax.process_count() == 1 and jax.default_backend() == "cpu"
-    if model < 1 or (data is not None and data < 1):
-        raise ValueError(f"mesh sizes must be at least 1, found data={data}, model={model}")
-    if data is None:
-        data = max(count // model, 1)
-        while cores and batch_size and data > 1 and batch_size % data:
-            data -= 1
-    used = data * model
-    if used > count or (used < count and not cores):
-        raise ValueError(
-            f"mesh data={data} x model={model} needs {used} devices, there are {count}: "
-            "config.mesh.data=-1 takes what config.mesh.model leaves, which must divide them"
-        )
+    shape = mesh_shape(data, model, batch_size=batch_size)
     # Explicit, the default since jax 0.9, breaks Linen's sharding constraints.
     types = (AxisType.Auto, AxisType.Auto)
-    some = jax.devices()[:used] if used < count else None
-    return jax.make_mesh((data, model), AXES, axis_types=types, devices=some)
+    used = math.prod(shape)
+    some = jax.devices()[:used] if used < jax.device_count() else None
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=some)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

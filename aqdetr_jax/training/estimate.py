@@ -16,6 +16,7 @@ from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.loop import TRAINED_KEYS
+from aqdetr_jax.training.sizing import devices_along_data
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
     detection_loss_fn,
@@ -61,9 +62,7 @@ def estimate(
     """
     train, data = config.train, config.data
     mesh = make_mesh(
-        None if config.mesh.data < 0 else config.mesh.data,
-        config.mesh.model,
-        batch_size=train.batch_size,
+        devices_along_data(config, train.batch_size // train.accumulate), config.mesh.model
     )
     module = setup.build_module(config)
     frozen = config.model.backbone.norm == "frozen"
