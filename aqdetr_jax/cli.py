@@ -178,6 +178,7 @@ def _eval(arguments, overrides) -> None:
     from aqdetr_jax.evaluation.models import INPUT_KEYS, evaluate_bundle, input_rule
     from aqdetr_jax.io import write_json_atomic
     from aqdetr_jax.training.effects import check_evaluation_keys
+    from aqdetr_jax.training.sizing import eval_batch_size
 
     check_evaluation_keys(overrides)
     given = [text.partition("=")[0] for text in overrides]
@@ -192,7 +193,7 @@ def _eval(arguments, overrides) -> None:
         bundle,
         config.data,
         bundle.info.get("name", config.name),
-        batch_size=config.train.eval_batch_size,
+        batch_size=eval_batch_size(config),
         seed=config.seed,
         rule=rule,
         progress=_counter("evaluated", "batches"),

@@ -20,6 +20,7 @@ from aqdetr_jax.reporting import write_run_report
 from aqdetr_jax.training.bundles import calibrated_bundle
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.loop import train
+from aqdetr_jax.training.sizing import eval_batch_size
 
 _FOUND_NOTHING = 0.01
 """AP of a teacher below which its students' share of it says nothing."""
@@ -56,7 +57,7 @@ def compress(
 
     def judge(bundle: ModelBundle, name: str) -> None:
         block, detections = evaluate_bundle(
-            bundle, config.data, name, batch_size=config.train.eval_batch_size
+            bundle, config.data, name, batch_size=eval_batch_size(config)
         )
         blocks[name], found[name] = block, detections
         print(f"   {name:<11} AP {block['AP']:.4f}")

@@ -7,7 +7,10 @@ BACKBONE: r50, r50-dc5, r101, r101-dc5. BITS: float, w4a4, w3a3, w2a2 (attention
 bits), w4a4-attn8 (Q-DETR's 4-4-8). RUN: for float the pretrained backbone (aqdetr pretrain), for
 low bits the float model. COCO: folder with train2017/, val2017/ and annotations/.
 
-float: DETR's own 300 epochs at batch 64. Published by DETR, from an ImageNet backbone: R50 42.0 AP
+8 images a chip, which is what a TPU's layouts want; learning rates are those of batch 64 times the
+square root of the batch's ratio to it (few chips: --config.train.accumulate=N).
+
+float: DETR's own 300 epochs. Published by DETR, from an ImageNet backbone: R50 42.0 AP
 (500 epochs), DC5 43.3, R101 43.5, DC5-R101 44.9. Here: not run.
 low-bit: 50 epochs from the float checkpoint, learning rate dropped at 40, step sizes without decay,
 auxiliary queries M=300, K=3, encoder attention distilled from the float model. Here: not run
@@ -30,8 +33,6 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
     if name not in ("r50", "r101") or dilated not in ("", "dc5") or not bits:
         raise ValueError(f"unknown variant {variant!r}: BACKBONE,BITS with r50, r50-dc5, r101, ...")
     low_bit = bits != "float"
-    batch = 64
-
     config = ConfigDict()
     config.name = f"coco_{backbone}_{bits}"
     config.seed = 0
@@ -69,6 +70,7 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
         dict(
             lr=1e-4,
             lr_backbone=1e-5,
+            reference_batch=64,
             weight_decay=1e-4,
             clip_norm=0.1,
             schedule="step",
@@ -79,8 +81,8 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
     config.train = ConfigDict(
         dict(
             epochs=50.0 if low_bit else 300.0,  # steps follow from the size of the data
-            batch_size=batch,
-            eval_batch_size=batch,
+            batch_per_chip=8,
+            eval_batch_per_chip=8,
             eval_every=10_000,
             checkpoint_every=1000,
             log_every=50,

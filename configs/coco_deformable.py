@@ -8,7 +8,10 @@ refinement). BITS: float, w4a4, w3a3, w2a2 (attention at the same bits), w4a4-at
 4-4-8). RUN: for float the pretrained backbone (aqdetr pretrain), for low bits the float model.
 COCO: folder with train2017/, val2017/ and annotations/.
 
-float: Deformable DETR's own 50 epochs at batch 32. Published by it, from an ImageNet backbone: R50
+2 images a chip, which is what a v5e holds; learning rates are those of batch 32 times the square
+root of the batch's ratio to it (few chips: --config.train.accumulate=N).
+
+float: Deformable DETR's own 50 epochs. Published by it, from an ImageNet backbone: R50
 44.5 AP, with refinement 46.2, with two stages 46.9. Here: not run.
 low-bit: as many epochs from the float checkpoint at its rates, step sizes without decay, auxiliary
 queries M=1500, K=6 (H-DETR's), encoder attention distilled. Here: not run (docs/results.md has the
@@ -48,12 +51,13 @@ def get_config(variant: str = "r50,w4a4") -> ConfigDict:
     config.optimizer.update(
         lr=2e-4,
         lr_backbone=2e-5,
+        reference_batch=32,
         drop_at=(0.8,),
         slow=("sampling_offsets/", "reference_points/"),
     )
     if VARIANTS[name].get("two_stage"):
         config.optimizer.slow = ("sampling_offsets/",)  # its reference points are proposals
-    config.train.update(epochs=50.0, batch_size=32, eval_batch_size=32)
+    config.train.update(epochs=50.0, batch_per_chip=2)
     if low_bit:
         config.optimizer.lr_steps = 2e-4
         config.auxiliary.repeats = 6

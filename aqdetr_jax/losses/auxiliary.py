@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from aqdetr_jax.losses.criterion import LossWeights, cardinality_error, class_error, set_loss
 from aqdetr_jax.losses.matching import QuerySet, match_sets
-from aqdetr_jax.losses.targets import Predictions, Targets, repeat_counts
+from aqdetr_jax.losses.targets import Predictions, Targets, positives, repeat_counts
 
 __all__ = [
     "AuxiliaryLossConfig",
@@ -96,7 +96,8 @@ def aqdetr_detection_loss(
     Args:
         object_predictions: ``[L, B, Q, ...]``.
         auxiliary_predictions: ``[L, B, M, ...]``, or None (evaluation, or no auxiliary queries).
-        targets: ``[B, T, ...]``.
+        targets: ``[B, T, ...]``; of a part of a batch (``Targets.whole``) the loss, the terms and
+          the diagnostics are the part's share: they add up to those of the batch.
         weights: of cost and loss.
         auxiliary: λ_aux, K, G.
 
@@ -129,11 +130,12 @@ def aqdetr_detection_loss(
         sets += [QuerySet(part, counts) for part in parts]
     matched, replaced = match_sets(sets, targets, weights)
 
-    loss, terms = set_loss(object_predictions, targets, matched[0], weights)
+    num_boxes = positives(targets, 1, object_predictions.boxes.shape[-2])
+    loss, terms = set_loss(object_predictions, targets, matched[0], weights, num_boxes)
     last = object_predictions.logits[-1]
     diagnostics = {
         "num_boxes": jnp.sum(matched[0][-1] >= 0),
-        "class_error": class_error(last, targets.labels, matched[0][-1]),
+        "class_error": class_error(last, targets.labels, matched[0][-1], num_boxes),
         "cardinality_error": cardinality_error(last, targets.valid, weights.kind),
         "limited_images": jnp.sum(limited, dtype=jnp.int32),
         "replaced_costs": replaced,
@@ -141,8 +143,11 @@ def aqdetr_detection_loss(
     }
     if auxiliary_predictions is not None:
         auxiliary_matched = jnp.concatenate(matched[1:], axis=-1)
+        num_boxes = positives(
+            targets, auxiliary.repeats, parts[0].boxes.shape[-2], auxiliary.groups
+        )
         auxiliary_loss, auxiliary_terms = set_loss(
-            auxiliary_predictions, targets, auxiliary_matched, weights
+            auxiliary_predictions, targets, auxiliary_matched, weights, num_boxes
         )
         loss = combine_losses(loss, auxiliary_loss, auxiliary.weight)
         terms |= {f"auxiliary_queries/{name}": value for name, value in auxiliary_terms.items()}

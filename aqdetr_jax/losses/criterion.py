@@ -3,8 +3,9 @@
 Everything is seen from the queries: ``matched [L, B, Q]`` names the target of each query or -1. In
 this form a target that is matched to several queries needs no copies, and nothing is scattered.
 
-Under a global-view ``jit`` all sums run over the global batch, so that "number of boxes in the
-global batch" is a plain sum and no collective is written here.
+A term is divided by a count over the whole batch, of which the predictions may be a part
+(``Targets.whole``). Under a global-view ``jit`` it is a plain sum, and no collective is written
+here.
 """
 
 from __future__ import annotations
@@ -76,7 +77,13 @@ def _take_targets(values: jax.Array, matched: jax.Array) -> jax.Array:
     return take(values, index)
 
 
-def softmax_loss(logits: jax.Array, labels: jax.Array, matched: jax.Array, eos: float) -> jax.Array:
+def softmax_loss(
+    logits: jax.Array,
+    labels: jax.Array,
+    matched: jax.Array,
+    eos: float,
+    total_weight: jax.Array | None = None,
+) -> jax.Array:
     """Weighted cross entropy (DETR, equation 2; mean as in torch's weighted ``CrossEntropyLoss``).
 
     ``Σ w(y) · -log p(y) / Σ w(y)`` over all queries of the batch, ``w`` = ``eos`` for "no object"
@@ -87,6 +94,7 @@ def softmax_loss(logits: jax.Array, labels: jax.Array, matched: jax.Array, eos: 
         labels: int32 ``[B, T]``.
         matched: int32 ``[L, B, Q]``.
         eos: weight of "no object".
+        total_weight: float32 scalar, ``Σ w(y)`` of the whole batch where this is a part of it.
 
     Returns:
         float32 ``[L]``.
@@ -96,7 +104,8 @@ def softmax_loss(logits: jax.Array, labels: jax.Array, matched: jax.Array, eos: 
     log_probability = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(log_probability, wanted[..., None], axis=-1, mode="clip")[..., 0]
     weight = jnp.where(matched >= 0, 1.0, eos)
-    return -jnp.sum(weight * picked, axis=(1, 2)) / jnp.maximum(jnp.sum(weight, axis=(1, 2)), 1e-8)
+    total = jnp.sum(weight, axis=(1, 2)) if total_weight is None else total_weight
+    return -jnp.sum(weight * picked, axis=(1, 2)) / jnp.maximum(total, 1e-8)
 
 
 def focal_loss(
@@ -184,20 +193,24 @@ def cardinality_error(
     return jnp.mean(jnp.abs(predicted - wanted).astype(jnp.float32))
 
 
-def class_error(logits: jax.Array, labels: jax.Array, matched: jax.Array) -> jax.Array:
+def class_error(
+    logits: jax.Array, labels: jax.Array, matched: jax.Array, num_boxes: jax.Array | None = None
+) -> jax.Array:
     """Fraction of matched queries whose best class is not that of their target; no gradient.
 
     Args:
         logits: float ``[B, Q, K]``.
         labels: int32 ``[B, T]``.
         matched: int32 ``[B, Q]``.
+        num_boxes: int32 scalar, matched queries of the whole batch where this is a part of it.
 
     Returns:
         float32 scalar in [0, 1]; 0 if nothing is matched.
     """
     best = jnp.argmax(lax.stop_gradient(logits), axis=-1)
     wrong = (matched >= 0) & (best != _take_targets(labels, matched[None])[0])
-    return jnp.sum(wrong) / jnp.maximum(jnp.sum(matched >= 0), 1).astype(jnp.float32)
+    count = jnp.sum(matched >= 0) if num_boxes is None else num_boxes
+    return jnp.sum(wrong) / jnp.maximum(count, 1).astype(jnp.float32)
 
 
 def set_loss(
@@ -205,6 +218,7 @@ def set_loss(
     targets: Targets,
     matched: jax.Array,
     weights: LossWeights,
+    num_boxes: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The set loss with auxiliary decoding losses: the weighted terms, summed over decoder layers.
 
@@ -216,6 +230,8 @@ def set_loss(
         targets: ``[B, T, ...]``.
         matched: int32 ``[L, B, Q]``, the target of each query or -1.
         weights: of the terms.
+        num_boxes: int32 scalar, that number where the predictions are of a part of the batch; see
+            `aqdetr_jax.losses.targets.positives`.
 
     Returns:
         The loss, float32 scalar, and its unweighted terms, float32 scalars: ``loss_ce``,
@@ -225,17 +241,22 @@ def set_loss(
     logits = jnp.asarray(predictions.logits, jnp.float32)
     boxes = jnp.asarray(predictions.boxes, jnp.float32)
     target_boxes = jnp.asarray(targets.boxes, jnp.float32)
-    num_boxes = jnp.maximum(jnp.sum(matched[-1] >= 0), 1).astype(jnp.float32)
+    positives = (jnp.sum(matched[-1] >= 0) if num_boxes is None else num_boxes).astype(jnp.float32)
+    divisor = jnp.maximum(positives, 1.0)
     if weights.kind == "softmax":
-        ce = softmax_loss(logits, targets.labels, matched, weights.eos)
+        total = None
+        if targets.whole is not None:
+            queries = len(targets.whole) * matched.shape[-1]
+            total = positives + weights.eos * (queries - positives)
+        ce = softmax_loss(logits, targets.labels, matched, weights.eos, total)
     else:
         ce = focal_loss(
-            logits, targets.labels, matched, num_boxes, weights.focal_alpha, weights.focal_gamma
+            logits, targets.labels, matched, divisor, weights.focal_alpha, weights.focal_gamma
         )
     per_layer = {
         "loss_ce": ce,
-        "loss_bbox": box_l1_loss(boxes, target_boxes, matched, num_boxes),
-        "loss_giou": giou_loss(boxes, target_boxes, matched, num_boxes),
+        "loss_bbox": box_l1_loss(boxes, target_boxes, matched, divisor),
+        "loss_giou": giou_loss(boxes, target_boxes, matched, divisor),
     }
     scale = {"loss_ce": weights.cls, "loss_bbox": weights.l1, "loss_giou": weights.giou}
     total = jnp.float32(0.0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from aqdetr_jax.losses.criterion import LossWeights, set_loss
 from aqdetr_jax.losses.matching import QuerySet, match_sets
-from aqdetr_jax.losses.targets import Predictions, Targets, repeat_counts
+from aqdetr_jax.losses.targets import Predictions, Targets, positives, repeat_counts
 
 __all__ = ["proposal_loss"]
 
@@ -33,6 +33,7 @@ def proposal_loss(
     anything = targets._replace(labels=jnp.zeros_like(targets.labels))
     counts, _ = repeat_counts(targets.valid, 1, predictions.boxes.shape[-2])
     matched, replaced = match_sets([QuerySet(predictions, counts)], anything, weights)
-    loss, terms = set_loss(predictions, anything, matched[0], weights)
+    num_boxes = positives(anything, 1, predictions.boxes.shape[-2])
+    loss, terms = set_loss(predictions, anything, matched[0], weights, num_boxes)
     kept = {f"proposals/{k}": v for k, v in terms.items() if not k.startswith("aux_layers/")}
     return loss, kept, replaced

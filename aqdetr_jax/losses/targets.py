@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Predictions", "Targets", "repeat_counts"]
+__all__ = ["Predictions", "Targets", "positives", "repeat_counts"]
 
 
 class Targets(NamedTuple):
@@ -17,11 +17,15 @@ class Targets(NamedTuple):
         boxes: float32 ``[B, T, 4]``, ``cxcywh`` divided by the image's own size; 0 in padding.
         labels: int32 ``[B, T]``, contiguous classes from 0; 0 in padding.
         valid: bool ``[B, T]``; True for real boxes, in any order.
+        whole: bool ``[B', T]``; ``valid`` of the whole batch, where this is a part of it. What a
+            loss is divided by is counted there, so that the losses of all parts add up to that of
+            the whole. None: this is the whole.
     """
 
     boxes: jax.Array
     labels: jax.Array
     valid: jax.Array
+    whole: jax.Array | None = None
 
 
 class Predictions(NamedTuple):
@@ -35,6 +39,19 @@ class Predictions(NamedTuple):
 
     logits: jax.Array
     boxes: jax.Array
+
+
+def positives(targets: Targets, repeats: int, num_queries: int, groups: int = 1) -> jax.Array:
+    """Queries that are matched after each decoder layer in the whole batch, int32 scalar.
+
+    Args:
+        targets: of a batch or of a part of it.
+        repeats: K, as in `repeat_counts`.
+        num_queries: M of a group.
+        groups: G, sets of queries that are each matched on their own.
+    """
+    valid = targets.valid if targets.whole is None else targets.whole
+    return groups * jnp.sum(repeat_counts(valid, repeats, num_queries)[0])
 
 
 def repeat_counts(valid: jax.Array, repeats: int, num_queries: int) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.deformable_detr import DeformableDetr
 from aqdetr_jax.models.detr import Detr
+from aqdetr_jax.ops.position import downsample_mask
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.record import OpRecord, recording
 
@@ -20,6 +21,32 @@ Detector = Detr | DeformableDetr
 def build_detector(config: DetrConfig, policy: Policy | None = None) -> Detector:
     """The module of ``config.family``."""
     return (DeformableDetr if config.family == "deformable" else Detr)(config, policy or Policy())
+
+
+def memory_valid(config: DetrConfig, mask: jax.Array) -> jax.Array:
+    """Which of the encoder's tokens lie on real pixels, as in ``DetrOutput``, without a model.
+
+    Args:
+      config: sizes.
+      mask: bool [B, H, W].
+
+    Returns:
+      bool [B, S].
+    """
+    backbone, options = config.backbone, config.deformable
+    strides = [backbone.stem_stride * (1 + backbone.stem_pool)]
+    for stride in backbone.strides:
+        strides.append(strides[-1] * stride)
+    if config.family == "detr":
+        strides = strides[-1:]
+    else:
+        strides = strides[1:][-min(options.stages, options.levels) :]
+        while len(strides) < options.levels:
+            strides.append(strides[-1] * 2)
+    # A convolution of stride s leaves a side of n with the next integer to n / s.
+    sizes = [tuple(-(-side // stride) for side in mask.shape[1:]) for stride in strides]
+    cells = [downsample_mask(mask, *size).reshape(len(mask), -1) for size in sizes]
+    return jnp.concatenate(cells, axis=1)
 
 
 def example_input(bucket: tuple[int, int], batch: int = 1) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,9 @@ the batch is a sum over all devices. One CPU is a mesh of 1 x 1, a pod the same 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +18,37 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 logger = logging.getLogger(__name__)
 
 AXES = ("data", "model")
+
+
+def mesh_shape(
+    data: int | None = None,
+    model: int = 1,
+    *,
+    batch_size: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[int, int]:
+    """The sizes of :func:`make_mesh`'s axes, which has the arguments and errors."""
+    known = jax.devices() if devices is None else devices
+    count = len(known)
+    cores = jax.process_count() == 1 and known[0].platform == "cpu"
+    if model < 1 or (data is not None and data < 1):
+        raise ValueError(f"mesh sizes must be at least 1, found data={data}, model={model}")
+    if data is None:
+        data = max(count // model, 1)
+        if data * model > count or (data * model < count and not cores):
+            raise ValueError(
+                f"config.mesh.model={model} does not divide the {count} devices: set it to one of "
+                f"{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}"
+            )
+        while cores and batch_size and data > 1 and batch_size % data:
+            data -= 1
+    used = data * model
+    if used > count or (used < count and not cores):
+        raise ValueError(
+            f"mesh data={data} x model={model} needs {used} devices, there are {count}: "
+            "config.mesh.data=-1 takes what config.mesh.model leaves, which must divide them"
+        )
+    return data, model
 
 
 def make_mesh(
@@ -37,26 +70,18 @@ def make_mesh(
       devices: of another machine, to compile for it; this one's when None.
 
     Raises:
-      ValueError: ``data * model`` is not the number of devices.
+      ValueError: ``data * model`` is not the number of devices; the message says what would be.
     """
-    known = jax.devices() if devices is None else list(devices)
-    count = len(known)
-    cores = jax.process_count() == 1 and known[0].platform == "cpu"
-    if model < 1 or (data is not None and data < 1):
-        raise ValueError(f"mesh sizes must be at least 1, found data={data}, model={model}")
-    if data is None:
-        data = max(count // model, 1)
-        while cores and batch_size and data > 1 and batch_size % data:
-            data -= 1
-    used = data * model
-    if used > count or (used < count and not cores):
-        raise ValueError(
-            f"mesh data={data} x model={model} needs {used} devices, there are {count}: "
-            "config.mesh.data=-1 takes what config.mesh.model leaves, which must divide them"
-        )
+    known = jax.devices() if devices is None else devices
+    shape = mesh_shape(data, model, batch_size=batch_size, devices=known)
     # Explicit, the default since jax 0.9, breaks Linen's sharding constraints.
     types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((data, model), AXES, axis_types=types, devices=known[:used])
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=list(known)[: math.prod(shape)])
+
+
+def on_accelerators(mesh: Mesh) -> bool:
+    """Whether a mesh's devices are other than CPUs."""
+    return mesh.devices.flat[0].platform != "cpu"
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -67,6 +92,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of a value that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Bytes that a tree of arrays takes on the first of this process's devices."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

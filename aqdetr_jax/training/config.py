@@ -70,6 +70,9 @@ class OptimizerConfig:
       frozen: regular expressions of parameter paths that are not trained.
       ema: decay of the exponential moving average of the parameters that is evaluated and kept;
         0 = none.
+      reference_batch: images a step that ``lr``, ``lr_backbone`` and ``lr_steps`` are meant for; at
+        another batch they follow it by ``batch_rule``. 0 = they are taken as they stand.
+      batch_rule: "sqrt" (of Adam: Malladi et al., arXiv:2205.10287) or "linear" in the batch.
     """
 
     lr: float = 1e-4
@@ -85,6 +88,8 @@ class OptimizerConfig:
     slow_factor: float = 0.1
     frozen: tuple[str, ...] = ()
     ema: float = 0.0
+    reference_batch: int = 0
+    batch_rule: Literal["sqrt", "linear"] = "sqrt"
 
     def __post_init__(self):
         for pattern in (*self.slow, *self.frozen):
@@ -99,8 +104,13 @@ class TrainConfig:
       steps: optimizer steps of the whole run; 0 = as ``epochs`` says.
       epochs: passes over the training set; 0 = as ``steps`` says. Of both, what ends first; one of
         them on the command line stands in place of both.
-      batch_size: images a step, over all devices.
+      batch_size: images a step, over all devices and micro-batches.
+      batch_per_chip: images that each device along ``mesh.data`` takes at a time; the batch is as
+        many times the devices and ``accumulate``. 0 = as ``batch_size`` says.
+      accumulate: micro-batches that a step's batch is cut into, which are computed one after the
+        other; the step is that of the whole batch.
       eval_batch_size: images a batch in evaluation.
+      eval_batch_per_chip: images of it on each device; 0 = as ``eval_batch_size`` says.
       eval_every: steps between evaluations; 0 = only at the end.
       checkpoint_every: steps between checkpoints; 0 = only at the end.
       keep_checkpoints: newest checkpoints kept.
@@ -112,7 +122,10 @@ class TrainConfig:
     steps: int = 0
     epochs: float = 0.0
     batch_size: int = 32
+    batch_per_chip: int = 0
+    accumulate: int = 1
     eval_batch_size: int = 50
+    eval_batch_per_chip: int = 0
     eval_every: int = 0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -179,8 +192,26 @@ class ExperimentConfig:
             )
         if self.task == "pretrain" and self.quant.quantized:
             raise ValueError("task='pretrain' trains a float backbone: set quant.policy='float'")
-        for name in ("batch_size", "eval_batch_size", "log_every", "abort_after"):
+        for name in ("batch_size", "accumulate", "eval_batch_size", "log_every", "abort_after"):
             if getattr(self.train, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1")
-        if min(self.train.epochs, self.train.steps) < 0:
-            raise ValueError("train.epochs and train.steps must not be negative")
+        for name in ("epochs", "steps", "batch_per_chip", "eval_batch_per_chip"):
+            if getattr(self.train, name) < 0:
+                raise ValueError(f"train.{name} must not be negative")
+        if self.optimizer.reference_batch < 0:
+            raise ValueError("optimizer.reference_batch must not be negative")
+        if self.train.accumulate > 1:
+            self._check_accumulation()
+
+    def _check_accumulation(self):
+        wanted = "train.accumulate must be 1 with "
+        if self.task == "pretrain" or self.model.backbone.norm == "batch":
+            raise ValueError(
+                f"{wanted}model.backbone.norm='batch' (and in a pretraining): norms that learn "
+                "need the whole batch at once"
+            )
+        if self.distill.weights.active and self.distill.weights.kind == "output":
+            raise ValueError(
+                f"{wanted}distill.weights.kind='output': it is relative to the teacher's values in "
+                "the whole batch; 'kl', 'mse' and 'logits' are not"
+            )

@@ -87,7 +87,7 @@ def check_evaluation_keys(overrides: Iterable[str]) -> None:
     for text in overrides:
         key = text.partition("=")[0]
         read = key.startswith("data.") and not any(fnmatchcase(key, p) for p in _UNJUDGED)
-        if not read and key != "train.eval_batch_size":
+        if not read and key not in ("train.eval_batch_size", "train.eval_batch_per_chip"):
             raise ConfigError(
                 f"command line: config.{key} has no effect: eval judges the model as it was saved"
             )
@@ -201,7 +201,14 @@ def _loss(config: ExperimentConfig) -> Iterator[Rule]:
 
 
 def _schedule(config: ExperimentConfig) -> Iterator[Rule]:
-    optimizer = config.optimizer
+    optimizer, train = config.optimizer, config.train
+    if train.batch_per_chip:
+        yield "train.batch_size", f"it follows from train.batch_per_chip={train.batch_per_chip}"
+    if train.eval_batch_per_chip:
+        each = train.eval_batch_per_chip
+        yield "train.eval_batch_size", f"it follows from train.eval_batch_per_chip={each}"
+    if not optimizer.reference_batch:
+        yield "optimizer.batch_rule", "rates stand as they are: optimizer.reference_batch is 0"
     if optimizer.schedule != "step":
         yield "optimizer.drop_at", f"optimizer.schedule is {optimizer.schedule!r}"
     if optimizer.schedule != "cosine":

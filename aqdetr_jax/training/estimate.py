@@ -15,6 +15,7 @@ from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.assemble import TRAINED_KEYS, assemble, stand_in_teacher
 from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.sizing import devices_along_data
 
 _TIMED = 2
 _FORWARD = 1 / 3
@@ -53,9 +54,7 @@ def estimate(
     """
     train, data = config.train, config.data
     mesh = make_mesh(
-        None if config.mesh.data < 0 else config.mesh.data,
-        config.mesh.model,
-        batch_size=train.batch_size,
+        devices_along_data(config, train.batch_size // train.accumulate), config.mesh.model
     )
     module = setup.build_module(config)
     start = time.perf_counter()

@@ -21,7 +21,8 @@ def load_experiment(
     """A configuration as an ``ExperimentConfig``; keys without an effect are refused.
 
     Of ``train.steps`` and ``train.epochs`` the one on the command line counts; with both, what
-    ends first.
+    ends first. ``train.batch_size`` on the command line counts before the file's
+    ``train.batch_per_chip``.
 
     Args:
       name: configuration name or file.
@@ -48,6 +49,13 @@ def load_experiment(
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=0.0))
     if "train.epochs" in keys and "train.steps" not in keys:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=0))
+    for key, other in (
+        ("batch_size", "batch_per_chip"),
+        ("eval_batch_size", "eval_batch_per_chip"),
+    ):
+        if f"train.{key}" in keys and f"train.{other}" not in keys:
+            train = dataclasses.replace(config.train, **{other: 0})
+            config = dataclasses.replace(config, train=train)
     if pretrain:
         config = pretraining(config, keys)
     config = dataclasses.replace(config, **fields)

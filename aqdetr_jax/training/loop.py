@@ -76,14 +76,14 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
       ValueError, FileNotFoundError and their kin: bad input; the message names it.
     """
     # --- devices and data -------------------------------------------------------------------
+    given, config = config, sizing.with_batch(config)
     mesh = make_mesh(
-        None if config.mesh.data < 0 else config.mesh.data,
+        sizing.devices_along_data(config, config.train.batch_size // config.train.accumulate),
         config.mesh.model,
-        batch_size=config.train.batch_size,
     )
     train_set = open_dataset(config.data, train=True)
     eval_set = open_dataset(config.data, train=False)
-    given, config = config, check_data(config, train_set, eval_set)
+    config = check_data(config, train_set, eval_set)
     sizing.say_sizes(given, config, train_set)
     known = facts(config, Path(workdir), train_set, eval_set)
     with prepare_workdir(workdir, from_dataclass(config), **known) as folder, jax.set_mesh(mesh):

@@ -13,6 +13,7 @@ from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.workdir import check_workdir
 
 CHANGEABLE = (
+    "train.accumulate",
     "train.eval_every",
     "train.eval_batch_size",
     "train.checkpoint_every",
@@ -27,8 +28,9 @@ CHANGEABLE = (
     "data.max_pixels",
     "data.on_error",
 )
-"""Keys that may differ when a run is resumed: none of them changes what was trained so far. (Paths
-may, too, if they lead to the same data and models: see ``workdir``.)"""
+"""Keys that may differ when a run is resumed: none of them changes what was trained so far, nor
+(but for rounding) what will be. (Paths may, too, if they lead to the same data and models: see
+``workdir``.)"""
 
 
 def check_resumable(

@@ -1,15 +1,16 @@
-"""Sizes that follow from the training set: buckets, resizes, boxes, queries, classes, steps.
+"""Sizes that follow from the training set and from the devices.
 
-And one that follows from the platform: the dtype that carries activations.
-
-A configuration leaves them open (``data.fit``, and 0 or -1 for the others); here they are filled
-in, once the data are known, and the result is what the run keeps as its configuration.
+Of the set: buckets, resizes, boxes, queries, classes, steps. Of the devices: the batch, the
+learning rates that go with it, and the dtype that carries activations. A configuration leaves them
+open (``data.fit``, images a chip, "auto", and 0 or -1 for the others); here they are filled in,
+once the data are known, and the result is what the run keeps as its configuration.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from fnmatch import fnmatchcase
 from typing import Protocol
 
 import jax
@@ -18,7 +19,9 @@ import numpy as np
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.fit import fitted, small_share
 from aqdetr_jax.parallel.hosts import say_once
-from aqdetr_jax.training.config import ExperimentConfig, TrainConfig
+from aqdetr_jax.parallel.mesh import mesh_shape
+from aqdetr_jax.training.config import ExperimentConfig, OptimizerConfig, TrainConfig
+from aqdetr_jax.training.effects import idle
 
 BY_PLATFORM = "auto"
 """Of ``model.dtype``: bfloat16 where the chip computes in it, float32 elsewhere."""
@@ -30,17 +33,115 @@ _MOST_QUERIES = 300
 _FEW_PIXELS = 0.75  # of the stride, below which the sides of boxes are worth a word
 
 
-def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> ExperimentConfig:
-    """Fills in what depends on the training set; what is pinned stays.
+def with_batch(config: ExperimentConfig, chips: int | None = None) -> ExperimentConfig:
+    """Fills in what depends on the number of devices; what is pinned stays.
 
-    ``data.fit`` becomes buckets, resizes and scales; ``data.max_boxes=0``, ``model.num_queries=0``,
-    ``model.num_auxiliary=-1`` and ``model.num_classes=0`` their numbers; ``train.epochs`` steps;
-    ``model.dtype="auto"`` what suits the devices.
+    ``train.batch_per_chip`` becomes ``train.batch_size`` (the same of the evaluation's), and
+    learning rates with an ``optimizer.reference_batch`` those of that batch.
+
+    Args:
+      config: the experiment.
+      chips: devices along the batch; None = of this machine, as ``config.mesh`` says.
 
     Raises:
-      ValueError: the data have more classes than a pinned number, or neither steps nor epochs are
-        given.
+      ValueError: devices and micro-batches cannot share the batch evenly, or there are other
+        devices than ``config.mesh`` wants.
     """
+    train, micro = config.train, config.train.accumulate
+    if chips is None:
+        even = None if train.batch_per_chip else max(train.batch_size // micro, 1)
+        chips = devices_along_data(config, even)
+    batch = train.batch_per_chip * chips * micro or train.batch_size
+    if batch % (chips * micro):
+        shares = f"{chips} device{'s' * (chips > 1)} along 'data'"
+        if micro > 1:
+            shares += f" with config.train.accumulate={micro}"
+        few = "are too few for" if batch < chips * micro else "cannot be shared evenly by"
+        raise ValueError(
+            f"config.train.batch_size={batch} images {few} {shares}: use a multiple of "
+            f"{chips * micro} (config.train.batch_per_chip=1 is the smallest)"
+        )
+    evaluated = train.eval_batch_per_chip * chips or train.eval_batch_size
+    train = dataclasses.replace(
+        train,
+        batch_size=batch,
+        batch_per_chip=0,
+        eval_batch_size=evaluated,
+        eval_batch_per_chip=0,
+    )
+    return dataclasses.replace(config, train=train, optimizer=_rates(config, batch))
+
+
+def devices_along_data(config: ExperimentConfig, batch_size: int | None = None) -> int:
+    """Devices of this machine that share a batch; see ``make_mesh`` for ``batch_size``."""
+    mesh = config.mesh
+    data = None if mesh.data < 0 else mesh.data
+    return mesh_shape(data, mesh.model, batch_size=batch_size)[0]
+
+
+def eval_batch_size(config: ExperimentConfig) -> int:
+    """Images a batch in evaluation."""
+    train = config.train
+    if not train.eval_batch_per_chip:
+        return train.eval_batch_size
+    return train.eval_batch_per_chip * devices_along_data(config)
+
+
+def _rates(config: ExperimentConfig, batch: int) -> OptimizerConfig:
+    """The optimizer with rates for a batch, which stand as they are from then on."""
+    optimizer = config.optimizer
+    if not optimizer.reference_batch:
+        return optimizer
+    factor = batch / optimizer.reference_batch
+    if optimizer.batch_rule == "sqrt":
+        factor = math.sqrt(factor)
+    unused = [pattern for pattern, _ in idle(config)]
+    rates = {
+        name: getattr(optimizer, name) * factor
+        for name in ("lr", "lr_backbone", "lr_steps")
+        if not any(fnmatchcase(f"optimizer.{name}", pattern) for pattern in unused)
+    }
+    return dataclasses.replace(optimizer, **rates, reference_batch=0, batch_rule="sqrt")
+
+
+def describe_batch(given: ExperimentConfig, resolved: ExperimentConfig) -> str:
+    """One sentence on the batch and the rates that follow from it; "" where none does.
+
+    Args:
+      given: the configuration before :func:`with_batch`.
+      resolved: after it.
+    """
+    train, optimizer = given.train, given.optimizer
+    batch = resolved.train.batch_size
+    parts = []
+    if train.batch_per_chip or train.accumulate > 1:
+        text = f"{batch} images a step"
+        if train.batch_per_chip:
+            chips = batch // train.batch_per_chip // train.accumulate
+            text += f", {train.batch_per_chip} on each of {chips} device{'s' * (chips > 1)}"
+        if train.accumulate > 1:
+            text += f", in {train.accumulate} micro-batches"
+        parts.append(text)
+    if optimizer.reference_batch:
+        ratio = f"{batch}/{optimizer.reference_batch}"
+        factor = f"sqrt({ratio})" if optimizer.batch_rule == "sqrt" else ratio
+        parts.append(f"learning rate {resolved.optimizer.lr:.3g} = {optimizer.lr:.3g} x {factor}")
+    return "; ".join(parts)
+
+
+def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> ExperimentConfig:
+    """Fills in what depends on the training set and on the devices; what is pinned stays.
+
+    First :func:`with_batch`. ``data.fit`` becomes buckets, resizes and scales;
+    ``data.max_boxes=0``, ``model.num_queries=0``, ``model.num_auxiliary=-1`` and
+    ``model.num_classes=0`` their numbers; ``train.epochs`` steps; ``model.dtype="auto"`` what suits
+    the devices.
+
+    Raises:
+      ValueError: the data have more classes than a pinned number, neither steps nor epochs are
+        given, or see :func:`with_batch`.
+    """
+    config = with_batch(config)
     data, model, train = config.data, config.model, config.train
     if data.fit:
         data = fitted(data, dataset, model.backbone.output_stride)
@@ -113,7 +214,7 @@ def with_devices(config: ExperimentConfig, device: Device) -> ExperimentConfig:
 def say_sizes(
     given: ExperimentConfig, resolved: ExperimentConfig, dataset: DetectionDataset
 ) -> None:
-    """Says what a set is, which sizes it got and which dtype, where they were left open.
+    """Says what a set is, and which sizes, dtype and rates came of what was left open.
 
     Args:
       given: the configuration before :func:`with_data`.
@@ -127,6 +228,9 @@ def say_sizes(
             f"Activations are {resolved.model.dtype} on this {jax.devices()[0].platform} "
             "(config.model.dtype)"
         )
+    batch = describe_batch(given, resolved)
+    if batch:
+        say_once(f"{resolved.name}: {batch}")
 
 
 def describe(config: ExperimentConfig, dataset: DetectionDataset) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from aqdetr_jax.losses.auxiliary import AuxiliaryLossConfig, aqdetr_detection_loss
 from aqdetr_jax.losses.dense import dense_assignment, dense_loss
@@ -17,7 +17,7 @@ from aqdetr_jax.losses.distillation import DistillationWeights, layer_by_layer_l
 from aqdetr_jax.losses.proposals import proposal_loss
 from aqdetr_jax.losses.targets import Predictions, Targets
 from aqdetr_jax.models.dense import DensePretrainer
-from aqdetr_jax.models.detector import Detector
+from aqdetr_jax.models.detector import Detector, memory_valid
 from aqdetr_jax.models.dropout import drawing, row_keys
 from aqdetr_jax.models.output import DetrOutput
 from aqdetr_jax.parallel.mesh import batch_sharding, replicated
@@ -26,7 +26,11 @@ from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.state import TrainState, variables
 
 Batch = dict[str, Array]
-LossFn = Callable[[Any, Any, Any, Batch, Array], tuple[Array, tuple[dict[str, Array], Any]]]
+LossFn = Callable[..., tuple[Array, tuple[dict[str, Array], Any]]]
+"""``(params, batch_stats, teacher_variables, batch, step, part=None) -> (loss, (terms, stats))``.
+
+``batch`` is the whole batch of the step, or the ``Part`` of it that ``part`` describes; the losses
+and terms of all parts add up to those of the whole."""
 
 DROPOUT = 1
 """Purpose number of the dropout key, see ``step_key``."""
@@ -37,13 +41,37 @@ def step_key(seed: int, step: Array, purpose: int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-def targets_of(batch: Batch) -> Targets:
-    """The padded ground truth of a batch."""
-    return Targets(batch["boxes"], batch["labels"], batch["valid"])
+class Part(NamedTuple):
+    """What the loss of some images of a batch must know of the whole batch.
+
+    Attributes:
+      valid: bool [B, T], real boxes of the whole batch.
+      tokens: int32 scalar, valid tokens of the encoder in the whole batch.
+      keys: uint32 [b, 2], dropout's keys of the part's images.
+    """
+
+    valid: Array
+    tokens: Array
+    keys: Array
+
+
+def dropout_keys(seed: int, step: Array, batch: Batch) -> Array:
+    """Dropout's keys of the images of a whole batch, uint32 [B, 2]."""
+    return row_keys(step_key(seed, step, DROPOUT), len(batch["images"]))
+
+
+def targets_of(batch: Batch, part: Part | None = None) -> Targets:
+    """The padded ground truth of a batch, or of a part of it."""
+    whole = None if part is None else part.valid
+    return Targets(batch["boxes"], batch["labels"], batch["valid"], whole)
 
 
 def distillation_loss(
-    weights: DistillationWeights, teacher: DetrOutput, student: DetrOutput, num_queries: int
+    weights: DistillationWeights,
+    teacher: DetrOutput,
+    student: DetrOutput,
+    num_queries: int,
+    part: Part | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """``λ_dist L_dist`` and the optional decoder terms.
 
@@ -52,6 +80,8 @@ def distillation_loss(
       teacher: float model's output on the same images.
       student: quantized model's output.
       num_queries: N; only the object queries' cross-attention is compared.
+      part: given where the images are a part of a batch: the terms, which are means over images or
+        over valid tokens, are then the part's share of the batch's.
 
     Returns:
       (weighted sum, unweighted terms).
@@ -77,6 +107,10 @@ def distillation_loss(
             None,
             weights.locations,
         )
+    if part is not None:
+        images = jnp.float32(len(student.memory_valid) / len(part.valid))
+        tokens = jnp.sum(student.memory_valid) / jnp.maximum(part.tokens, 1)
+        terms = {k: v * (tokens if "encoder" in k else images) for k, v in terms.items()}
     scale = {
         "loss_distill_encoder": weights.encoder,
         "loss_distill_decoder_self": weights.decoder_self,
@@ -101,8 +135,10 @@ def detection_loss_fn(
     )
     weights = config.distill.weights
 
-    def loss_fn(params, batch_stats, teacher_variables, batch, step):
-        with drawing(row_keys(step_key(config.seed, step, DROPOUT), len(batch["images"]))):
+    def loss_fn(params, batch_stats, teacher_variables, batch, step, part=None):
+        keys = dropout_keys(config.seed, step, batch) if part is None else part.keys
+        targets = targets_of(batch, part)
+        with drawing(keys):
             output, updated = model.apply(
                 variables(params, batch_stats),
                 batch["images"],
@@ -119,19 +155,19 @@ def detection_loss_fn(
         loss, terms, diagnostics = aqdetr_detection_loss(
             Predictions(output.logits, output.boxes),
             extra,
-            targets_of(batch),
+            targets,
             config.loss,
             auxiliary,
         )
         if teacher is not None:
             target: Any = teacher.apply(teacher_variables, batch["images"], batch["mask"])
             target = jax.lax.stop_gradient(target)
-            more, distilled = distillation_loss(weights, target, output, sizes.num_queries)
+            more, distilled = distillation_loss(weights, target, output, sizes.num_queries, part)
             loss, terms = loss + more, terms | distilled
         replaced = diagnostics["replaced_costs"]
         if output.proposal_logits is not None:
             found = Predictions(output.proposal_logits, output.proposal_boxes)
-            more, proposed, count = proposal_loss(found, targets_of(batch), config.loss)
+            more, proposed, count = proposal_loss(found, targets, config.loss)
             loss, terms, replaced = loss + more, terms | proposed, replaced + count
         terms = {"loss": loss, **terms}
         for name in ("class_error", "num_boxes", "limited_images"):
@@ -145,9 +181,11 @@ def detection_loss_fn(
 def pretrain_loss_fn(config: ExperimentConfig, model: DensePretrainer) -> LossFn:
     """The dense detection loss of the pretraining."""
 
-    def loss_fn(params, batch_stats, teacher_variables, batch, step):
+    def loss_fn(params, batch_stats, teacher_variables, batch, step, part=None):
         del teacher_variables
-        with drawing(row_keys(step_key(config.seed, step, DROPOUT), len(batch["images"]))):
+        if part is not None:
+            raise ValueError("the pretraining's norms need the whole batch")
+        with drawing(dropout_keys(config.seed, step, batch)):
             output, updated = model.apply(
                 variables(params, batch_stats),
                 batch["images"],
@@ -163,6 +201,64 @@ def pretrain_loss_fn(config: ExperimentConfig, model: DensePretrainer) -> LossFn
     return loss_fn
 
 
+def accumulated_gradient(config: ExperimentConfig, loss_fn: LossFn) -> Callable[..., Any]:
+    """``value_and_grad(loss_fn, has_aux=True)`` from micro-batches, one after the other.
+
+    Each device cuts its own images into ``config.train.accumulate`` parts, whose gradients it sums
+    by itself; one sum over the devices ends it (under automatic sharding there would be one in
+    every round of the loop). What a loss is divided by is of the whole batch, and dropout's keys
+    are of the images: the result is the whole batch's, but for rounding.
+
+    Args:
+      config: sizes, seed, and the number of micro-batches.
+      loss_fn: see ``detection_loss_fn``.
+    """
+
+    def of_images(params, batch_stats, teacher_variables, step, valid, tokens, batch, keys):
+        """Sums over images that lie on one device: (terms, gradients), and counts by image."""
+
+        def body(total, images):
+            batch, keys = images
+            (_, (terms, _)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+                params, batch_stats, teacher_variables, batch, step, Part(valid, tokens, keys)
+            )
+            return jax.tree.map(jnp.add, total, gradients), terms
+
+        parts = jax.tree.map(
+            lambda x: x.reshape(config.train.accumulate, -1, *x.shape[1:]), (batch, keys)
+        )
+        gradients, terms = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), parts)
+        replaced = terms.pop("replaced_costs").reshape(-1)
+        return (jax.tree.map(lambda x: jnp.sum(x, 0), terms), gradients), replaced
+
+    def gradient(params, batch_stats, teacher_variables, batch, step):
+        tokens = jnp.sum(memory_valid(config.model, batch["mask"]))
+        mesh = jax.sharding.get_abstract_mesh()
+        run = of_images
+        if not mesh.empty:
+            each, whole = PartitionSpec("data"), PartitionSpec()
+
+            def of_device(*arguments):
+                sums, replaced = of_images(*arguments)
+                return jax.lax.psum(sums, "data"), replaced
+
+            # check_vma=False: the gradient of what every device has shall stay the device's own.
+            run = jax.shard_map(
+                of_device,
+                mesh=mesh,
+                in_specs=(whole,) * 6 + (each,) * 2,
+                out_specs=(whole, each),
+                axis_names={"data"},
+                check_vma=False,
+            )
+        keys = dropout_keys(config.seed, step, batch)
+        known = params, batch_stats, teacher_variables, step, batch["valid"], tokens
+        (terms, gradients), replaced = run(*known, batch, keys)
+        return (terms["loss"], (terms | {"replaced_costs": replaced}, batch_stats)), gradients
+
+    return gradient
+
+
 def make_train_step(
     config: ExperimentConfig, loss_fn: LossFn, optimizer: optax.GradientTransformation, groups: Any
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
@@ -172,7 +268,7 @@ def make_train_step(
     ``bad_in_a_row`` counts it; the metrics then show which term was at fault.
 
     Args:
-      config: for the moving average's decay.
+      config: for the moving average's decay, and ``train.accumulate``.
       loss_fn: see ``detection_loss_fn``.
       optimizer: see ``optimizer.make_optimizer``.
       groups: tree of group names, see ``optimizer.parameter_groups``.
@@ -183,9 +279,13 @@ def make_train_step(
       matching costs of each image) is the exception.
     """
     decay = config.optimizer.ema
+    if config.train.accumulate > 1:
+        gradient_fn = accumulated_gradient(config, loss_fn)
+    else:
+        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def step(state: TrainState, teacher_variables, batch: Batch):
-        (loss, (terms, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+        (loss, (terms, batch_stats)), gradients = gradient_fn(
             state.params, state.batch_stats, teacher_variables, batch, state.step
         )
         gradients = optim.trained_gradients(gradients, groups)

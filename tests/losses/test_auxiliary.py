@@ -72,7 +72,7 @@ def value_and_gradient(first, second, targets, weights, config):
 
 def copies(targets, repeats):
     """H-DETR's formulation: the targets repeated K times as targets of their own."""
-    return Targets(*(np.tile(x, (1, repeats) + (1,) * (x.ndim - 2)) for x in targets))
+    return Targets(*(np.tile(x, (1, repeats) + (1,) * (x.ndim - 2)) for x in targets[:3]))
 
 
 @pytest.mark.parametrize(("weights", "repeats"), [(SOFTMAX, 3), (SOFTMAX, 6), (FOCAL, 3)])
@@ -173,7 +173,7 @@ def test_gradients_are_finite_under_jit(weights, counts):
 
 def test_more_padding_changes_nothing_and_tuples_will_do():
     first, second, targets = make_case(8)
-    padded = Targets(*(np.pad(x, [(0, 0), (0, 9)] + [(0, 0)] * (x.ndim - 2)) for x in targets))
+    padded = Targets(*(np.pad(x, [(0, 0), (0, 9)] + [(0, 0)] * (x.ndim - 2)) for x in targets[:3]))
     arguments = SOFTMAX, AuxiliaryLossConfig()
     total, terms, _ = loss_of(first, second, targets, *arguments)
     again, padded_terms, _ = loss_of(tuple(first), tuple(second), padded, *arguments)
@@ -193,3 +193,26 @@ def test_broken_predictions_are_said():
 
 def test_combination():
     assert combine_losses(jnp.float32(2.0), jnp.float32(3.0), 0.5) == 3.5
+
+
+@pytest.mark.parametrize("weights", [SOFTMAX, FOCAL])
+@pytest.mark.parametrize("counts", [(4, 0, 2), (0, 0, 0), (1, 6, 6)])
+def test_losses_of_parts_add_up_to_the_whole(weights, counts):
+    """Micro-batches: what each is divided by is counted over all of them."""
+    first, second, targets = make_case(12, counts)
+    config = AuxiliaryLossConfig(weight=0.7, repeats=3, groups=2)
+    whole = loss_of(first, second, targets, weights, config)
+    sums = []
+    for image in range(len(counts)):
+        cut = slice(image, image + 1)
+        part = Targets(*(x[cut] for x in targets[:3]), whole=targets.valid)
+        predictions = (Predictions(*(x[:, cut] for x in p)) for p in (first, second))
+        sums.append(loss_of(*predictions, part, weights, config))
+    total, terms, diagnostics = jax.tree.map(lambda *x: sum(x), *[(s[0], s[1], {
+        k: s[2][k] for k in ("num_boxes", "auxiliary_num_boxes", "class_error", "limited_images")
+    }) for s in sums])  # fmt: skip
+    np.testing.assert_allclose(total, whole[0], rtol=1e-6)
+    for name, value in terms.items():
+        np.testing.assert_allclose(value, whole[1][name], rtol=1e-6, err_msg=name)
+    for name, value in diagnostics.items():
+        np.testing.assert_allclose(value, whole[2][name], rtol=1e-6, err_msg=name)

@@ -188,7 +188,7 @@ def test_a_batch_of_empty_images_is_finite(weights):
 @pytest.mark.parametrize("weights", [SOFTMAX, FOCAL])
 def test_more_padding_changes_nothing(weights):
     predictions, targets = make_case(5)
-    padded = Targets(*(np.pad(x, [(0, 0), (0, 7)] + [(0, 0)] * (x.ndim - 2)) for x in targets))
+    padded = Targets(*(np.pad(x, [(0, 0), (0, 7)] + [(0, 0)] * (x.ndim - 2)) for x in targets[:3]))
     total, terms = loss_of(predictions, targets, weights)
     padded_total, padded_terms = loss_of(predictions, padded, weights)
     np.testing.assert_array_equal(total, padded_total)
@@ -200,7 +200,7 @@ def test_slots_in_any_order_change_nothing():
     predictions, targets = make_case(6)
     order = np.asarray([3, 5, 0, 4, 1, 2])
     total, _ = loss_of(predictions, targets)
-    shuffled, _ = loss_of(predictions, Targets(*(x[:, order] for x in targets)))
+    shuffled, _ = loss_of(predictions, Targets(*(x[:, order] for x in targets[:3])))
     np.testing.assert_allclose(total, shuffled, rtol=1e-6)
 
 
@@ -210,7 +210,7 @@ def test_box_losses_are_of_the_whole_batch():
     _, together = loss_of(predictions, targets)
     alone = [
         loss_of(Predictions(*(x[:, i : i + 1] for x in predictions)),
-                Targets(*(x[i : i + 1] for x in targets)))[1]
+                Targets(*(x[i : i + 1] for x in targets[:3])))[1]
         for i in range(3)
     ]  # fmt: skip
     for name in ("loss_bbox", "loss_giou"):
@@ -220,7 +220,7 @@ def test_box_losses_are_of_the_whole_batch():
 
 def test_extra_empty_images_change_only_the_class_term():
     predictions, targets = make_case(8, counts=(4, 2, 0, 0))
-    few = Predictions(*(x[:, :2] for x in predictions)), Targets(*(x[:2] for x in targets))
+    few = Predictions(*(x[:, :2] for x in predictions)), Targets(*(x[:2] for x in targets[:3]))
     _, terms = loss_of(predictions, targets)
     _, few_terms = loss_of(*few)
     for name in ("loss_bbox", "loss_giou"):

@@ -96,3 +96,17 @@ def test_it_is_divided_by_the_boxes_of_the_batch():
     for name, value in both.items():
         wanted = (parts[0][name] * 2 + parts[1][name] * 2) / 4
         np.testing.assert_allclose(value, wanted, rtol=1e-5)
+
+
+def test_losses_of_parts_add_up_to_the_whole():
+    logits, coordinates, targets = make_case()
+    (total, (terms, _)), _ = value_and_gradient(logits, coordinates, targets)
+    parts = []
+    for image in range(2):
+        cut = slice(image, image + 1)
+        part = Targets(*(x[cut] for x in targets[:3]), whole=targets.valid)
+        (loss, (found, _)), _ = value_and_gradient(logits[cut], coordinates[cut], part)
+        parts.append((loss, found))
+    np.testing.assert_allclose(sum(p[0] for p in parts), total, rtol=1e-6)
+    for name, value in terms.items():
+        np.testing.assert_allclose(sum(p[1][name] for p in parts), value, rtol=1e-6, err_msg=name)

@@ -59,7 +59,7 @@ def test_official_settings(variant, levels, refine, two_stage):
     assert (optimizer.lr, optimizer.lr_backbone, optimizer.slow_factor) == (2e-4, 2e-5, 0.1)
     assert (optimizer.weight_decay, optimizer.clip_norm) == (1e-4, 0.1)
     assert (optimizer.schedule, optimizer.drop_at) == ("step", (40 / 50,))
-    assert (config.train.epochs, config.train.batch_size) == (50.0, 32)
+    assert (config.train.epochs, optimizer.reference_batch) == (50.0, 32)
     slow = {"sampling_offsets/"} | (set() if two_stage else {"reference_points/"})
     assert set(optimizer.slow) == slow
     low = load_experiment(f"coco_deformable:{variant},w4a4", ("init_from=float",))

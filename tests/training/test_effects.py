@@ -131,9 +131,11 @@ ALWAYS = (
     "distill.weights.encoder", "distill.weights.decoder_self", "distill.weights.decoder_cross",
     "loss.cls", "loss.l1", "loss.giou", "loss.kind", "optimizer.lr", "optimizer.weight_decay",
     "optimizer.clip_norm", "optimizer.warmup", "optimizer.schedule", "optimizer.slow",
-    "optimizer.frozen", "optimizer.ema", "train.steps", "train.epochs", "train.batch_size",
-    "train.eval_batch_size", "train.eval_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.log_every", "train.abort_after", "train.pictures",
+    "optimizer.frozen", "optimizer.ema", "optimizer.reference_batch", "train.steps",
+    "train.epochs", "train.batch_size", "train.batch_per_chip", "train.accumulate",
+    "train.eval_batch_size", "train.eval_batch_per_chip", "train.eval_every",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.abort_after",
+    "train.pictures",
     "mesh.data", "mesh.model",
 )
 # fmt: on
@@ -168,6 +170,9 @@ def test_every_key_has_a_verdict():
         (("data.num_threads=0", "data.prefetch=2"), "nothing is read ahead"),
         (("optimizer.frozen=('backbone/',)", "optimizer.lr_backbone=1e-4"), "holds the backbone"),
         (("quant.center=false", "quant.equalize=0.5"), "quant.center is False"),
+        (("train.batch_per_chip=4", "train.batch_size=8"), "train.batch_per_chip=4"),
+        (("train.eval_batch_per_chip=4", "train.eval_batch_size=8"), "eval_batch_per_chip=4"),
+        (("optimizer.batch_rule=linear",), "optimizer.reference_batch is 0"),
     ],
 )
 def test_one_override_may_make_another_idle(overrides, reason):
