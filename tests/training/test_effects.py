@@ -134,6 +134,7 @@ ALWAYS = (
     "optimizer.frozen", "optimizer.ema", "train.steps", "train.epochs", "train.batch_size",
     "train.eval_batch_size", "train.eval_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.log_every", "train.abort_after", "train.pictures",
+    "train.profile",
     "mesh.data", "mesh.model",
 )
 # fmt: on
