@@ -81,7 +81,7 @@ class StepLog:
         values = {k: float(np.sum(v)) for k, v in found.items()}
         # Skipped updates do not advance the schedule.
         updates = np.int32(max(done - 1 - int(values["skipped"]), 0))
-        rate = fetch(self._rate(jax.device_put(updates)))
+        rate = fetch(self._rate(put(updates)))
         lap = self._clock.lap()
         images = (done - self._counted) * train.batch_size
         values["images_per_second"] = images / (time.perf_counter() - self._since)
@@ -106,6 +106,11 @@ class StepLog:
 def fetch(values: Any) -> Any:
     """Arrays from the devices, once they are computed."""
     return jax.device_get(values)
+
+
+def put(value: np.generic) -> jax.Array:
+    """A number for the devices."""
+    return jax.device_put(value)
 
 
 def open_writer(path: Path, first: int) -> contextlib.AbstractContextManager:

@@ -286,8 +286,8 @@ class _Run:
     def _loop(self, state, first, programs, teacher_variables, writer) -> Generator:
         """Yields (steps done, state) after every step; logs.
 
-        Between the host and the devices go the batch, by ``put_batch``, and the metrics that are
-        logged, by ``log.fetch``; anything else is an error.
+        Between the host and the devices go the batch, by ``put_batch``, and what is logged, by
+        ``log.put`` and ``log.fetch``; anything else is an error.
         """
         config, clock = self.config, self.clock
         pipeline = setup.pipeline_config(config, train=True, start_step=first)
