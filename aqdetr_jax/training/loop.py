@@ -24,7 +24,13 @@ from aqdetr_jax.host import StoppedError
 from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
 from aqdetr_jax.models.detector import Detector, example_input, record_ops
 from aqdetr_jax.parallel.hosts import agree, is_main, one_for_all, say, stop_request
-from aqdetr_jax.parallel.mesh import make_mesh, on_accelerators, put_batch, replicated
+from aqdetr_jax.parallel.mesh import (
+    bytes_a_device,
+    make_mesh,
+    on_accelerators,
+    put_batch,
+    replicated,
+)
 from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.report import bit_report, format_bit_report
@@ -331,7 +337,8 @@ class _Run:
                 self.eval_set,
                 setup.pipeline_config(self.config, train=False),
                 self.mesh,
-                reserved=sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)),
+                # Beside the state, of which the evaluated part is an argument.
+                reserved=bytes_a_device(state) - bytes_a_device(state.evaluated),
             )
         return self.evaluator
 

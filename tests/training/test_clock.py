@@ -31,7 +31,7 @@ def test_parts_sum_to_the_whole(host, devices, names):
     ends = list(itertools.accumulate(host))
     segments = [(n, e - d, e) for n, d, e in zip(names, host, ends, strict=False)]
     edges = list(itertools.accumulate(devices))
-    busy = [pair for pair in itertools.pairwise(edges)][::2]
+    busy = list(itertools.pairwise(edges))[::2]
     wanted = dict.fromkeys(PARTS, 0.0)
     for second in range(ends[-1]):
         doing = next(part for part, begin, end in segments if begin <= second < end)

@@ -40,6 +40,7 @@ def changed(config, section, **fields):
 TWO = changed(pretraining(tiny.FLOAT, ()), "data", buckets=BUCKETS)
 TWO = changed(TWO, "train", steps=8, checkpoint_every=3, profile="3:4")
 
+REFUSED = r"[Dd]isallowed host-to-device transfer"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -136,7 +137,7 @@ def test_nothing_goes_over_but_the_batch_and_the_metrics(life):
     assert len(life.compilations) == TWO.train.steps
     with (
         jax.transfer_guard("disallow_explicit"),
-        pytest.raises(jax.errors.JaxRuntimeError, match="[Dd]isallowed host-to-device transfer"),
+        pytest.raises(jax.errors.JaxRuntimeError, match=REFUSED),
     ):
         jax.device_put(1.0)
 
@@ -144,7 +145,7 @@ def test_nothing_goes_over_but_the_batch_and_the_metrics(life):
 def test_an_implicit_transfer_ends_the_run(tmp_path, monkeypatch):
     """The loop guards itself: a batch that was not placed is refused."""
     monkeypatch.setattr(loop, "put_batch", lambda batch, mesh: batch)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="[Dd]isallowed host-to-device transfer"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=REFUSED):
         loop.train(changed(TWO, "train", profile=""), tmp_path)
 
 
@@ -217,12 +218,12 @@ def test_all_buckets_are_compiled_before_the_first_step_on_accelerators(tmp_path
 
 def test_a_mesh_that_cannot_be_is_refused_before_data_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "open_dataset", None)
-    with pytest.raises(ValueError, match="config.mesh.model=2 does not divide the 1 devices"):
+    with pytest.raises(ValueError, match=r"config.mesh.model=2 does not divide the 1 devices"):
         loop.train(changed(TWO, "mesh", model=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-# --- the programs' batches, and what helps ---------------------------------------------------------
+# --- the programs' batches, and what helps -------------------------------------------------------
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
@@ -248,7 +249,7 @@ def test_remedies_are_those_that_are_left():
     assert "use smaller config.data.buckets" in programs.remedies(config, 24)
 
 
-# --- train.profile ---------------------------------------------------------------------------------
+# --- train.profile -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["100", "a:b", "5:3", "0:4", "-1:2", "3:", "1:2:3", "3-4"])
@@ -305,7 +306,7 @@ def test_a_trace_ends_with_a_run_that_fails(tmp_path, monkeypatch):
     assert calls == ["start", "stop"]
 
 
-# --- the progress line -----------------------------------------------------------------------------
+# --- the progress line ---------------------------------------------------------------------------
 
 
 def test_the_line_shows_the_shares_since_the_last_one(monkeypatch, capsys):
