@@ -20,6 +20,32 @@ logger = logging.getLogger(__name__)
 AXES = ("data", "model")
 
 
+def mesh_shape(
+    data: int | None = None, model: int = 1, *, batch_size: int | None = None
+) -> tuple[int, int]:
+    """The sizes of :func:`make_mesh`'s axes, which has the arguments and errors."""
+    count = jax.device_count()
+    cores = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    if model < 1 or (data is not None and data < 1):
+        raise ValueError(f"mesh sizes must be at least 1, found data={data}, model={model}")
+    if data is None:
+        data = max(count // model, 1)
+        if data * model > count or (data * model < count and not cores):
+            raise ValueError(
+                f"config.mesh.model={model} does not divide the {count} devices: set it to one of "
+                f"{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}"
+            )
+        while cores and batch_size and data > 1 and batch_size % data:
+            data -= 1
+    used = data * model
+    if used > count or (used < count and not cores):
+        raise ValueError(
+            f"mesh data={data} x model={model} needs {used} devices, there are {count}: "
+            "config.mesh.data=-1 takes what config.mesh.model leaves, which must divide them"
+        )
+    return data, model
+
+
 def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None = None) -> Mesh:
     """Makes the mesh of all devices with the axes ``('data', 'model')``, both of type ``Auto``.
 
@@ -29,72 +55,17 @@ def make_mesh(data: int | None = None, model: int = 1, *, batch_size: int | None
     Args:
       data: devices along the batch; all that ``model`` leaves when None.
       model: devices that share one replica's parameters.
-      batch_size: ``config.train.batch_size``, which the devices along ``data`` must share evenly;
-        on a lone CPU, ``data=None`` takes no more devices than that allows.
+      batch_size: on a lone CPU, ``data=None`` takes no more devices than share it evenly.
 
     Raises:
-      ValueError: see :func:`mesh_shape`.
+      ValueError: ``data * model`` is not the number of devices; the message says what would be.
     """
-    cores = jax.process_count() == 1 and jax.default_backend() == "cpu"
-    shape = mesh_shape(jax.device_count(), data, model, batch_size=batch_size, idle=cores)
-    used = math.prod(shape)
+    shape = mesh_shape(data, model, batch_size=batch_size)
     # Explicit, the default since jax 0.9, breaks Linen's sharding constraints.
     types = (AxisType.Auto, AxisType.Auto)
+    used = math.prod(shape)
     some = jax.devices()[:used] if used < jax.device_count() else None
     return jax.make_mesh(shape, AXES, axis_types=types, devices=some)
-
-
-def mesh_shape(
-    count: int,
-    data: int | None = None,
-    model: int = 1,
-    *,
-    batch_size: int | None = None,
-    idle: bool = False,
-) -> tuple[int, int]:
-    """Sizes of the mesh's axes for a number of devices.
-
-    Args:
-      count: devices.
-      data: see :func:`make_mesh`.
-      model: see :func:`make_mesh`.
-      batch_size: see :func:`make_mesh`.
-      idle: devices may be left idle.
-
-    Returns:
-      (data, model).
-
-    Raises:
-      ValueError: ``data * model`` is not the number of devices, or the batch cannot be shared
-        evenly; the message names the key of the configuration and what to set.
-    """
-    if model < 1 or (data is not None and data < 1):
-        raise ValueError(f"mesh sizes must be at least 1, found data={data}, model={model}")
-    if data is None:
-        data = max(count // model, 1)
-        if data * model > count or (data * model < count and not idle):
-            raise ValueError(
-                f"config.mesh.model={model} does not divide the {count} devices: set it to one of "
-                f"{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}"
-            )
-        while idle and batch_size and data > 1 and batch_size % data:
-            data -= 1
-    used = data * model
-    if used > count or (used < count and not idle):
-        raise ValueError(
-            f"mesh data={data} x model={model} needs {used} devices, there are {count}: "
-            "config.mesh.data=-1 takes what config.mesh.model leaves, which must divide them"
-        )
-    if batch_size is not None and batch_size % data:
-        below = batch_size // data * data
-        few = f"{data} devices along 'data'"
-        problem = f"is smaller than the {few}" if not below else f"cannot be shared by {few} evenly"
-        nearest = f"{below} or {below + data}" if below else f"{data} or a multiple of it"
-        raise ValueError(
-            f"config.train.batch_size={batch_size}, over all devices, {problem}: set it to "
-            f"{nearest}, or config.mesh so that fewer devices share the batch"
-        )
-    return data, model
 
 
 def on_accelerators(mesh: Mesh) -> bool:

@@ -92,8 +92,8 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
       DoesNotFitError: a bucket's step needs more memory than a device has.
       ValueError, FileNotFoundError and their kin: bad input; the message names it.
     """
-    # --- devices and data -------------------------------------------------------------------
     clock = RunClock()
+    # --- devices and data -------------------------------------------------------------------
     mesh = make_mesh(
         None if config.mesh.data < 0 else config.mesh.data,
         config.mesh.model,
@@ -102,9 +102,9 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     train_set = open_dataset(config.data, train=True)
     eval_set = open_dataset(config.data, train=False)
     given, config = config, check_data(config, train_set, eval_set)
-    check_profile(config)
     sizing.say_sizes(given, config, train_set)
     known = facts(config, Path(workdir), train_set, eval_set)
+    check_profile(config)
     with (
         prepare_workdir(workdir, from_dataclass(config), **known) as folder,
         jax.set_mesh(mesh),

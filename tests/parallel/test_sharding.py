@@ -33,36 +33,46 @@ def test_one_device_is_a_mesh_of_one():
         meshes.make_mesh(model=0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "wanted"),
-    [
-        ((8,), {"batch_size": 16}, (8, 1)),
-        ((8, None, 2), {"batch_size": 4}, (4, 2)),
-        ((8, 2, 4), {"batch_size": 6}, (2, 4)),
-        ((8,), {"batch_size": 12, "idle": True}, (6, 1)),  # the cores of a lone CPU
-        ((8, None, 3), {"batch_size": 4, "idle": True}, (2, 3)),
-    ],
-)
-def test_shapes_of_meshes(arguments, options, wanted):
-    assert meshes.mesh_shape(*arguments, **options) == wanted
+@pytest.fixture
+def devices(monkeypatch):
+    """Sets the number of devices that a mesh may have."""
+
+    def there_are(count: int, platform: str) -> None:
+        monkeypatch.setattr(jax, "device_count", lambda: count)
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+
+    return there_are
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "message"),
+    ("count", "platform", "options", "wanted"),
     [
-        ((256,), {"batch_size": 32}, "batch_size=32, .* is smaller than the 256 devices along "),
-        ((256,), {"batch_size": 32}, "set it to 256 or a multiple of it, or config.mesh so that"),
-        ((8,), {"batch_size": 20}, r"batch_size=20, .* by 8 devices .* set it to 16 or 24, or"),
-        ((8, 3), {"batch_size": 20, "idle": True}, r"shared by 3 devices .* set it to 18 or 21"),
-        ((8, None, 3), {}, r"config.mesh.model=3 does not divide the 8 devices: .* 1, 2, 4, 8$"),
-        ((4, None, 8), {"idle": True}, r"config.mesh.model=8 does not divide .* of 1, 2, 4$"),
-        ((8, 3, 2), {}, "mesh data=3 x model=2 needs 6 devices, there are 8"),
-        ((8, 0), {}, "at least 1"),
+        (8, "tpu", {"batch_size": 16}, (8, 1)),
+        (8, "tpu", {"model": 2}, (4, 2)),
+        (8, "tpu", {"data": 2, "model": 4}, (2, 4)),
+        (8, "cpu", {"batch_size": 12}, (6, 1)),  # cores may be left idle
+        (8, "cpu", {"batch_size": 4, "model": 3}, (2, 3)),
     ],
 )
-def test_meshes_that_cannot_be_say_what_to_set(arguments, options, message):
+def test_shapes_of_meshes(devices, count, platform, options, wanted):
+    devices(count, platform)
+    assert meshes.mesh_shape(**options) == wanted
+
+
+@pytest.mark.parametrize(
+    ("count", "platform", "options", "message"),
+    [
+        (8, "tpu", {"model": 3}, r"config.mesh.model=3 does not divide the 8 dev.* 1, 2, 4, 8$"),
+        (4, "tpu", {"model": 8}, r"config.mesh.model=8 does not divide the 4 devices: .* 1, 2, 4$"),
+        (4, "cpu", {"model": 8}, r"config.mesh.model=8 does not divide the 4 devices: .* 1, 2, 4$"),
+        (8, "tpu", {"data": 3, "model": 2}, "mesh data=3 x model=2 needs 6 devices, there are 8"),
+        (8, "tpu", {"data": 0}, "at least 1"),
+    ],
+)
+def test_meshes_that_cannot_be_say_what_to_set(devices, count, platform, options, message):
+    devices(count, platform)
     with pytest.raises(ValueError, match=message) as caught:
-        meshes.mesh_shape(*arguments, **options)
+        meshes.mesh_shape(**options)
     assert "\n" not in str(caught.value)
 
 
