@@ -39,8 +39,8 @@ from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.arguments import parse_arguments
+from aqdetr_jax.training.assemble import TRAINED_KEYS
 from aqdetr_jax.training.experiment import load_experiment
-from aqdetr_jax.training.loop import TRAINED_KEYS
 
 CONFIGS = {"detr": "coco:r50,w4a4", "deformable": "coco_deformable:r50,w4a4"}
 MEMORY = {

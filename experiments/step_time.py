@@ -42,8 +42,8 @@ from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.arguments import parse_arguments
+from aqdetr_jax.training.assemble import TRAINED_KEYS
 from aqdetr_jax.training.experiment import load_experiment
-from aqdetr_jax.training.loop import TRAINED_KEYS
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
     detection_loss_fn,

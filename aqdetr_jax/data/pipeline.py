@@ -252,6 +252,12 @@ class EvalBatches:
         """Number of batches, the same on every process."""
         return len(self._batches)
 
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """The buckets that some batch has, in the order of the batches."""
+        used = dict.fromkeys(bucket for bucket, _ in self._batches)
+        return tuple(self._config.buckets[bucket] for bucket in used)
+
     def __iter__(self) -> Iterator[Batch]:
         """A fresh pass over the dataset."""
         config = self._config

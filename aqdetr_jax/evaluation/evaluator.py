@@ -21,7 +21,8 @@ from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
 from aqdetr_jax.evaluation.coco import evaluate_detections, postprocess, to_coco_results
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.models.detector import Detector
-from aqdetr_jax.parallel.mesh import batch_sharding, put_batch, replicated
+from aqdetr_jax.parallel.compiled import Programs
+from aqdetr_jax.parallel.mesh import batch_sharding, on_accelerators, put_batch, replicated
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Evaluator:
       mesh: devices.
       category_ids: the set's category id of each of the model's classes, None for a class that the
         set has not (it is detected and left out, as COCO does); the set's own by default.
+      reserved: bytes on each device that other things take meanwhile.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Evaluator:
         pipeline: PipelineConfig,
         mesh: Mesh,
         category_ids: Sequence[int | None] | None = None,
+        reserved: int = 0,
     ):
         self._dataset = dataset
         self._category_ids = dataset.category_ids if category_ids is None else category_ids
@@ -112,7 +115,43 @@ class Evaluator:
         size = -(-min(pipeline.batch_size, len(dataset) or 1) // unit) * unit
         self._batches = make_eval_pipeline(dataset, dataclasses.replace(pipeline, batch_size=size))
         self._mesh = mesh
-        self._predict = make_predict_fn(module, mesh, len(self._category_ids))
+        split = batch_sharding(mesh)
+        self._programs = Programs(
+            make_predict_fn(module, mesh, len(self._category_ids)),
+            [
+                tuple(
+                    jax.ShapeDtypeStruct((size, *shape), dtype, sharding=split)
+                    for shape, dtype in (((*b, 3), np.uint8), (b, np.bool_), ((2,), np.int32))
+                )
+                for b in self._batches.buckets
+            ],
+            name="evaluation",
+            remedies="lower config.train.eval_batch_size"
+            if size > unit
+            else "the model and one image a device are too large; use smaller config.data.buckets, "
+            "or another device",
+            reserved=reserved,
+        )
+
+    def compile(self, variables: Any) -> None:
+        """Compiles for every bucket that the set needs, on accelerators.
+
+        What does not fit is found before anything is evaluated, or trained. On CPUs each program is
+        compiled when it is first needed.
+
+        Args:
+          variables: the model's variables, or their shapes.
+
+        Raises:
+          DoesNotFitError: a bucket's batch does not fit the devices' memory.
+        """
+        if on_accelerators(self._mesh):
+            whole = replicated(self._mesh)
+            self._programs.compile_all(
+                jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), variables
+                )
+            )
 
     def detect(self, variables: Any, progress: Callable[[int, int], None] | None = None):
         """Detections of every image of the set.
@@ -127,13 +166,13 @@ class Evaluator:
         start = time.perf_counter()
         results: list[dict[str, Any]] = []
         self._batches.stats = PipelineStats()
+        self.compile(variables)
         variables = jax.device_put(variables, replicated(self._mesh))
         for number, batch in enumerate(self._batches, 1):
             arrays = {k: batch[k] for k in ("images", "mask", "original_size", "image_index")}
             placed = put_batch(arrays, self._mesh)
-            out = self._predict(
-                variables, placed["images"], placed["mask"], placed["original_size"]
-            )
+            inputs = placed["images"], placed["mask"], placed["original_size"]
+            out = self._programs((variables,), inputs)(variables, *inputs)
             index, scores, labels, boxes = _to_host((placed["image_index"], *out))
             ids = [self._dataset.image_id(int(i)) if i >= 0 else None for i in index]
             results += to_coco_results(ids, scores, labels, boxes, self._category_ids)

@@ -301,7 +301,8 @@ def _fake_product_bwd(contraction, residuals, cotangent):
         da, dqa = _cotangents(a, quantizer_a, d_a_hat)
     else:
         total = jnp.sum(d_b_hat * b_hat.astype(contraction.dtype))
-        da, ds = lsq.vjp_of_total(a, *quantizer_a, d_a_hat, total)
+        step, lower, upper, g = quantizer_a
+        da, ds = lsq.vjp_of_total(a, step, lower, upper, g, d_a_hat, total)
         dqa = _step_cotangent(quantizer_a, ds)
     return da, db, dqa, dqb
 

@@ -8,6 +8,7 @@ around.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal
 
 from aqdetr_jax.data.config import DataConfig
@@ -117,6 +118,7 @@ class TrainConfig:
       log_every: steps between metric lines.
       abort_after: stop after this many steps in a row with a non-finite loss or gradient.
       pictures: validation images drawn in the report.
+      profile: "FIRST:LAST", steps whose profiler trace is written; "" = none.
     """
 
     steps: int = 0
@@ -132,6 +134,24 @@ class TrainConfig:
     log_every: int = 20
     abort_after: int = 20
     pictures: int = 8
+    profile: str = ""
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step of ``profile``, counted from 1; None without one."""
+        if not self.profile:
+            return None
+        found = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        first, last = map(int, found.groups()) if found else (0, 0)
+        if not 1 <= first <= last:
+            raise ValueError(
+                f"train.profile={self.profile!r}: write FIRST:LAST, two steps counted from 1 in "
+                "order, such as 100:110"
+            )
+        return first, last
+
+    def __post_init__(self):
+        _ = self.profiled  # refuses another text
 
 
 @dataclasses.dataclass(frozen=True)

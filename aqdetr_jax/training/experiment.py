@@ -54,8 +54,8 @@ def load_experiment(
         ("eval_batch_size", "eval_batch_per_chip"),
     ):
         if f"train.{key}" in keys and f"train.{other}" not in keys:
-            train = dataclasses.replace(config.train, **{other: 0})
-            config = dataclasses.replace(config, train=train)
+            nothing: dict[str, Any] = {other: 0}
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, **nothing))
     if pretrain:
         config = pretraining(config, keys)
     config = dataclasses.replace(config, **fields)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -26,20 +24,32 @@ from aqdetr_jax.host import StoppedError
 from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
 from aqdetr_jax.models.detector import Detector, example_input, record_ops
 from aqdetr_jax.parallel.hosts import agree, is_main, one_for_all, say, stop_request
-from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
+from aqdetr_jax.parallel.mesh import (
+    bytes_a_device,
+    make_mesh,
+    on_accelerators,
+    put_batch,
+    replicated,
+)
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.assemble import TRAINED_KEYS, Assembly, assemble
 from aqdetr_jax.training.bundles import run_bundle
+from aqdetr_jax.training.clock import RunClock
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.data_check import check_data
-from aqdetr_jax.training.metrics import MetricsWriter, Progress
-from aqdetr_jax.training.notices import check_step, counts_by_image, say_limits
+from aqdetr_jax.training.log import StepLog, open_writer
+from aqdetr_jax.training.notices import say_limits
+from aqdetr_jax.training.profile import STEP, StepTrace, check_profile
+from aqdetr_jax.training.programs import step_programs
 from aqdetr_jax.training.resume import facts
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.workdir import prepare_workdir
+
+GUARD = "disallow"
+"""``jax.transfer_guard`` of the loop: what is transferred is transferred explicitly."""
 
 
 @dataclasses.dataclass
@@ -73,8 +83,10 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     Raises:
       StoppedError: after SIGTERM or SIGINT, with the state saved.
       TrainingDivergedError: see ``train.abort_after``.
+      DoesNotFitError: a bucket's step needs more memory than a device has.
       ValueError, FileNotFoundError and their kin: bad input; the message names it.
     """
+    clock = RunClock()
     # --- devices and data -------------------------------------------------------------------
     given, config = config, sizing.with_batch(config)
     mesh = make_mesh(
@@ -86,19 +98,25 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     config = check_data(config, train_set, eval_set)
     sizing.say_sizes(given, config, train_set)
     known = facts(config, Path(workdir), train_set, eval_set)
-    with prepare_workdir(workdir, from_dataclass(config), **known) as folder, jax.set_mesh(mesh):
+    check_profile(config)
+    with (
+        prepare_workdir(workdir, from_dataclass(config), **known) as folder,
+        jax.set_mesh(mesh),
+        contextlib.closing(clock),
+    ):
         if folder.changes:
             say(f"{config.name}: changed since the last start: {'; '.join(folder.changes)}")
-        return _Run(config, folder.path, mesh, train_set, eval_set).run()
+        return _Run(config, folder.path, mesh, train_set, eval_set, clock).run()
 
 
 class _Run:
-    def __init__(self, config, path, mesh, train_set, eval_set):
+    def __init__(self, config, path, mesh, train_set, eval_set, clock):
         self.config: ExperimentConfig = config
         self.path: Path = path
         self.mesh = mesh
         self.train_set: DetectionDataset = train_set
         self.eval_set: DetectionDataset = eval_set
+        self.clock: RunClock = clock
         self.module = setup.build_module(config)
         self.evaluator: Evaluator | None = None
 
@@ -125,22 +143,30 @@ class _Run:
 
             # --- the step ---------------------------------------------------------------------
             step = assembly.step(self.module, teacher_module)
+            programs = step_programs(config, step, self.mesh)
+            if on_accelerators(self.mesh):
+                # All of them, so that what does not fit is found now and not when it first comes.
+                with self.clock.within("compile"):
+                    programs.compile_all(state, teacher_variables)
+                    if isinstance(self.module, Detector):
+                        self._evaluator(state).compile(state.evaluated)
 
             # --- loop -------------------------------------------------------------------------
             block = detections = None
             with (
                 # A run that was killed before its first checkpoint logs from step 1 again.
-                _writer(self.path, first) as writer,
+                open_writer(self.path, first) as writer,
                 stop_request() as stop,
                 contextlib.closing(
-                    self._loop(state, first, step, teacher_variables, writer)
+                    self._loop(state, first, programs, teacher_variables, writer)
                 ) as steps,
             ):
                 for done, state in steps:
                     last = done == config.train.steps
                     stopping = not last and stop.seen(done)
                     if self._due(done, config.train.checkpoint_every) or last or stopping:
-                        checkpoints.save(done, state, wait=last or stopping)
+                        with self.clock.within("checkpoint"):
+                            checkpoints.save(done, state, wait=last or stopping)
                     if stopping:
                         raise StoppedError(
                             f"stopped at step {done} as asked; the state is saved in {self.path}: "
@@ -161,10 +187,13 @@ class _Run:
         bundle = run_bundle(
             config, self.train_set, self.eval_set, jax.device_get(state.evaluated), block
         )
-        save_model(self.path / MODEL_FOLDER, bundle)
+        with self.clock.within("checkpoint"):
+            save_model(self.path / MODEL_FOLDER, bundle)
         if block is not None and detections is not None and is_main():
             detections.write(self.path)
             write_json_atomic(self.path / "results.json", block)
+        self.clock.lap()
+        say(f"{config.name}: {self.clock.summary()}")
         return RunResult(config, load_model(self.path), block, detections)
 
     # ------------------------------------------------------------------------------------------
@@ -233,58 +262,47 @@ class _Run:
             write_json_atomic(self.path / "bit_report.json", report)
             write_text_atomic(self.path / "bit_report.txt", format_bit_report(report) + "\n")
 
-    def _loop(self, state, first, step, teacher_variables, writer) -> Generator:
-        """Yields (steps done, state) after every step; logs."""
-        config = self.config
+    def _loop(self, state, first, programs, teacher_variables, writer) -> Generator:
+        """Yields (steps done, state) after every step; logs.
+
+        Between the host and the devices go the batch, by ``put_batch``, and what is logged, by
+        ``log.put`` and ``log.fetch``; anything else is an error.
+        """
+        config, clock = self.config, self.clock
         pipeline = setup.pipeline_config(config, train=True, start_step=first)
         batches = make_train_pipeline(self.train_set, pipeline)
-        rate = jax.jit(optim.learning_rate(config.optimizer, config.train.steps))
-        progress = Progress(
-            config.train.steps,
-            self.path,
-            batch_size=config.train.batch_size,
-            start=first,
-            stream=None if is_main() else io.StringIO(),
-        )
-        clock, counted = time.perf_counter(), first
-        skipped, abort_after = int(state.skipped), config.train.abort_after
+        log = StepLog(config, self.path, writer, clock, self.train_set, batches.stats, state, first)
+        trace = StepTrace(config, self.path, first)
+        clock.started()
         try:
             for number in range(first, config.train.steps):
-                batch = next(batches)
-                placed = put_batch({k: batch[k] for k in TRAINED_KEYS}, self.mesh)
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step(state, teacher_variables, placed)
                 done = number + 1
+                trace.before(done, state)
+                with (
+                    jax.profiler.StepTraceAnnotation(STEP, step_num=done),
+                    jax.transfer_guard(GUARD),
+                ):
+                    with clock.within("input"):
+                        batch = next(batches)
+                        placed = put_batch({k: batch[k] for k in TRAINED_KEYS}, self.mesh)
+                    with clock.within("compile"):  # if this bucket's program is not made yet
+                        program = programs((state, teacher_variables), (placed,))
+                    state, metrics = clock.step(program, state, teacher_variables, placed)
+                trace.after(done, metrics)
                 if self._due(done, config.train.log_every) or done == config.train.steps:
-                    metrics = jax.device_get(metrics)
-                    values = {k: float(np.sum(v)) for k, v in metrics.items()}
-                    now = time.perf_counter()
-                    images = (done - counted) * config.train.batch_size
-                    values["images_per_second"] = images / (now - clock)
-                    # Skipped updates do not advance the schedule.
-                    updates = max(number - int(values["skipped"]), 0)
-                    values["learning_rate"] = float(rate(updates)) * config.optimizer.lr
-                    clock, counted = now, done
-                    values["truncated_boxes"] = float(batches.stats.truncated_boxes)
-                    values["skipped_images"] = float(batches.stats.skipped_images)
-                    writer.write(done, values)
-                    new = int(values["skipped"]) - skipped
-                    replaced = counts_by_image(
-                        metrics.get("replaced_costs"), batch["image_index"], self.train_set
-                    )
-                    check_step(done, values, replaced, new, abort_after)
-                    skipped = int(values["skipped"])
-                    progress.update(done, _shown(values))
+                    with jax.transfer_guard(GUARD):
+                        log.step(done, metrics, batch["image_index"])
                 yield done, state
                 if self._due(done, config.train.eval_every):
-                    clock, counted = time.perf_counter(), done
+                    log.restart(done)
         finally:
             batches.close()
-            progress.close()
+            log.close()
+            trace.close()
             if batches.stats.summary():
                 say(f"{self.train_set.name}: left out since the start: {batches.stats.summary()}")
 
-    def _evaluate(self, state: TrainState) -> tuple[dict[str, Any], Detections]:
+    def _evaluator(self, state: TrainState) -> Evaluator:
         assert isinstance(self.module, Detector)
         if self.evaluator is None:
             self.evaluator = Evaluator(
@@ -292,8 +310,14 @@ class _Run:
                 self.eval_set,
                 setup.pipeline_config(self.config, train=False),
                 self.mesh,
+                # Beside the state, of which the evaluated part is an argument.
+                reserved=bytes_a_device(state) - bytes_a_device(state.evaluated),
             )
-        metrics, detections = self.evaluator.evaluate(state.evaluated)
+        return self.evaluator
+
+    def _evaluate(self, state: TrainState) -> tuple[dict[str, Any], Detections]:
+        with self.clock.within("evaluation"):
+            metrics, detections = self._evaluator(state).evaluate(state.evaluated)
         block = results_block(
             metrics,
             images=len(self.eval_set),
@@ -308,24 +332,6 @@ class _Run:
     @staticmethod
     def _due(done: int, every: int) -> bool:
         return every > 0 and done % every == 0
-
-
-def _writer(path: Path, first: int) -> contextlib.AbstractContextManager:
-    """The metrics writer; a run killed before its first checkpoint logs from step 1 again."""
-    if is_main():
-        return MetricsWriter(path, resume_step=first)
-    return contextlib.nullcontext(_NoWriter())
-
-
-class _NoWriter:
-    def write(self, step: int, metrics: object) -> None:
-        """Other processes than the main one write nothing."""
-
-
-def _shown(values: dict[str, float]) -> dict[str, float]:
-    """The few terms that fit a progress line."""
-    shown = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_distill_encoder")
-    return {name: values[name] for name in shown if name in values}
 
 
 def _flat_results(block: dict[str, Any]) -> dict[str, float]:

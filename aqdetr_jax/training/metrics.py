@@ -153,8 +153,8 @@ def _scalar(name: str, value: Any) -> float | int | str | bool | None:
 class Progress:
     """Shows how a run goes: one line rewritten on a terminal, else a plain line now and then.
 
-    The line holds step and total, a bar, the loss terms, images per second, the time left, the
-    last AP when known, and the work directory.
+    The line holds step and total, a bar, the loss terms, images per second, what the time since the
+    last line went into, the time left, the last AP when known, and the work directory.
     """
 
     def __init__(
@@ -187,14 +187,21 @@ class Progress:
         # The first step holds the compilation: speed is measured from its end.
         self._origin: tuple[int, float] | None = None
         self._step = start
+        self._spent: dict[str, float] = {}
 
-    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+    def update(
+        self,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
         """Reports that ``step`` is done; draws only when a new line is due.
 
         Args:
           step: steps done so far.
           metrics: loss terms; fetched from the device only if they are drawn. A value under
             ``AP`` (or ending in ``/AP``) is remembered, others are shown once.
+          seconds: what the time since the last update went into; shown as shares.
         """
         now = time.monotonic()
         self._step = step
@@ -203,6 +210,8 @@ class Progress:
         for name, value in _flatten(metrics or {}):
             if name.rsplit("/", 1)[-1] == "AP":
                 self._ap = float(value)
+        for part, spent in (seconds or {}).items():
+            self._spent[part] = self._spent.get(part, 0.0) + spent
         if now - self._shown_at < self._interval and step < self.total:
             return
         self._shown_at = now
@@ -239,6 +248,9 @@ class Progress:
                 f"{rate * self.batch_size:.3g} images/s" if self.batch_size else f"{rate:.3g} st/s"
             )
             parts.append(f"{format_seconds((self.total - self._step) / rate)} left")
+        if self._spent:
+            parts.append(shares(self._spent))
+            self._spent = {}
         if self._ap is not None and self._ap >= 0:
             parts.append(f"AP {100 * self._ap:.1f}")
         return " | ".join([*parts, self.workdir])
@@ -257,6 +269,22 @@ class Progress:
         if self._is_terminal and self._width:
             self._stream.write("\r" + " " * self._width + "\r")
             self._width = 0
+
+
+def shares(seconds: Mapping[str, float], names: Mapping[str, str] | None = None) -> str:
+    """The parts that take a percent and more, largest first: ``93% step, 5% input``.
+
+    Args:
+      seconds: of each part.
+      names: words for the parts.
+    """
+    whole = max(sum(seconds.values()), 1e-9)
+    found = sorted(seconds, key=lambda part: -seconds[part])
+    return ", ".join(
+        f"{seconds[part] / whole:.0%} {(names or {}).get(part, part)}"
+        for part in found
+        if seconds[part] >= 0.005 * whole
+    )
 
 
 def format_seconds(seconds: float) -> str:

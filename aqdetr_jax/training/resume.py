@@ -21,6 +21,7 @@ CHANGEABLE = (
     "train.log_every",
     "train.abort_after",
     "train.pictures",
+    "train.profile",
     "data.num_threads",
     "data.prefetch",
     "data.cache_dir",

@@ -83,6 +83,28 @@ def test_an_evaluator_can_be_used_again_and_reports_progress(evaluated):
     assert seen == [(1, 2), (2, 2)]
 
 
+def test_on_accelerators_every_bucket_in_use_is_compiled_first(evaluated, monkeypatch):
+    bundle, dataset, _, _, detections = evaluated
+    monkeypatch.setattr("aqdetr_jax.evaluation.evaluator.on_accelerators", lambda mesh: True)
+    pipeline = setup.pipeline_config(tiny.FLOAT, train=False)
+    pipeline = dataclasses.replace(pipeline, buckets=((64, 64), (640, 640)))
+    evaluator = Evaluator(bundle.module(), dataset, pipeline, make_mesh())
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        evaluator.compile(bundle.variables)
+        assert len(compiled) == 1  # no image is large enough for the other
+        assert evaluator.detect(bundle.variables).results == detections.results
+        assert len(compiled) == 1
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_non_finite_parameters_are_reported_with_the_image(evaluated):
     bundle, _, evaluator, _, _ = evaluated
     broken = jax.tree.map(np.copy, bundle.variables)

@@ -33,6 +33,49 @@ def test_one_device_is_a_mesh_of_one():
         meshes.make_mesh(model=0)
 
 
+@pytest.fixture
+def devices(monkeypatch):
+    """Sets the number of devices that a mesh may have."""
+
+    def there_are(count: int, platform: str) -> None:
+        monkeypatch.setattr(jax, "device_count", lambda: count)
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+
+    return there_are
+
+
+@pytest.mark.parametrize(
+    ("count", "platform", "options", "wanted"),
+    [
+        (8, "tpu", {"batch_size": 16}, (8, 1)),
+        (8, "tpu", {"model": 2}, (4, 2)),
+        (8, "tpu", {"data": 2, "model": 4}, (2, 4)),
+        (8, "cpu", {"batch_size": 12}, (6, 1)),  # cores may be left idle
+        (8, "cpu", {"batch_size": 4, "model": 3}, (2, 3)),
+    ],
+)
+def test_shapes_of_meshes(devices, count, platform, options, wanted):
+    devices(count, platform)
+    assert meshes.mesh_shape(**options) == wanted
+
+
+@pytest.mark.parametrize(
+    ("count", "platform", "options", "message"),
+    [
+        (8, "tpu", {"model": 3}, r"config.mesh.model=3 does not divide the 8 dev.* 1, 2, 4, 8$"),
+        (4, "tpu", {"model": 8}, r"config.mesh.model=8 does not divide the 4 devices: .* 1, 2, 4$"),
+        (4, "cpu", {"model": 8}, r"config.mesh.model=8 does not divide the 4 devices: .* 1, 2, 4$"),
+        (8, "tpu", {"data": 3, "model": 2}, "mesh data=3 x model=2 needs 6 devices, there are 8"),
+        (8, "tpu", {"data": 0}, "at least 1"),
+    ],
+)
+def test_meshes_that_cannot_be_say_what_to_set(devices, count, platform, options, message):
+    devices(count, platform)
+    with pytest.raises(ValueError, match=message) as caught:
+        meshes.mesh_shape(**options)
+    assert "\n" not in str(caught.value)
+
+
 def test_unused_rule_is_reported(caplog):
     mesh = meshes.make_mesh()
     with caplog.at_level(logging.WARNING):

@@ -135,7 +135,7 @@ ALWAYS = (
     "train.epochs", "train.batch_size", "train.batch_per_chip", "train.accumulate",
     "train.eval_batch_size", "train.eval_batch_per_chip", "train.eval_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.abort_after",
-    "train.pictures",
+    "train.pictures", "train.profile",
     "mesh.data", "mesh.model",
 )
 # fmt: on

@@ -24,7 +24,7 @@ PROGRAM = """
     from aqdetr_jax.training import initial, setup
     from aqdetr_jax.training import optimizer as optim
     from aqdetr_jax.training.config import DistillConfig
-    from aqdetr_jax.training.loop import TRAINED_KEYS
+    from aqdetr_jax.training.assemble import TRAINED_KEYS
     from aqdetr_jax.checkpoint.model_folder import load_model
     from aqdetr_jax.parallel.mesh import AXES, batch_sharding, make_mesh, put_batch, replicated
     from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings

@@ -16,8 +16,8 @@ from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
+from aqdetr_jax.training.assemble import TRAINED_KEYS
 from aqdetr_jax.training.config import DistillConfig
-from aqdetr_jax.training.loop import TRAINED_KEYS
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
     detection_loss_fn,
