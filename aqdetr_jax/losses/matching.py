@@ -86,12 +86,12 @@ def matching_cost(predictions: Predictions, targets: Targets, weights: LossWeigh
     """The matching cost of every target and query: weighted class + L1 - GIoU.
 
     Args:
-        predictions: ``[..., B, Q, ...]``; computed in float32, no gradient flows.
-        targets: ``[B, T, ...]``. Padded rows hold some number.
+        predictions: ``[..., Q, ...]``; computed in float32, no gradient flows.
+        targets: ``[..., T, ...]``, broadcastable leading axes. Padded rows hold some number.
         weights: the same weights as in the loss, as in both official settings.
 
     Returns:
-        float32 ``[..., B, T, Q]``; not finite where the predictions are not.
+        float32 ``[..., T, Q]``; not finite where the predictions are not.
     """
     logits = lax.stop_gradient(jnp.asarray(predictions.logits, jnp.float32))
     boxes = lax.stop_gradient(jnp.asarray(predictions.boxes, jnp.float32))
@@ -121,12 +121,18 @@ def match_sets(
     """
     widths = [query_set.predictions.boxes.shape[-2] for query_set in sets]
     widest = max(widths)
+    # Images first: a TPU solves neighbouring problems in one block, which takes as long as its
+    # slowest, and the problems of an image are about equally hard.
+    per_image = jax.tree.map(lambda x: x[:, None], targets)
     costs = []
     for query_set, width in zip(sets, widths, strict=True):
-        cost = matching_cost(query_set.predictions, targets, weights)
+        predictions = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), query_set.predictions)
+        cost = matching_cost(predictions, per_image, weights)
         costs.append(jnp.pad(cost, [(0, 0)] * (cost.ndim - 1) + [(0, widest - width)]))
-    supply = jnp.stack([query_set.repeats for query_set in sets])[:, None]  # [S, 1, B, T]
-    num_columns = jnp.asarray(widths, jnp.int32)[:, None, None]
-    owner, replaced = assign_sharded(jnp.stack(costs), supply, num_columns, batch_axis=2)
-    matched = [owner[i, ..., :width] for i, width in enumerate(widths)]
-    return matched, jnp.sum(replaced, axis=(0, 1))
+    supply = jnp.stack([query_set.repeats for query_set in sets], axis=1)[:, :, None]
+    num_columns = jnp.asarray(widths, jnp.int32)[:, None]
+    owner, replaced = assign_sharded(
+        jnp.stack(costs, axis=1), supply, num_columns, batch_axis=0
+    )  # [B, S, L, Q], [B, S, L]
+    matched = [jnp.swapaxes(owner[:, i, :, :width], 0, 1) for i, width in enumerate(widths)]
+    return matched, jnp.sum(replaced, axis=(1, 2))

@@ -1,31 +1,29 @@
 """Exact linear assignment on the device, for many small problems at once.
 
-The solver is the shortest-augmenting-path method of Jonker and Volgenant ("A shortest augmenting
-path algorithm for dense and sparse linear assignment problems", Computing 38, 1987) as used by
-SciPy, with three changes that matter on an accelerator:
+`aqdetr_jax.ops.assignment_step` has the algorithm. What matters on an accelerator:
 
 * **One flat loop.** A ``vmap`` of nested ``while`` loops runs, for every row, as long as the
   slowest problem of the batch. Here the leading axes are flattened to ``P`` problems, and one
-  ``while`` loop advances each of them by one step of its own: scan one row, or flip one edge of an
-  augmenting path. The number of iterations is the largest *total* work of one problem.
+  ``while`` loop advances each of them by one step of its own: a bid, a row scanned, or an edge
+  flipped. The number of iterations is the largest *total* work of one problem.
+* **One kernel on a TPU.** There an iteration of XLA's loop is some twenty kernels; the whole loop
+  is one instead (`aqdetr_jax.ops.assignment_kernel`).
 * **Real rows only.** Padded rows are never visited.
 * **Rows have a supply.** A target that is matched to ``k`` queries is one row with supply ``k`` (a
   transportation problem), not ``k`` equal rows. The optimum is the same, the cost tensor is ``k``
   times smaller, and the ties between equal rows, which make augmenting paths long, do not exist.
-
-All state lives on ``[P, Q]`` arrays and is written by ``where`` on one-hot masks: batched scatters
-become serial loops on TPU.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from aqdetr_jax.ops.assignment_step import grant_of, start, step, unfinished
 
 __all__ = ["assign", "assign_repeated", "assign_sharded", "sanitize_cost"]
 
@@ -65,130 +63,62 @@ def sanitize_cost(cost: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Arr
     return clean, jnp.sum(bad, axis=(-2, -1), dtype=jnp.int32)
 
 
-class _State(NamedTuple):
-    """Loop state of ``P`` problems; all vectors are ``[P, 1]`` and all matrices ``[P, Q]``."""
-
-    iteration: jax.Array  # int32 scalar
-    unit: jax.Array  # int32: the unit of supply being placed
-    row: jax.Array  # int32: the row to scan now
-    entry: jax.Array  # int32: the column through which `row` was reached; -1 at the root
-    distance: jax.Array  # float32: length of the shortest path to `entry`
-    sink: jax.Array  # int32: the column whose edge is to be flipped; -1 while scanning
-    owner: jax.Array  # int32 [P, Q]: row that holds the column; -1 = free
-    price: jax.Array  # float32 [P, Q]: dual of the column; 0 on every free column
-    scanned: jax.Array  # bool [P, Q]: column is in the tree (or does not exist)
-    shortest: jax.Array  # float32 [P, Q]: length of the shortest path found to the column
-    parent: jax.Array  # int32 [P, Q]: (entry + 1) * T + row of the path's last step
-
-
-def _solve(
-    cost: jax.Array, supply: jax.Array, num_columns: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Solves ``P`` transportation problems.
+def _loop(cost: jax.Array, wanted: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Solves ``P`` transportation problems in a loop of XLA.
 
     Args:
-        cost: finite float32 ``[P, T, Q]``.
-        supply: int32 ``[P, T]``, columns wanted by each row (0 = padded row).
-        num_columns: int32 ``[P]``, columns from here on do not exist.
+        cost: finite float32 ``[P, T, Q]``, no axis empty.
+        wanted: int32 ``[P, T]``, columns wanted by each row (0 = padded row), in total at most
+            ``count``.
+        count: int32 ``[P]``, columns from here on do not exist.
 
     Returns:
-        ``owner`` int32 ``[P, Q]``, the row of each column or -1, and the number of iterations.
+        int32 ``[P, Q]``, the row of each column or -1; and the number of iterations, int32 ``[]``.
     """
-    num_problems, num_rows, num_cols = cost.shape
-    if 0 in cost.shape:
-        return jnp.full((num_problems, num_cols), -1, jnp.int32), jnp.int32(0)
-    columns = lax.broadcasted_iota(jnp.int32, (num_problems, num_cols), 1)
-    absent = columns >= num_columns[:, None]
-    # With more units than columns the first ones are placed: the loop must always terminate.
-    last_unit = jnp.minimum(jnp.cumsum(supply, axis=1, dtype=jnp.int32), num_columns[:, None])
-    total = last_unit[:, -1:]
-    flat_cost = cost.reshape(num_problems * num_rows, num_cols)
-    first_row = jnp.arange(num_problems, dtype=jnp.int32) * num_rows
+    problems, num_rows, num_cols = cost.shape
+    columns = lax.broadcasted_iota(jnp.int32, (problems, num_cols), 1)
+    absent = columns >= count[:, None]
+    grant = grant_of(wanted)
+    rows = cost.reshape(problems * num_rows, num_cols)
+    first = jnp.arange(problems, dtype=jnp.int32) * num_rows
 
-    def row_of(unit: jax.Array) -> jax.Array:
-        row = jnp.sum(last_unit <= unit, axis=1, keepdims=True, dtype=jnp.int32)
-        return jnp.minimum(row, num_rows - 1)
+    def fetch(row: jax.Array) -> jax.Array:
+        return jnp.take(rows, first + row[:, 0], axis=0, mode="clip")
 
-    def pick(values: jax.Array, column: jax.Array) -> jax.Array:
-        """``values[p, column[p]]`` as ``[P, 1]``; 0 where ``column`` is -1."""
-        return jnp.sum(jnp.where(columns == column, values, 0), axis=1, keepdims=True)
-
-    def unfinished(state: _State) -> jax.Array:
-        return jnp.any(state.unit < total)
-
-    def step(state: _State) -> _State:
-        active = state.unit < total
-        scanning = active & (state.sink < 0)
-
-        # Scan a row: relax the paths that continue through it.
-        row_cost = jnp.take(flat_cost, first_row + state.row[:, 0], axis=0, mode="clip")
-        reduced = row_cost - state.price
-        # A held column has reduced cost equal to its row's dual, so that no row duals are stored.
-        offset = jnp.where(state.entry >= 0, state.distance - pick(reduced, state.entry), 0.0)
-        length = reduced + offset
-        fresh = scanning & ~state.scanned
-        # All columns held by the scanned row are as near as the row itself and lead back to it.
-        held = fresh & (state.owner == state.row)
-        better = fresh & ~held & (length < state.shortest)
-        shortest = jnp.where(held | better, length, state.shortest)
-        parent = jnp.where(better, (state.entry + 1) * num_rows + state.row, state.parent)
-        scanned = state.scanned | held
-
-        # The nearest column outside the tree; among equals a free one, which ends the search.
-        open_length = jnp.where(scanned, jnp.inf, shortest)
-        nearest = jnp.min(open_length, axis=1, keepdims=True)
-        key = jnp.where(
-            ~scanned & (open_length <= nearest),
-            (state.owner + 1) * num_cols + columns,
-            jnp.iinfo(jnp.int32).max,
-        )
-        key = jnp.min(key, axis=1, keepdims=True)
-        column, holder = key % num_cols, key // num_cols - 1
-        found = scanning & (holder < 0)
-        price = jnp.where(
-            found & scanned & ~absent, state.price + (shortest - nearest), state.price
-        )
-
-        # Flip one edge of the augmenting path, from its free end towards the root.
-        sink = jnp.where(found, column, state.sink)
-        code = pick(parent, sink)
-        owner = jnp.where((columns == sink) & active, code % num_rows, state.owner)
-        previous = code // num_rows - 1
-        flipping = active & (sink >= 0)
-        placed = flipping & (previous < 0)
-
-        unit = state.unit + placed
-        moved = scanning & ~found
-        return _State(
-            iteration=state.iteration + 1,
-            unit=unit,
-            row=jnp.where(placed, row_of(unit), jnp.where(moved, holder, state.row)),
-            entry=jnp.where(placed, -1, jnp.where(moved, column, state.entry)),
-            distance=jnp.where(moved, nearest, state.distance),
-            sink=jnp.where(placed, -1, jnp.where(flipping, previous, sink)),
-            owner=owner,
-            price=price,
-            scanned=jnp.where(placed, absent, scanned),
-            shortest=jnp.where(placed, jnp.inf, shortest),
-            parent=parent,
-        )
-
-    zeros = jnp.zeros((num_problems, 1), jnp.int32)
-    state = _State(
-        iteration=jnp.int32(0),
-        unit=zeros,
-        row=row_of(zeros),
-        entry=zeros - 1,
-        distance=jnp.zeros((num_problems, 1), jnp.float32),
-        sink=zeros - 1,
-        owner=jnp.full((num_problems, num_cols), -1, jnp.int32),
-        price=jnp.zeros((num_problems, num_cols), jnp.float32),
-        scanned=absent,
-        shortest=jnp.full((num_problems, num_cols), jnp.inf, jnp.float32),
-        parent=jnp.zeros((num_problems, num_cols), jnp.int32),
+    state, iterations = lax.while_loop(
+        lambda carry: unfinished(carry[0]),
+        lambda carry: (step(carry[0], absent, grant, fetch), carry[1] + 1),
+        (start(wanted, absent), jnp.int32(0)),
     )
-    state = lax.while_loop(unfinished, step, state)
-    return state.owner, state.iteration
+    return state.owner, iterations
+
+
+def _kernel(cost: jax.Array, wanted: jax.Array, count: jax.Array) -> jax.Array:
+    """As `_loop`, for a TPU; without the number of iterations."""
+    # Here, because the import takes longer than most commands take to answer `--help`.
+    from aqdetr_jax.ops import assignment_kernel
+
+    block = assignment_kernel.block_of(cost.shape)
+    if block is None:
+        return _loop(cost, wanted, count)[0]
+    return assignment_kernel.solve(cost, wanted, count, block)
+
+
+def _solve(cost: jax.Array, supply: jax.Array, count: jax.Array) -> jax.Array:
+    """Solves ``P`` problems as the platform does it best: ``owner``, int32 ``[P, Q]``."""
+    problems, _, num_cols = cost.shape
+    if 0 in cost.shape:
+        return jnp.full((problems, num_cols), -1, jnp.int32)
+    wanted = _limit(supply, count)
+    return lax.platform_dependent(
+        cost, wanted, count, tpu=_kernel, default=lambda *problem: _loop(*problem)[0]
+    )
+
+
+def _limit(supply: jax.Array, count: jax.Array) -> jax.Array:
+    """Of more units than columns the first ones: the loop must always end."""
+    last = jnp.minimum(jnp.cumsum(supply, axis=1, dtype=jnp.int32), count[:, None])
+    return jnp.diff(last, axis=1, prepend=0)
 
 
 def assign_repeated(
@@ -221,7 +151,7 @@ def assign_repeated(
     count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), lead)
     cost, replaced = sanitize_cost(lax.stop_gradient(cost), supply > 0)
     problems = math.prod(lead)
-    owner, _ = _solve(
+    owner = _solve(
         cost.reshape(problems, num_rows, num_cols),
         supply.reshape(problems, num_rows),
         count.reshape(problems),
