@@ -11,7 +11,9 @@ Rules of the count, one number for an instruction:
 - what a fusion does inside itself moves nothing: its operands and results count;
 - a loop's body counts as often as it runs where that is known, else once.
 
-The sum is what must pass through HBM at least, if nothing is read twice inside an operation.
+The sum is what passes through HBM if every operation reads its operands whole and once. It is too
+high where a fusion takes only a part of an operand (of one head, in a loop over heads), and too low
+where a gather reads rows more than once.
 """
 
 from __future__ import annotations
