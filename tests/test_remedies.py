@@ -44,11 +44,11 @@ VERBS = options(cli._parser())
 OTHERS = frozenset(
     (
         *("--verify", "--porcelain", "--show-toplevel"),
-        *("--xla_dump_to", "--xla_dump_hlo_as_text"),
+        *("--xla_dump_to", "--xla_dump_hlo_as_text", "--logdir"),
         *("--run", "--run-dark"),
     )
 )
-"""Options of git and of XLA, and variables of style sheets."""
+"""Options of git, of XLA and of xprof, and variables of style sheets."""
 
 FILES = ("json", "yaml", "yml", "pkl", "pth", "safetensors")
 """What follows the dot in the names of files: "data.yaml" is no key."""

@@ -34,7 +34,7 @@ class Step:
     Attributes:
       kind: training or evaluation.
       bucket: height and width of its images.
-      rows: images a replica.
+      rows: images a replica in one step.
       flops: useful ones of a device.
       compiled: what the compiler made of it.
       times: what it takes at least.
@@ -155,9 +155,10 @@ def make_plan(
         rows = sizes.rows if kind == "train" else eval_rows
         for shape in buckets[kind]:
             result = compiled(kind, shape, rows, fast)
-            flops = image_flops(sizes.config, shape, kind) * rows // sizes.config.mesh.model
+            count = rows * (sizes.config.train.accumulate if kind == "train" else 1)
+            flops = image_flops(sizes.config, shape, kind) * count // sizes.config.mesh.model
             times = roofline(result.program, flops, place.kind, place.devices)
-            steps.append(Step(kind, shape, rows, flops, result, times))
+            steps.append(Step(kind, shape, count, flops, result, times))
     return Plan(place, sizes, tuple(steps), _schedule(sizes, place, steps))
 
 
@@ -180,22 +181,38 @@ def _schedule(sizes: Sizes, place: Slice, steps: Sequence[Step]) -> Schedule | N
     )
 
 
-def remedies(config: ExperimentConfig, kind: Kind, rows: int) -> list[str]:
+def remedies(sizes: Sizes, kind: Kind, rows: int) -> list[str]:
     """What makes a program smaller, the first things first; each can be given to ``plan``.
 
     Args:
-      config: of the program.
+      sizes: of the program.
       kind: of it.
       rows: its images a replica.
     """
-    found = []
-    if rows > 1:
-        found.append(f"a smaller batch: --per_chip={max(rows // 2, 1)}, or --search")
+    config, found = sizes.config, []
+    parts = config.train.accumulate if kind == "train" else 1
+    if rows > parts:
+        found.append(f"a smaller batch: --per_chip={rows // parts // 2 or 1}, or --search")
+    if kind == "train" and rows > parts and accumulates(config):
+        factor = next(n for n in range(2, rows + 1) if rows // parts % n == 0)
+        found.append(
+            f"the same batch in parts: --per_chip={rows // parts // factor} "
+            f"train.accumulate={parts * factor}"
+        )
     if kind == "train" and config.model.remat is not True:
         found.append("computing layers again: model.remat=True")
     if config.model.dtype == "float32":
         found.append("half the bytes between the layers: model.dtype=bfloat16")
     return found or ["a kind of chip with more HBM: --topology=v5p:2x2x1"]
+
+
+def accumulates(config: ExperimentConfig) -> bool:
+    """Whether a configuration's step can be cut into micro-batches."""
+    try:
+        dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=2))
+    except ValueError:
+        return False
+    return True
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -209,6 +226,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "remat": config.model.remat,
         "per_chip": plan.sizes.rows,
+        "accumulate": config.train.accumulate,
         "batch": config.train.batch_size,
         "assumed": list(plan.sizes.notes),
         "fits": plan.fits,
@@ -220,13 +238,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _step_json(step: Step, plan: Plan) -> dict[str, Any]:
-    result, program, config = step.compiled, step.compiled.program, plan.sizes.config
+    result, program = step.compiled, step.compiled.program
     return {
         "kind": step.kind,
         "bucket": list(step.bucket),
         "per_chip": step.rows,
         "fits": result.fits,
-        "remedies": [] if result.fits else remedies(config, step.kind, step.rows),
+        "remedies": [] if result.fits else remedies(plan.sizes, step.kind, step.rows),
         "hbm_bytes": result.memory.total,
         "hbm_limit_bytes": result.limit,
         "hbm_parts_bytes": dataclasses.asdict(result.memory),

@@ -24,7 +24,8 @@ class Sizes:
     Attributes:
       config: ``train.batch_size`` and ``train.eval_batch_size`` are the rows of a step over the
         slice, ``train.steps`` those of the run.
-      rows: images a replica (one chip, unless ``mesh.model`` or the kind of chip says otherwise).
+      rows: images a replica at a time (a replica is one chip, unless ``mesh.model`` or the kind of
+        chip says otherwise); a step takes ``train.accumulate`` times as many.
       replicas: devices along "data".
       images: of the training set.
       eval_images: of the evaluation set.
@@ -65,7 +66,7 @@ class Facts:
     """What the data say, or what is assumed in their place.
 
     Attributes:
-      config: with every size of data and model; ``train`` is as it was given.
+      config: with every size of data and model; what depends on the slice is as it was given.
       images: of the training set.
       eval_images: of the evaluation set.
       notes: what was assumed, a sentence each.
@@ -93,7 +94,8 @@ def read_facts(config: ExperimentConfig, place: Slice, images: int | None = None
     notes: list[str] = []
     if _has_data(config):
         train_set = open_dataset(config.data, train=True)
-        config = dataclasses.replace(sizing.with_data(config, train_set), train=given)
+        filled = sizing.with_data(config, train_set, chips=replicas_on(config, place), device=place)
+        config = dataclasses.replace(config, data=filled.data, model=filled.model)
         found, eval_images = len(train_set), len(open_dataset(config.data, train=False))
     else:
         config = _without_data(config, notes)
@@ -128,7 +130,7 @@ def resolve(facts: Facts, place: Slice, per_chip: int | None = None) -> Sizes:
     replicas = replicas_on(config, place)
     return Sizes(
         dataclasses.replace(config, train=train),
-        train.batch_size // replicas,
+        train.batch_size // replicas // train.accumulate,
         replicas,
         facts.images,
         facts.eval_images,
@@ -149,18 +151,11 @@ def with_batch(
     if per_chip is not None:
         if per_chip < 1:
             raise ValueError(f"--per_chip={per_chip} must be at least 1")
-        rows = per_chip * replicas
-        train = dataclasses.replace(train, batch_size=rows, eval_batch_size=rows)
-    elif train.batch_size % replicas:
-        less = "less than" if train.batch_size < replicas else "no multiple of"
-        raise ValueError(
-            f"config.train.batch_size={train.batch_size} is {less} the {replicas} devices along "
-            f"'data' of {place.name}, which cannot share it evenly: set a multiple of {replicas}, "
-            "give --per_chip=N, or choose another topology"
-        )
+        train = dataclasses.replace(train, batch_per_chip=per_chip, eval_batch_per_chip=per_chip)
+    config = sizing.with_batch(dataclasses.replace(config, train=train), replicas)
     # As the evaluator does: its last batch is filled up anyway.
-    evaluated = -(-train.eval_batch_size // replicas) * replicas
-    train = dataclasses.replace(train, eval_batch_size=evaluated)
+    evaluated = -(-config.train.eval_batch_size // replicas) * replicas
+    train = dataclasses.replace(config.train, eval_batch_size=evaluated)
     return dataclasses.replace(config, train=train)
 
 

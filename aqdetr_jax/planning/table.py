@@ -30,8 +30,8 @@ def format_plan(plan: Plan) -> str:
     lines = [
         f"{config.name} on {place.name}: {place.chips} chips ({kind.peak / 1e12:.0f} TFLOP/s, "
         f"{kind.bandwidth / 1e9:.0f} GB/s, {kind.hbm / _GIB:.2f} GiB a device), mesh "
-        f"data={plan.sizes.replicas} x model={config.mesh.model}, {plan.sizes.rows} images a "
-        f"replica, {config.train.batch_size} a step, {config.model.dtype}",
+        f"data={plan.sizes.replicas} x model={config.mesh.model}, {_batch(plan)}, "
+        f"{config.model.dtype}",
         *(f"assumed: {note}" for note in plan.sizes.notes),
         "",
         *columns([_HEAD, *(_row(step) for step in plan.steps)]),
@@ -48,6 +48,12 @@ def format_plan(plan: Plan) -> str:
             lines.append(_too_large(plan, step))
     lines += _estimates(plan)
     return "\n".join(lines)
+
+
+def _batch(plan: Plan) -> str:
+    train, rows = plan.sizes.config.train, plan.sizes.rows
+    parts = f"{train.accumulate} times " if train.accumulate > 1 else ""
+    return f"{parts}{rows} images a replica, {train.batch_size} a step"
 
 
 def _number(value: float) -> str:
@@ -117,7 +123,7 @@ def _collective_lines(step: Step) -> list[str]:
 
 def _too_large(plan: Plan, step: Step) -> str:
     needed, limit = step.compiled.memory.total / _GIB, step.compiled.limit / _GIB
-    ways = "; ".join(remedies(plan.sizes.config, step.kind, step.rows))
+    ways = "; ".join(remedies(plan.sizes, step.kind, step.rows))
     return (
         f"DOES NOT FIT: {_name(step)} needs {needed:.2f} GiB, a device of {plan.place.name} has "
         f"{limit:.2f}. First remedies: {ways}"

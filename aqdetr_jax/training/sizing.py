@@ -129,7 +129,13 @@ def describe_batch(given: ExperimentConfig, resolved: ExperimentConfig) -> str:
     return "; ".join(parts)
 
 
-def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> ExperimentConfig:
+def with_data(
+    config: ExperimentConfig,
+    dataset: DetectionDataset,
+    *,
+    chips: int | None = None,
+    device: Device | None = None,
+) -> ExperimentConfig:
     """Fills in what depends on the training set and on the devices; what is pinned stays.
 
     First :func:`with_batch`. ``data.fit`` becomes buckets, resizes and scales;
@@ -137,11 +143,17 @@ def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> Experiment
     ``model.num_classes=0`` their numbers; ``train.epochs`` steps; ``model.dtype="auto"`` what suits
     the devices.
 
+    Args:
+      config: the experiment.
+      dataset: its training set.
+      chips: see :func:`with_batch`.
+      device: see :func:`with_devices`; None = of this machine.
+
     Raises:
       ValueError: the data have more classes than a pinned number, neither steps nor epochs are
         given, or see :func:`with_batch`.
     """
-    config = with_batch(config)
+    config = with_batch(config, chips)
     data, model, train = config.data, config.model, config.train
     if data.fit:
         data = fitted(data, dataset, model.backbone.output_stride)
@@ -164,7 +176,7 @@ def with_data(config: ExperimentConfig, dataset: DetectionDataset) -> Experiment
         )
     train = with_steps(train, len(dataset))
     config = dataclasses.replace(config, data=data, model=model, train=train)
-    return with_devices(config, jax.devices()[0])
+    return with_devices(config, jax.devices()[0] if device is None else device)
 
 
 def with_steps(train: TrainConfig, images: int) -> TrainConfig:

@@ -55,6 +55,10 @@ def counting(monkeypatch):
     return compiler
 
 
+PINNED = ("train.batch_per_chip=0", "train.eval_batch_per_chip=0")
+"""Batches over all chips, in place of the configuration's a chip."""
+
+
 def coco(*overrides: str):
     return load_experiment("coco:r50,w4a4", ("model.encoder_layers=1", *overrides))
 
@@ -129,12 +133,12 @@ def test_a_data_set_of_unknown_length():
 
 @pytest.mark.parametrize(
     ("batch", "text"),
-    [(2, "less than the 4 devices"), (6, "no multiple of the 4 devices")],
+    [(2, "too few for 4 devices"), (6, "cannot be shared evenly by 4 devices")],
 )
 def test_a_batch_that_the_slice_cannot_share(batch, text):
     with pytest.raises(ValueError, match=text) as caught:
-        resolve(coco(f"train.batch_size={batch}"), V5E)
-    assert "--per_chip=N" in str(caught.value)
+        resolve(coco(*PINNED, f"train.batch_size={batch}"), V5E)
+    assert "use a multiple of 4" in str(caught.value)
 
 
 def test_a_mesh_that_does_not_divide_the_slice():
@@ -174,7 +178,7 @@ def test_useful_work_counts_auxiliary_queries_and_teacher():
 
 
 def test_every_program_is_compiled(counting):
-    config = coco("train.batch_size=16", "train.eval_batch_size=5")
+    config = coco(*PINNED, "train.batch_size=16", "train.eval_batch_size=5")
     plan = make_plan(config, "v5e:2x2")
     buckets = [(800, 1344), (1344, 800), (1088, 1088)]
     assert counting.cases == [
@@ -218,17 +222,48 @@ def test_what_does_not_fit_says_what_to_do(counting):
     assert plan.schedule is None
     text = format_plan(plan)
     assert "DOES NOT FIT: train 320x320 needs 25.00 GiB, a device of v5e:2x2 has 15.75" in text
-    assert "--per_chip=4" in text
+    assert "--per_chip=4, or --search" in text
+    assert "train.accumulate=2" in text
     assert "model.dtype=bfloat16" in text
     assert "model.remat" not in text  # it is on already
 
 
 def test_remedies_apply():
-    config = resolve(coco("model.dtype=bfloat16"), V5E).config
-    assert remedies(config, "train", 1) == ["a kind of chip with more HBM: --topology=v5p:2x2x1"]
+    sizes = resolve(coco("model.dtype=bfloat16"), V5E, per_chip=6)
+    assert remedies(sizes, "train", 1) == ["a kind of chip with more HBM: --topology=v5p:2x2x1"]
+    smaller, parts = remedies(sizes, "train", 6)
+    assert smaller == "a smaller batch: --per_chip=3, or --search"
+    assert parts == "the same batch in parts: --per_chip=3 train.accumulate=2"
+    assert remedies(sizes, "eval", 6) == [smaller]
+    config = sizes.config
     whole = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=False))
-    assert remedies(whole, "train", 1) == ["computing layers again: model.remat=True"]
-    assert "remat" not in "".join(remedies(whole, "eval", 1))
+    whole_sizes = dataclasses.replace(sizes, config=whole)
+    assert remedies(whole_sizes, "train", 1) == ["computing layers again: model.remat=True"]
+    assert "remat" not in "".join(remedies(whole_sizes, "eval", 1))
+
+
+def test_what_a_remedy_says_is_the_same_batch():
+    """Nine images in three parts of three; the product of both numbers is what was asked for."""
+    sizes = resolve(coco("model.dtype=bfloat16"), V5E, per_chip=9)
+    words = remedies(sizes, "train", 9)[1].split()
+    count, parts = (int(word.partition("=")[2]) for word in words[-2:])
+    again = resolve(coco("model.dtype=bfloat16", f"train.accumulate={parts}"), V5E, per_chip=count)
+    assert (again.rows, again.config.train.batch_size) == (3, sizes.config.train.batch_size)
+
+
+def test_norms_that_learn_leave_no_parts():
+    backbone = dataclasses.replace(tiny.BACKBONE, norm="batch")
+    model = dataclasses.replace(tiny.MODEL, backbone=backbone, dtype="bfloat16", remat=True)
+    sizes = resolve(dataclasses.replace(floating(), model=model), V5E, per_chip=4)
+    assert remedies(sizes, "train", 4) == ["a smaller batch: --per_chip=2, or --search"]
+
+
+def test_micro_batches_are_one_step(counting):
+    plan = make_plan(coco("train.accumulate=3"), "v5e:2x2", per_chip=2, bucket="320x320")
+    train, evaluation = plan.steps
+    assert (train.rows, evaluation.rows, plan.sizes.config.train.batch_size) == (6, 2, 24)
+    assert train.flops == 6 * 10**11
+    assert "3 times 2 images a replica, 24 a step" in format_plan(plan)
 
 
 def test_search_takes_the_largest_batch_that_fits(counting):
@@ -276,7 +311,7 @@ def test_command_fails_where_a_step_does_not_fit(counting, capsys):
         (["--topology=v5e:2x2", "--bucket=0x800"], "write HEIGHTxWIDTH"),
         (["--topology=v5e:2x2", "--per_chip=0"], "must be at least 1"),
         (["--topology=v5e:2x2", "--per_chip=4", "--search"], "--per_chip has no effect"),
-        (["--topology=v5e:16x16", "train.batch_size=64"], "less than the 256 devices"),
+        (["--topology=v5e:16x16", *PINNED, "train.batch_size=64"], "too few for 256 devices"),
         (["--topology=v5e:2x2", "mesh.model=3"], "does not divide"),
     ],
 )
