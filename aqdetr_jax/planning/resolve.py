@@ -8,7 +8,7 @@ from pathlib import Path
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.planning.chips import Slice
 from aqdetr_jax.training import sizing
-from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.config import ExperimentConfig, TrainConfig
 
 COCO_CLASSES = 91
 """Outputs of the official heads: COCO's category ids reach to 90."""
@@ -94,7 +94,9 @@ def read_facts(config: ExperimentConfig, place: Slice, images: int | None = None
     notes: list[str] = []
     if _has_data(config):
         train_set = open_dataset(config.data, train=True)
-        filled = sizing.with_data(config, train_set, chips=replicas_on(config, place), device=place)
+        # Of data and model alone; the batch, which --per_chip may replace, follows in ``resolve``.
+        any_batch = dataclasses.replace(config, train=TrainConfig(steps=1, batch_per_chip=1))
+        filled = sizing.with_data(any_batch, train_set, chips=1, device=place)
         config = dataclasses.replace(config, data=filled.data, model=filled.model)
         found, eval_images = len(train_set), len(open_dataset(config.data, train=False))
     else:

@@ -117,6 +117,8 @@ def test_sizes_of_data_that_are_there():
     assert sizes.config.model.num_classes == 10
     # As the evaluator does: 6 images a batch become 8, two for each device.
     assert sizes.config.train.eval_batch_size == 8
+    # The configuration's own batch of 8 need not suit 16 devices.
+    assert resolve(floating(), parse_slice("v5e:4x4"), per_chip=2).config.train.batch_size == 32
 
 
 def test_dtype_is_a_tpu_s():
