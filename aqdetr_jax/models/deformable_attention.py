@@ -257,7 +257,8 @@ class SamplingCore(nn.Module):
             if misfit:
                 raise ValueError(f"{module_path(self)}: sampling='kernel' cannot be: {misfit}")
             portable = interpreted
-        elif self.sampling != "auto" or misfit:
+        elif self.sampling != "auto" or misfit or self.is_initializing():
+            # (What initialises parameters is not split over devices.)
             return portable(*arrays, quantizers)
         return lax.platform_dependent(*arrays, quantizers, tpu=compiled, default=portable)
 
