@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from aqdetr_jax.models.attention import merge_heads, row_sum
 from aqdetr_jax.models.layers import FLOAT
 from aqdetr_jax.models.quantized import QDense, activation_quantizer, module_path, observing
-from aqdetr_jax.ops import deformable, deformable_kernel
+from aqdetr_jax.ops import deformable
 from aqdetr_jax.ops.deformable import LevelShapes, Sampling
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.product import MixSamples, Quantizer, quantized_product
@@ -226,7 +226,7 @@ class SamplingCore(nn.Module):
         Returns:
           [B, M, Q, D].
         """
-        contraction = MixSamples(self.dtype, queries_last=True)
+        from aqdetr_jax.ops import deformable_kernel  # (Its library is slow to import.)
 
         contraction = MixSamples(self.dtype, queries_last=True)
         arithmetic = self.policy.arithmetic

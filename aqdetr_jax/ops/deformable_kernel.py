@@ -96,7 +96,7 @@ def sample_and_mix(
       interpret: run the kernel in XLA's own operations, on any platform.
 
     Returns:
-      float32 ``[B, M, Q, D]``. Gradients of the values are summed in float32.
+      ``[B, M, Q, D]`` in the dtype of ``values``, whose gradients are summed in float32.
     """
     batch, heads, queries, _ = weights.shape
     blocks = -(-queries // LANES)
@@ -130,7 +130,7 @@ def sample_and_mix(
         tuple(tables),
         jnp.concatenate(indices, axis=2),
         jnp.concatenate(fractions[0] + fractions[1], axis=2),
-        in_lanes(weights),
+        in_lanes(weights.astype(jnp.float32)),
         scalars,
     )
     return mixed[..., :queries].swapaxes(2, 3)
@@ -145,13 +145,13 @@ def _mixed(static, tables, index, fractions, weights, scalars):
 def _mixed_fwd(static, tables, index, fractions, weights, scalars):
     tables = [table.astype(static.dtype) for table in tables]
     given = (index, fractions, weights, scalars, *tables)
-    result = (*index.shape[:2], CHANNELS, index.shape[3])
+    result = jax.ShapeDtypeStruct((*index.shape[:2], CHANNELS, index.shape[3]), static.dtype)
     mixed = _call(_forward, static, given, _inputs(given), [result], [_block(CHANNELS)])[0]
     return mixed, given
 
 
 def _mixed_bwd(static, given, cotangent):
-    results = [x.shape for x in given[1:]]
+    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in given[1:]]
     specs = _inputs(given)
     d_fractions, d_weights, d_scalars, *d_tables = _call(
         _backward, static, (*given, cotangent), [*specs, _block(CHANNELS)], results, specs[1:]
@@ -176,7 +176,7 @@ def _call(kernel, static, given, in_specs, results, out_specs):
             grid=(batch, index.shape[1], index.shape[3] // LANES),
             in_specs=in_specs,
             out_specs=out_specs,
-            out_shape=[jax.ShapeDtypeStruct((batch, *x[1:]), jnp.float32) for x in results],
+            out_shape=[x.update(shape=(batch, *x.shape[1:])) for x in results],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             compiler_params=pltpu.CompilerParams(
                 vmem_limit_bytes=VECTOR_MEMORY, dimension_semantics=("arbitrary",) * 3
@@ -308,7 +308,8 @@ def _forward(static, index, fractions, weights, scalars, *refs):
     given, (mixed, rows, samples, *copies) = refs[: static.levels], refs[static.levels :]
     tables = _float32(given, copies)
     _sample(static, index, fractions, tables, rows, samples, keep=False)
-    mixed[...] = static.mix(weights[...], samples[...], _parameters(static, scalars))
+    found = static.mix(weights[...], samples[...], _parameters(static, scalars))
+    mixed[...] = found.astype(mixed.dtype)
 
 
 def _backward(static, index, fractions, weights, scalars, *refs):
@@ -330,7 +331,8 @@ def _backward(static, index, fractions, weights, scalars, *refs):
 
     _sample(static, index, fractions, tables, rows, samples, keep=True)
     given = (weights[...], samples[...], _parameters(static, scalars))
-    d_weights[...], samples[...], d_parameters = jax.vjp(static.mix, *given)[1](cotangent[...])
+    found, pullback = jax.vjp(static.mix, *given)
+    d_weights[...], samples[...], d_parameters = pullback(cotangent[...].astype(found.dtype))
     for i, d in enumerate(jax.tree.leaves(d_parameters)):
         d_scalars[i : i + 1, :] += d
 

@@ -176,12 +176,17 @@ class MixSamples(_Contraction):
 
     def left_gradient(self, a: Array, b: Array, cotangent: Array) -> Array:
         """See the class. Outside a matrix unit only float32 sums are summed in float32."""
+        if self.queries_last:
+            b = b.astype(self.dtype).reshape(a.shape[0], -1, a.shape[1])
+            return jnp.sum(b.astype(jnp.float32) * cotangent, axis=1)
         b = b.astype(self.dtype).reshape(*a.shape, -1)
         return jnp.sum(b.astype(jnp.float32) * cotangent[..., None, :], axis=-1)
 
     def right_gradient(self, a: Array, b: Array, cotangent: Array) -> Array:
         """See the class; no sum."""
         a = a.astype(self.dtype).astype(jnp.float32)
+        if self.queries_last:
+            return (a[:, None] * cotangent).reshape(b.shape)
         return (a[..., None] * cotangent[..., None, :]).reshape(b.shape)
 
 

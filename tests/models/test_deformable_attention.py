@@ -50,7 +50,9 @@ def test_the_kernel_is_the_gather_with_quantizers_and_their_steps():
     for (path, b), a in zip(
         jax.tree.leaves_with_path(wanted), jax.tree.leaves(gradient), strict=True
     ):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=str(path))
+        # What an input's step gets is a small difference of large sums.
+        atol = (1e-4 if "input_step" in str(path) else 1e-5) * np.abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=str(path))
         if "core" in str(path) and "step" in str(path):
             assert np.all(np.asarray(b) != 0)
 

@@ -45,7 +45,7 @@ def by_gather(values, locations, weights, scale):
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_grad(function, values, locations, weights, scale, cotangent):
     out, pullback = jax.vjp(function, values, locations, weights, scale)
-    return out, *pullback(cotangent)
+    return out, *pullback(cotangent.astype(out.dtype))
 
 
 @pytest.mark.parametrize("on_centres", [False, True])
@@ -67,10 +67,11 @@ def test_a_bfloat16_table_is_only_rounded_once_and_summed_in_float32():
     """1024 points share a cell: a bfloat16 sum of ones ends at 256."""
     values, locations, *rest = case(1)
     rounded = jnp.asarray(values, jnp.bfloat16)
+    rest[-1] = rest[-1].astype(jnp.bfloat16).astype("f4")
     found = value_and_grad(by_kernel, rounded, locations, *rest)
     want = value_and_grad(by_kernel, rounded.astype("f4"), locations, *rest)
-    assert found[1].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found[0], want[0])
+    assert found[0].dtype == found[1].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found[0], want[0].astype(jnp.bfloat16))
     np.testing.assert_array_equal(found[1], want[1].astype(jnp.bfloat16))
     for a, b in zip(found[2:], want[2:], strict=True):
         np.testing.assert_array_equal(a, b)
