@@ -233,7 +233,7 @@ def attention_map(locations: Array, weights: Array, shape: tuple[int, int]) -> A
 # --- the ways: grid [B, M, H, W, D], points [B, M, Q, K, 2] -> [B, M, Q, K * D] -----------
 
 
-def _corners(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
+def corners(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
     """First neighbour (int32, from -1) and its fraction, of x and of y.
 
     Points more than a cell outside are moved to where every neighbour that counts is a zero.
@@ -254,7 +254,7 @@ def _corners(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array
 def _neighbours(points: Array, shape: tuple[int, int]):
     """Flat index, whether it is inside, weight along y and along x, of the four neighbours."""
     height, width = shape
-    x, fx, y, fy = _corners(points, shape)
+    x, fx, y, fy = corners(points, shape)
     for dy, wy in ((0, 1 - fy), (1, fy)):
         for dx, wx in ((0, 1 - fx), (1, fx)):
             row, column = y + dy, x + dx
@@ -317,7 +317,7 @@ def packed_table(grid: Array) -> Array:
 
 def packed_index(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array]:
     """Where points ``[..., 2]`` lie: their rows of a packed table (int32), fractions of x and y."""
-    x, x_fraction, y, y_fraction = _corners(points, shape)
+    x, x_fraction, y, y_fraction = corners(points, shape)
     return (y + 1) * (shape[1] + 1) + x + 1, x_fraction, y_fraction
 
 
@@ -381,7 +381,7 @@ def _dense(grid: Array, points: Array) -> Array:
 
 def _interpolation(points: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
     """Weights of every row ``[..., H]`` and of every column ``[..., W]`` at points ``[..., 2]``."""
-    x, fx, y, fy = _corners(points, shape)
+    x, fx, y, fy = corners(points, shape)
 
     def weights(first, fraction, size):
         cell = np.arange(size)

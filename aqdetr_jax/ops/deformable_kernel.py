@@ -1,11 +1,11 @@
 """Deformable sampling and the weighted sum of the samples, as one kernel for a TPU.
 
 XLA would gather one row a point into main memory, write the samples, read them again to sum them
-up, and in the backward pass scatter as many rows. Here the table of 2 x 2 neighbours
-(``deformable.packed_table``) of one head of one image is copied into vector memory once, a block of
-128 queries at a time samples it, and what leaves is the sum over a query's points; backward the
-gradients of the table (summed in vector memory, in float32), of the fractions between the
-neighbours, and of the weights. Nothing as large as the samples is ever in main memory.
+up, and in the backward pass scatter as many rows. Here a table of one head of one image, whose rows
+hold 2 x 2 neighbours side by side, is made in vector memory, a block of 128 queries at a time
+samples it, and what leaves is the sum over a query's points; backward the gradients of the values
+(summed in vector memory, in float32), of the fractions between the neighbours, and of the weights.
+Nothing as large as the samples, or as a table, is ever in main memory.
 
 A block, forward:
 
@@ -15,14 +15,13 @@ A block, forward:
 3. hand samples and weights to ``mix``.
 
 Backward repeats this, pulls the cotangent back through ``mix``, and goes the same way in the
-opposite order. All arithmetic is float32; a bfloat16 table is copied into a float32 one first,
-because a single row can only be read of the latter.
+opposite order. All arithmetic is float32.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +30,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
-from jax.typing import DTypeLike
 
 from aqdetr_jax.ops import deformable
 from aqdetr_jax.ops.deformable import LevelShapes
@@ -41,8 +39,8 @@ CHANNELS = LANES // 4
 """Channels of a head that the kernel takes: with four neighbours they fill a row."""
 VECTOR_MEMORY = 100 * 2**20
 """Bytes of vector memory that the kernel may ask for; a v5e or v6e core has 128 MiB."""
-CHUNK = 16
-"""Rows of a table that are converted or cleared at a time."""
+TILE = 16
+"""Rows of a level are padded to so many cells: whole tiles of float32 and of bfloat16."""
 
 Mix = Callable[..., Array]
 """``mix(weights [P, Q], samples [P * D, Q], parameters) -> [D, Q]``, each parameter [1, 1]."""
@@ -51,27 +49,26 @@ Mix = Callable[..., Array]
 class _Static(NamedTuple):
     mix: Mix
     treedef: Any
-    levels: int
-    dtype: DTypeLike
+    shapes: LevelShapes
     interpret: bool
 
 
 def misfit(values: Array, locations: Array, shapes: LevelShapes) -> str | None:
     """Why the kernel cannot take these arrays (of ``sample_and_mix``); None if it can."""
-    # A float32 table, its gradient, and the next head's of each, on their way.
-    tables = 4 * sum(_rows(shape) for shape in shapes) * LANES * 4
+    # Float32 values and their gradient, each with the next heads' on their way, and both as tables.
+    needed = 6 * sum((height + 2) * _width(width) for height, width in shapes) * LANES * 4
     if values.shape[-1] != CHANNELS:
         return f"heads have {values.shape[-1]} channels, not {CHANNELS}"
-    if tables > VECTOR_MEMORY * 0.9:
-        return f"tables of {shapes} need {tables >> 20} MiB of vector memory"
+    if needed > VECTOR_MEMORY * 0.95:
+        return f"levels {shapes} need {needed >> 20} MiB of vector memory"
     if not all(isinstance(n, int) for n in (*values.shape, *locations.shape)):
         return f"sizes {values.shape} and {locations.shape} are not all known"
     return None
 
 
-def _rows(shape: tuple[int, int]) -> int:
-    """Rows of a level's table, in whole chunks."""
-    return -(-(shape[0] + 1) * (shape[1] + 1) // CHUNK) * CHUNK
+def _width(width: int) -> int:
+    """Cells of a row with one of zeros on either side, in whole tiles."""
+    return -(-(width + 2) // TILE) * TILE
 
 
 def sample_and_mix(
@@ -106,17 +103,18 @@ def sample_and_mix(
         x = jnp.pad(x, ((0, 0), (0, 0), (0, blocks * LANES - queries), (0, 0)))
         return x.swapaxes(2, 3)
 
-    tables, indices = [], []
+    grids, indices = [], []
     fractions: tuple[list[Array], list[Array]] = ([], [])
-    for level, tokens in enumerate(deformable.split_levels(values, shapes)):
-        # A cell is in four rows, whose gradients are summed in float32 too.
-        grid = deformable.level_grid(tokens, shapes[level]).astype(jnp.float32)
+    side_by_side = values.reshape(batch, values.shape[1], -1)
+    for level, tokens in enumerate(deformable.split_levels(side_by_side, shapes)):
+        height, width = shapes[level]
+        grid = tokens.reshape(batch, height, width, -1)
+        right, more = _width(width) - width - 1, -grid.shape[3] % LANES
+        grid = jnp.pad(grid, ((0, 0), (1, 1), (1, right), (0, more)))
+        grids.append(grid.reshape(batch, -1, grid.shape[3]))
         points = locations[:, :, :, level].transpose(0, 2, 1, 3, 4)
-        index, x_fraction, y_fraction = deformable.packed_index(points, shapes[level])
-        table = deformable.packed_table(grid)
-        rest = _rows(shapes[level]) - table.shape[2]
-        tables.append(jnp.pad(table, ((0, 0), (0, 0), (0, rest), (0, 0))))
-        indices.append(in_lanes(index))
+        x, x_fraction, y, y_fraction = deformable.corners(points, shapes[level])
+        indices.append(in_lanes((y + 1) * _width(width) + x + 1))
         fractions[0].append(in_lanes(x_fraction))
         fractions[1].append(in_lanes(y_fraction))
     leaves, treedef = jax.tree.flatten(parameters)
@@ -124,10 +122,10 @@ def sample_and_mix(
     of_head = [jnp.broadcast_to(jnp.reshape(x, (-1,)), (heads,)) for x in (*leaves, jnp.zeros(()))]
     scalars = jnp.stack(of_head, -1)[..., None]
     scalars = jnp.broadcast_to(scalars, (batch, *scalars.shape))
-    static = _Static(mix, treedef, len(shapes), values.dtype, interpret)
+    static = _Static(mix, treedef, shapes, interpret)
     mixed = _mixed(
         static,
-        tuple(tables),
+        tuple(grids),
         jnp.concatenate(indices, axis=2),
         jnp.concatenate(fractions[0] + fractions[1], axis=2),
         in_lanes(weights.astype(jnp.float32)),
@@ -137,26 +135,26 @@ def sample_and_mix(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed(static, tables, index, fractions, weights, scalars):
-    """[B, M, T_l, 4 D]s, [B, M, P, Q], [B, M, 2 P, Q], [B, M, P, Q], [B, M, n, 1] -> [.., D, Q]."""
-    return _mixed_fwd(static, tables, index, fractions, weights, scalars)[0]
+def _mixed(static, grids, index, fractions, weights, scalars):
+    """[B, rows_l, M D]s, [B, M, P, Q], [B, M, 2 P, Q], [B, M, P, Q], [B, M, n, 1] -> [.., D, Q]."""
+    return _mixed_fwd(static, grids, index, fractions, weights, scalars)[0]
 
 
-def _mixed_fwd(static, tables, index, fractions, weights, scalars):
-    tables = [table.astype(static.dtype) for table in tables]
-    given = (index, fractions, weights, scalars, *tables)
-    result = jax.ShapeDtypeStruct((*index.shape[:2], CHANNELS, index.shape[3]), static.dtype)
-    mixed = _call(_forward, static, given, _inputs(given), [result], [_block(CHANNELS)])[0]
-    return mixed, given
+def _mixed_fwd(static, grids, index, fractions, weights, scalars):
+    given = (index, fractions, weights, scalars, *grids)
+    shape = (*index.shape[:2], CHANNELS, index.shape[3])
+    result = jax.ShapeDtypeStruct(shape, grids[0].dtype)
+    return _call(_forward, static, given, _inputs(given), [result], [_block(CHANNELS)])[0], given
 
 
 def _mixed_bwd(static, given, cotangent):
     results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in given[1:]]
     specs = _inputs(given)
-    d_fractions, d_weights, d_scalars, *d_tables = _call(
+    d_fractions, d_weights, d_scalars, *d_grids = _call(
         _backward, static, (*given, cotangent), [*specs, _block(CHANNELS)], results, specs[1:]
     )
-    return tuple(d_tables), None, d_fractions, d_weights, d_scalars
+    d_grids = tuple(d.astype(x.dtype) for d, x in zip(d_grids, given[4:], strict=True))
+    return d_grids, None, d_fractions, d_weights, d_scalars
 
 
 _mixed.defvjp(_mixed_fwd, _mixed_bwd)
@@ -165,9 +163,9 @@ _mixed.defvjp(_mixed_fwd, _mixed_bwd)
 def _call(kernel, static, given, in_specs, results, out_specs):
     """The kernel over images, heads and blocks of queries."""
     index, points = given[0], given[0].shape[2]
-    scratch = [(points * LANES, LANES), (points * CHANNELS, LANES)]  # rows, samples
-    if static.dtype != jnp.float32:
-        scratch += [table.shape[2:] for table in given[4 : 4 + static.levels]]
+    tables = [((height + 1) * _width(width), LANES) for height, width in static.shapes]
+    scratch = [(points * LANES, LANES), (points * CHANNELS, LANES), *tables]  # rows, samples
+    scratch += tables if kernel is _backward else []
 
     def run(*given):
         batch = given[0].shape[0]
@@ -182,6 +180,7 @@ def _call(kernel, static, given, in_specs, results, out_specs):
                 vmem_limit_bytes=VECTOR_MEMORY, dimension_semantics=("arbitrary",) * 3
             ),
             interpret=static.interpret,
+            name="deformable_sampling",
         )(*given)
 
     return _on_each_device(run, index.shape[0])(*given)
@@ -208,16 +207,15 @@ def _block(rows: int, memory: Any = None) -> pl.BlockSpec:
     return pl.BlockSpec(shape, lambda b, m, i: (b, m, 0, i), memory_space=memory)
 
 
-def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    """All that [B, M, ., .] has of a head of an image."""
-    return pl.BlockSpec((None, None, *shape[2:]), lambda b, m, i: (b, m, 0, 0))
-
-
 def _inputs(given) -> list[pl.BlockSpec]:
-    index, fractions, weights, scalars, *tables = given
+    index, fractions, weights, scalars, *grids = given
     blocks = [_block(index.shape[2], pltpu.SMEM)]
     blocks += [_block(x.shape[2]) for x in (fractions, weights)]
-    return [*blocks, *(_whole(x.shape) for x in (scalars, *tables))]
+    blocks += [pl.BlockSpec((None, None, *scalars.shape[2:]), lambda b, m, i: (b, m, 0, 0))]
+    # Four heads at a time.
+    return blocks + [
+        pl.BlockSpec((None, grid.shape[1], LANES), lambda b, m, i: (b, 0, m >> 2)) for grid in grids
+    ]
 
 
 # --- inside the kernel ---------------------------------------------------------------------------
@@ -238,26 +236,65 @@ def _part(i, size: int):
     return pl.ds(pl.multiple_of(i * size, size), size)
 
 
-def _chunks(table, do) -> None:
-    """``do(rows)`` for one chunk of the table's rows after the other."""
-    _each(table.shape[0] // CHUNK, lambda i: do(_part(i, CHUNK)))
+def _group(width: int) -> Array:
+    """Of every lane of ``width`` rows: which quarter of the lanes it is in."""
+    lane = lax.broadcasted_iota(jnp.int32, (width, LANES), 1)
+    return lax.shift_right_logical(lane, CHANNELS.bit_length() - 1)
 
 
-def _float32(tables: Sequence[Any], scratch: Sequence[Any]) -> Sequence[Any]:
-    """The tables themselves, or float32 copies, made for the first block of a head."""
-    if not scratch:
-        return tables
+def _to_group(x: Array, source, target) -> Array:
+    """Turns the lanes such that one quarter of them comes to the place of another."""
+    return pltpu.roll(x, ((target - source) & 3) * CHANNELS, 1)
+
+
+def _make_tables(static, grids, tables) -> None:
+    """The head's tables of 2 x 2 neighbours, when its first block of queries comes."""
+    head = pl.program_id(1) & 3
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        for table, copy in zip(tables, scratch, strict=True):
+        for (height, width), grid, table in zip(static.shapes, grids, tables, strict=True):
+            size = _width(width)
 
-            def convert(rows, table=table, copy=copy):
-                copy[rows, :] = table[rows, :].astype(jnp.float32)
+            def row(y, grid=grid, table=table, size=size):
+                group, found = _group(size), jnp.zeros((size, LANES), jnp.float32)
+                for lower in (0, 1):
+                    cells = grid[_part(y + lower, size), :].astype(jnp.float32)
+                    for right in (0, 1):
+                        place = 2 * lower + right
+                        found = jnp.where(group == place, _to_group(cells, head, place), found)
+                        cells = pltpu.roll(cells, size - 1, 0)
+                table[_part(y, size), :] = found
 
-            _chunks(table, convert)
+            _each(height + 1, row)
 
-    return scratch
+
+def _add_tables(static, d_tables, d_grids) -> None:
+    """What the tables' rows got, to the cells that they hold, after the head's last block."""
+    head = pl.program_id(1) & 3
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _():
+        for (height, width), d_table, d_grid in zip(static.shapes, d_tables, d_grids, strict=True):
+            size = _width(width)
+
+            def row(y, d_table=d_table, d_grid=d_grid, size=size):
+                group, given = _group(size), d_table[_part(y, size), :]
+                for lower in (0, 1):
+                    left, right = (
+                        jnp.where(group == head, _to_group(given, 2 * lower + n, head), 0.0)
+                        for n in (0, 1)
+                    )
+                    d_grid[_part(y + lower, size), :] += left + pltpu.roll(right, 1, 0)
+
+            _each(height + 1, row)
+
+
+def _clear(table, size: int) -> None:
+    def part(i):
+        table[_part(i, size), :] = jnp.zeros((size, LANES), jnp.float32)
+
+    _each(table.shape[0] // size, part)
 
 
 def _neighbour_weights(fractions, points: int, p) -> tuple[Array, Array, list[Array]]:
@@ -305,33 +342,35 @@ def _parameters(static, scalars) -> Any:
 
 
 def _forward(static, index, fractions, weights, scalars, *refs):
-    given, (mixed, rows, samples, *copies) = refs[: static.levels], refs[static.levels :]
-    tables = _float32(given, copies)
+    levels = len(static.shapes)
+    grids, (mixed, rows, samples, *tables) = refs[:levels], refs[levels:]
+    _make_tables(static, grids, tables)
     _sample(static, index, fractions, tables, rows, samples, keep=False)
     found = static.mix(weights[...], samples[...], _parameters(static, scalars))
     mixed[...] = found.astype(mixed.dtype)
 
 
 def _backward(static, index, fractions, weights, scalars, *refs):
-    levels, points = static.levels, index.shape[0]
-    cotangent, d_fractions, d_weights, d_scalars = refs[levels : levels + 4]
-    d_tables, refs_left = refs[levels + 4 : 2 * levels + 4], refs[2 * levels + 4 :]
-    rows, samples, *copies = refs_left
-    tables = _float32(refs[:levels], copies)
+    levels, points = len(static.shapes), index.shape[0]
+    grids, (cotangent, d_fractions, d_weights, d_scalars, *given) = refs[:levels], refs[levels:]
+    d_grids, (rows, samples, *scratch) = given[:levels], given[levels:]
+    tables, d_tables = scratch[:levels], scratch[levels:]
+    _make_tables(static, grids, tables)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         d_scalars[...] = jnp.zeros(d_scalars.shape, jnp.float32)
         for table in d_tables:
+            _clear(table, TILE)
 
-            def clear(at, table=table):
-                table[at, :] = jnp.zeros((CHUNK, LANES), jnp.float32)
-
-            _chunks(table, clear)
+    @pl.when((pl.program_id(2) == 0) & (pl.program_id(1) & 3 == 0))
+    def _():
+        for grid in d_grids:
+            _clear(grid, TILE)
 
     _sample(static, index, fractions, tables, rows, samples, keep=True)
-    given = (weights[...], samples[...], _parameters(static, scalars))
-    found, pullback = jax.vjp(static.mix, *given)
+    parameters = _parameters(static, scalars)
+    found, pullback = jax.vjp(static.mix, weights[...], samples[...], parameters)
     d_weights[...], samples[...], d_parameters = pullback(cotangent[...].astype(found.dtype))
     for i, d in enumerate(jax.tree.leaves(d_parameters)):
         d_scalars[i : i + 1, :] += d
@@ -359,3 +398,4 @@ def _backward(static, index, fractions, weights, scalars, *refs):
         _each(LANES, row, unroll=not static.interpret)
 
     _each(points // levels, add)
+    _add_tables(static, d_tables, d_grids)

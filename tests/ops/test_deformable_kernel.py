@@ -15,7 +15,7 @@ SHAPES = ((6, 4), (3, 2), (1, 5))
 LEVELS = len(SHAPES)
 
 
-def case(seed, batch=1, queries=130, heads=2, points=2):
+def case(seed, batch=1, queries=130, heads=5, points=2):
     """More queries than a block has, and a fifth of the points outside on every side."""
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(batch, deformable.token_count(SHAPES), heads, 32))
