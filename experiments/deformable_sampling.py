@@ -85,13 +85,13 @@ def jax_functions(case: Case, method: str) -> dict[str, Callable[..., Any]]:
         if not by_head:
             return deformable_attention(values, locations, weights, case.shapes, way)
 
-        def mix(values, locations, weights):
+        def mix(values, locations, weights, _):
             samples = sample_values(values, locations, case.shapes, way)
             samples = samples.reshape(*weights.shape, case.width)
             return jnp.einsum("bmqp,bmqpd->bmqd", weights, samples)
 
         flat = weights.reshape(*weights.shape[:3], -1).transpose(0, 2, 1, 3)
-        return merge_heads(head_by_head(mix, (values, locations, flat)))
+        return merge_heads(head_by_head(mix, values, locations, flat))
 
     def loss(values, locations, weights, cotangent):
         return jnp.sum(forward(values, locations, weights) * cotangent)

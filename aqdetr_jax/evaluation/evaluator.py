@@ -68,7 +68,9 @@ def make_predict_fn(module: Detector, mesh: Mesh, num_classes: int) -> Callable:
     """
 
     def predict(variables, images, mask, original_size):
-        output: Any = module.apply(variables, images, mask)
+        # Known to the sampling kernel, which is split by hand.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            output: Any = module.apply(variables, images, mask)
         return postprocess(
             output.logits[-1],
             output.boxes[-1],

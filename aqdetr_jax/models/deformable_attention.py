@@ -174,24 +174,27 @@ class SamplingCore(nn.Module):
                 values.astype(self.dtype), locations, shapes, self.sampling
             )
 
-        # Calibration looks at the samples of all heads.
-        one_by_one = self.remat and not observing(self)
-        samples = (
-            jax.eval_shape(sample, values, locations) if one_by_one else sample(values, locations)
+        # Only calibration looks at samples, at those of all heads.
+        samples = (sample if observing(self) else functools.partial(jax.eval_shape, sample))(
+            values, locations
         )
         signed = policy.attention_spec(path, unsigned=False)
         unsigned = policy.attention_spec(path, unsigned=True)
         q_p = activation_quantizer(self, "probs", probabilities, unsigned, head_axis=1)
         q_s = activation_quantizer(self, "samples", samples, signed, head_axis=1)
-        mix = functools.partial(quantized_product, MixSamples(self.dtype))
-        if one_by_one:
-            mixed = head_by_head(
-                lambda v, x, p, qp, qs: mix(p, sample(v, x), qp, qs, policy.arithmetic),
+        product = functools.partial(
+            quantized_product, MixSamples(self.dtype), arithmetic=policy.arithmetic
+        )
+        if observing(self):
+            mixed = product(probabilities, samples, q_p, q_s)
+        else:
+            mixed = self._sample_and_mix(
+                lambda v, x, p, qs: product(p, sample(v, x), *qs),
                 (values, locations, probabilities),
                 (q_p, q_s),
+                shapes,
             )
-        else:
-            mixed = mix(probabilities, samples, q_p, q_s, policy.arithmetic)
+        mixed = checkpoint_name(mixed, MIXED)
         if policy.renormalize and q_p is not None and policy.arithmetic != "observe":
             mixed = (mixed / row_sum(probabilities, q_p)).astype(self.dtype)
         rule = policy.rule_for(path)
@@ -205,13 +208,69 @@ class SamplingCore(nn.Module):
         sizes = jnp.array([(w, h) for h, w in shapes], jnp.float32)
         return mixed, DeformableMaps(scores, probabilities, locations, sizes, mixed)
 
+    def _sample_and_mix(
+        self,
+        portable: Callable[..., Array],
+        arrays: tuple[Array, Array, Array],
+        quantizers: tuple[Quantizer | None, Quantizer | None],
+        shapes: LevelShapes,
+    ) -> Array:
+        """By the kernel where it was asked for or is best, else ``portable(*arrays, quantizers)``.
+
+        Args:
+          portable: the product of weights and samples; of one head at a time with ``remat``.
+          arrays: values [B, S, M, D], locations [B, Q, M, L, K, 2], probabilities [B, M, Q, L * K].
+          quantizers: of probabilities and samples.
+          shapes: sizes of the levels.
+
+        Returns:
+          [B, M, Q, D].
+        """
+        from aqdetr_jax.ops import deformable_kernel  # (Its library is slow to import.)
+
+        contraction = MixSamples(self.dtype, queries_last=True)
+        arithmetic = self.policy.arithmetic
+
+        def mix(weights, samples, quantizers):
+            q_p, q_s = quantizers
+            return quantized_product(contraction, weights, samples, q_p, q_s, arithmetic)
+
+        def kernel(values, locations, probabilities, quantizers, interpret=False):
+            return deformable_kernel.sample_and_mix(
+                mix,
+                values.astype(self.dtype),
+                locations,
+                probabilities,
+                quantizers,
+                shapes,
+                interpret,
+            )
+
+        compiled: Callable[..., Array] = kernel
+        interpreted: Callable[..., Array] = functools.partial(kernel, interpret=True)
+        if self.remat:
+            portable = functools.partial(head_by_head, portable)
+            compiled, interpreted = jax.checkpoint(compiled), jax.checkpoint(interpreted)
+        values, locations, _ = arrays
+        misfit = deformable_kernel.misfit(values, locations, shapes)
+        if self.sampling == "kernel":
+            if misfit:
+                raise ValueError(f"{module_path(self)}: sampling='kernel' cannot be: {misfit}")
+            portable = interpreted
+        elif self.sampling != "auto" or misfit or self.is_initializing():
+            # (What initialises parameters is not split over devices.)
+            return portable(*arrays, quantizers)
+        return lax.platform_dependent(*arrays, quantizers, tpu=compiled, default=portable)
+
 
 def head_by_head(
     mix: Callable[..., Array],
-    arrays: tuple[Array, Array, Array],
+    values: Array,
+    locations: Array,
+    probabilities: Array,
     quantizers: Sequence[Quantizer | None] = (),
 ) -> Array:
-    """``mix(values, locations, probabilities, *quantizers)``, one head after the other.
+    """``mix(values, locations, probabilities, quantizers)``, one head after the other.
 
     The backward pass computes ``mix`` again; in a loop, so that whatever a compiler reorders, the
     samples of one head exist at a time. Each image has its own copy of a head's steps, whose
@@ -220,13 +279,14 @@ def head_by_head(
 
     Args:
       mix: the product of one head, all arrays with one head: -> [B, 1, Q, D].
-      arrays: values [B, S, M, D], locations [B, Q, M, L, K, 2], probabilities [B, M, Q, L * K].
+      values: [B, S, M, D].
+      locations: [B, Q, M, L, K, 2].
+      probabilities: [B, M, Q, L * K].
       quantizers: with steps of shape () or [M, 1, 1]; ``mix`` gets [B, 1, 1, 1].
 
     Returns:
       [B, M, Q, D].
     """
-    values, locations, probabilities = arrays
     batch, heads = probabilities.shape[:2]
 
     def of_each_image(x):
@@ -242,6 +302,6 @@ def head_by_head(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(head):
         values, locations, probabilities, steps = head
-        return mix(values[:, :, None], locations[:, :, None], probabilities[:, None], *steps)[:, 0]
+        return mix(values[:, :, None], locations[:, :, None], probabilities[:, None], steps)[:, 0]
 
-    return checkpoint_name(jnp.moveaxis(lax.map(one, per_head), 0, 1), MIXED)
+    return jnp.moveaxis(lax.map(one, per_head), 0, 1)

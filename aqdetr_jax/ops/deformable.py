@@ -42,7 +42,7 @@ from jax.typing import DTypeLike
 LevelShapes = tuple[tuple[int, int], ...]
 """(height, width) of each level; static."""
 
-Sampling = Literal["auto", "gather", "packed", "dense"]
+Sampling = Literal["auto", "gather", "packed", "dense", "kernel"]
 
 DENSE_CELLS = 256
 """Levels of at most this many cells count as small; see ``experiments/deformable_sampling.py``."""
@@ -57,6 +57,12 @@ def split_levels(tokens: Array, shapes: LevelShapes) -> list[Array]:
     """``[B, S, ...]`` -> one ``[B, H_l W_l, ...]`` per level."""
     stops = np.cumsum([h * w for h, w in shapes])[:-1]
     return jnp.split(tokens, stops, axis=1)
+
+
+def level_grid(tokens: Array, shape: tuple[int, int]) -> Array:
+    """``[B, H W, M, D]`` -> ``[B, M, H, W, D]``."""
+    batch, _, heads, channels = tokens.shape
+    return tokens.transpose(0, 2, 1, 3).reshape(batch, heads, *shape, channels)
 
 
 def valid_ratios(masks: Sequence[Array]) -> Array:
@@ -168,10 +174,7 @@ def sample_values(
         )
     samples = []
     for level, tokens in enumerate(split_levels(values, shapes)):
-        height, width = shapes[level]
-        grid = tokens.transpose(0, 2, 1, 3).reshape(
-            tokens.shape[0], tokens.shape[2], height, width, tokens.shape[3]
-        )
+        grid = level_grid(tokens, shapes[level])
         points = locations[:, :, :, level].transpose(0, 2, 1, 3, 4)  # [B, M, Q, K, 2]
         samples.append(_sample_level(grid, points, method))
     return jnp.concatenate(samples, axis=-1)
@@ -230,7 +233,7 @@ def attention_map(locations: Array, weights: Array, shape: tuple[int, int]) -> A
 # --- the ways: grid [B, M, H, W, D], points [B, M, Q, K, 2] -> [B, M, Q, K * D] -----------
 
 
-def _corners(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
+def corners(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
     """First neighbour (int32, from -1) and its fraction, of x and of y.
 
     Points more than a cell outside are moved to where every neighbour that counts is a zero.
@@ -251,7 +254,7 @@ def _corners(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array
 def _neighbours(points: Array, shape: tuple[int, int]):
     """Flat index, whether it is inside, weight along y and along x, of the four neighbours."""
     height, width = shape
-    x, fx, y, fy = _corners(points, shape)
+    x, fx, y, fy = corners(points, shape)
     for dy, wy in ((0, 1 - fy), (1, fy)):
         for dx, wx in ((0, 1 - fx), (1, fx)):
             row, column = y + dy, x + dx
@@ -280,10 +283,9 @@ def _flat(grid: Array) -> Array:
 
 
 def _packed(grid: Array, points: Array) -> Array:
-    width, channels, count = grid.shape[3], grid.shape[4], points.shape[3]
-    x, fx, y, fy = _corners(points, _cells(grid))
+    channels, count = grid.shape[4], points.shape[3]
     table = packed_table(grid)
-    index = (y + 1) * (width + 1) + x + 1
+    index, fx, fy = packed_index(points, _cells(grid))
     weights = jnp.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], axis=-1)
     product = functools.partial(
         jnp.matmul, precision=_precision(grid.dtype), preferred_element_type=jnp.float32
@@ -311,6 +313,12 @@ def packed_table(grid: Array) -> Array:
         axis=-1,
     )
     return _flat(neighbours)
+
+
+def packed_index(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array]:
+    """Where points ``[..., 2]`` lie: their rows of a packed table (int32), fractions of x and y."""
+    x, x_fraction, y, y_fraction = corners(points, shape)
+    return (y + 1) * (shape[1] + 1) + x + 1, x_fraction, y_fraction
 
 
 def _precision(dtype: DTypeLike) -> lax.Precision:
@@ -373,7 +381,7 @@ def _dense(grid: Array, points: Array) -> Array:
 
 def _interpolation(points: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
     """Weights of every row ``[..., H]`` and of every column ``[..., W]`` at points ``[..., 2]``."""
-    x, fx, y, fy = _corners(points, shape)
+    x, fx, y, fy = corners(points, shape)
 
     def weights(first, fraction, size):
         cell = np.arange(size)
@@ -389,4 +397,5 @@ _SAMPLERS: dict[str, Callable[[Array, Array], Array]] = {
     "gather": _gather,
     "packed": _packed,
     "dense": _dense,
+    "kernel": _packed,  # of which only the weighted sum is a kernel's
 }

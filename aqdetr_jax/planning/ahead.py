@@ -33,7 +33,7 @@ Kind = Literal["train", "eval"]
 INSTALL = "pip install 'jax[tpu]'"
 """Adds libtpu for the version of JAX that is there; so does ``requirements-tpu.txt``."""
 
-_LIBTPU = {
+LIBTPU = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -168,7 +168,7 @@ def compile_ahead(case: Case, *, fast: bool = True) -> Compiled:
 def _run(folder: Path, dump: Path, fast: bool) -> str:
     """Runs the child until it ends, or until its buffers are assigned; returns its last words."""
     flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text=true"
-    environment = {**os.environ, **_LIBTPU, "XLA_FLAGS": flags}
+    environment = {**os.environ, **LIBTPU, "XLA_FLAGS": flags}
     log = folder / "log.txt"
     with log.open("wb") as stream:
         child = subprocess.Popen(

@@ -157,22 +157,36 @@ class MixSamples(_Contraction):
 
     Every query has values of its own: ``out[.., d] = sum_p weights[.., p] samples[.., p, d]``. The
     points lie beside the channels so that a per-head step ``[H, 1, 1]`` fits operand and output.
+
+    Attributes:
+      queries_last: ``weights [P, Q] . samples [P * D, Q] -> [D, Q]`` instead, of one head: how a
+        vector unit's lanes are filled.
     """
+
+    queries_last: bool = False
 
     def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
         """See the class."""
+        if self.queries_last:
+            b = b.reshape(a.shape[0], -1, a.shape[1])
+            return jnp.sum(a.astype(out_dtype)[:, None] * b.astype(out_dtype), axis=0)
         b = b.reshape(*a.shape, -1)
         # A product of one row with a small matrix, for every query: no matrix unit is filled.
         return jnp.sum(a.astype(out_dtype)[..., None] * b.astype(out_dtype), axis=3)
 
     def left_gradient(self, a: Array, b: Array, cotangent: Array) -> Array:
         """See the class. Outside a matrix unit only float32 sums are summed in float32."""
+        if self.queries_last:
+            b = b.astype(self.dtype).reshape(a.shape[0], -1, a.shape[1])
+            return jnp.sum(b.astype(jnp.float32) * cotangent, axis=1)
         b = b.astype(self.dtype).reshape(*a.shape, -1)
         return jnp.sum(b.astype(jnp.float32) * cotangent[..., None, :], axis=-1)
 
     def right_gradient(self, a: Array, b: Array, cotangent: Array) -> Array:
         """See the class; no sum."""
         a = a.astype(self.dtype).astype(jnp.float32)
+        if self.queries_last:
+            return (a[:, None] * cotangent).reshape(b.shape)
         return (a[..., None] * cotangent[..., None, :]).reshape(b.shape)
 
 
