@@ -122,13 +122,14 @@ def _sample(x: Array, axis: int | None, limit: int = SAMPLES_PER_SITE) -> Array:
     return flat[0] if axis is None else flat
 
 
-def rectify(x: Array, spec: QuantSpec | None, policy: Policy) -> Array:
+def rectify(module: nn.Module, x: Array, spec: QuantSpec | None, policy: Policy) -> Array:
     """ReLU of a layer's input, unless its grid is one: below 0, codes and gradients are 0.
 
     So neither the ReLU's output nor its mask is made.
     """
     clips = spec is not None and not spec.signed and not spec.zero_point
-    return x if clips and policy.arithmetic != "observe" else relu(x)
+    watched = observing(module) or policy.arithmetic == "observe"
+    return x if clips and not watched else relu(x)
 
 
 def weight_quantizer(
@@ -187,7 +188,7 @@ class QDense(nn.Module):
         unsigned = self.unsigned or self.rectified
         input_spec = self.policy.activation_spec(path, unsigned=unsigned)
         if self.rectified:
-            x = rectify(x, input_spec, self.policy)
+            x = rectify(self, x, input_spec, self.policy)
         sample, centred = None, self.policy.center and input_spec is not None and not unsigned
         if centred:
             sample = _sample(x, x.ndim - 1, SAMPLES_PER_CHANNEL)
@@ -246,7 +247,7 @@ class QConv(nn.Module):
         weight_spec = self.policy.weight_spec(path)
         input_spec = self.policy.activation_spec(path, unsigned=self.unsigned)
         if self.rectified:
-            x = rectify(x, input_spec, self.policy)
+            x = rectify(self, x, input_spec, self.policy)
         q_x = activation_quantizer(self, "input", x, input_spec)
         q_w = weight_quantizer(self, kernel, weight_spec)
         pads: Sequence[int] = [

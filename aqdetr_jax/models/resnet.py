@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from aqdetr_jax.models.layers import FLOAT, BatchNorm
 from aqdetr_jax.models.quantized import QConv, module_path
 from aqdetr_jax.ops.activations import relu
+from aqdetr_jax.ops.pooling import max_pool
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.record import OpRecord, record
 
@@ -146,7 +147,7 @@ class ResNet(nn.Module):
         )(images)
         x = BatchNorm(c.norm == "frozen", name="stem_norm")(x, train=train)
         if c.stem_pool:
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = max_pool(x)
         x = relu(x)  # after the pooling, which it commutes with, a quarter is left
         block = Bottleneck if c.block == "bottleneck" else BasicBlock
         stages, dilation = [], 1

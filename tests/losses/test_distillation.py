@@ -279,3 +279,16 @@ def test_map_kl_by_hand_counts_what_lies_outside():
     student = np.array([0.25, 0.25]).reshape(1, 1, 1, 2)  # a half outside
     want = 0.5 * np.log(2) + 0.25 * np.log(0.25 / 0.5)
     np.testing.assert_allclose(map_kl(teacher, student), want, rtol=1e-5)
+
+
+def test_kl_of_bfloat16_maps_is_float32_and_keeps_no_float32_map():
+    teacher, student = (jnp.asarray(maps(seed).scores, jnp.bfloat16) for seed in (0, 1))
+    loss, pullback = jax.vjp(lambda s: attention_kl(teacher, s, VALID), student)
+    wide = [x.astype(jnp.float32) for x in (teacher, student)]
+    np.testing.assert_allclose(loss, attention_kl(*wide, VALID), rtol=1e-6)
+    kept = [x for x in jax.tree.leaves(pullback) if x.shape == student.shape]
+    assert {x.dtype for x in kept} == {jnp.dtype(jnp.bfloat16)}
+    (gradient,) = pullback(jnp.float32(1))
+    assert gradient.dtype == jnp.bfloat16
+    exact = jax.grad(attention_kl, 1)(*wide, VALID)
+    np.testing.assert_array_equal(gradient, exact.astype(jnp.bfloat16))

@@ -158,6 +158,18 @@ def test_step_gradient_of_a_batch_is_the_sum_over_its_examples(v, s):
     np.testing.assert_allclose(together, sum(apart), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.describe)
+def test_gradients_from_a_known_total(spec):
+    rng = np.random.default_rng(spec.bits)
+    v, cotangent = rng.normal(size=(2, 40, 50)).astype(np.float32) * 3
+    s, g = np.float32(0.7), np.float32(0.25)
+    total = np.sum(np.float64(cotangent) * lsq.fake_quantize(v, s, spec.lower, spec.upper, 1.0))
+    _, dv, ds = restated(v, s, spec.lower, spec.upper, g, cotangent)
+    got = lsq.vjp_of_total(v, s, spec.lower, spec.upper, g, cotangent, np.float32(total))
+    np.testing.assert_array_equal(got[0], dv)
+    np.testing.assert_allclose(got[1], ds, rtol=1e-4)
+
+
 @given(VALUES, STEPS, st.sampled_from([2, 3, 4, 8]), st.data())
 @settings(max_examples=30)
 def test_zero_point_grid_holds_integers_and_zero(v, s, bits, data):

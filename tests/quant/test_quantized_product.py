@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqdetr_jax.models.attention import AttentionCore
-from aqdetr_jax.models.quantized import QConv, QDense
+from aqdetr_jax.models.quantized import OBSERVED, QConv, QDense
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import stock_policy
 from aqdetr_jax.quant.product import (
@@ -386,3 +386,58 @@ def test_deformable_mix_sums_its_gradients_in_float32():
     assert all(e.invars[0].aval.dtype == jnp.float32 for e in sums)
     np.testing.assert_array_equal(mix.left_gradient(a, b, cotangent), np.full(a.shape, 8.0))
     np.testing.assert_array_equal(mix.right_gradient(a, b, cotangent), np.ones(b.shape))
+
+
+RECTIFIED = {
+    "quantized": stock_policy("w4a4"),
+    "zero_point": stock_policy("w4a4", zero_point=True),
+    "observed": stock_policy("w4a4", arithmetic="observe"),
+    "float": stock_policy("float"),
+}
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.parametrize("policy", RECTIFIED)
+def test_a_rectified_layer_is_the_layer_of_the_relu(policy, kind):
+    layer = functools.partial(QDense, 5) if kind == "dense" else functools.partial(QConv, 5, (3, 3))
+    plain, rectified = (
+        layer(policy=RECTIFIED[policy], **options)
+        for options in ({"unsigned": True}, {"rectified": True})
+    )
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, 4, 4, 6)).astype(np.float32)
+    variables = rectified.init(jax.random.key(0), x)
+    cotangent = rng.normal(size=(2, 4, 4, 5)).astype(np.float32)
+
+    def run(apply):
+        out, pullback = jax.vjp(apply, variables, x)
+        return out, *pullback(cotangent)
+
+    got, expected = jax.jit(
+        lambda: (run(rectified.apply), run(lambda v, x: plain.apply(v, jax.nn.relu(x))))
+    )()
+    for mine, reference in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=1e-6, atol=1e-6)
+    assert policy != "quantized" or np.any(np.asarray(got[1]["params"]["input_step"]))
+
+
+def test_calibration_sees_the_relu_of_a_rectified_input():
+    x = np.random.default_rng(4).normal(size=(2, 6)).astype(np.float32)
+    module = QDense(3, stock_policy("w4a4", arithmetic="observe"), rectified=True)
+    variables = module.init(jax.random.key(0), x)
+    _, seen = module.apply(variables, x, mutable=[OBSERVED])
+    np.testing.assert_array_equal(np.sort(seen[OBSERVED]["input"]), np.sort(x.clip(0).ravel()))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+def test_attention_maps_keep_their_layout_on_a_tpu_alone(platform):
+    """Nothing is computed: what would be compiled asks for it, or not."""
+    q = jax.ShapeDtypeStruct((2, 3, 4, 5), jnp.float32)
+
+    def step(q, k, v):
+        return jnp.sum(Mix().floats(Scores().floats(q, k), v))
+
+    traced = jax.jit(jax.value_and_grad(step)).trace(q, q, q)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    # The scores, the product's operand, and the gradients of both.
+    assert text.count("LayoutConstraint") == (4 if platform == "tpu" else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -42,6 +43,45 @@ def test_what_is_pinned_stays():
     config = resolved(dataset, num_queries=7, num_auxiliary=14)
     assert (config.model.num_queries, config.model.num_auxiliary) == (7, 14)
     assert sizing.with_data(config, dataset) == config  # a resolved configuration is one
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "wanted"),
+    [
+        ("tpu", None, "bfloat16"),
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "12.0", "bfloat16"),
+        ("gpu", "7.5", "float32"),
+        ("cpu", None, "float32"),
+    ],
+)
+def test_dtype_follows_from_the_device_unless_it_is_given(platform, capability, wanted):
+    device = SimpleNamespace(platform=platform)
+    if capability:
+        device.compute_capability = capability
+    config = ExperimentConfig(model=dataclasses.replace(tiny.MODEL, dtype="auto"))
+    assert sizing.with_devices(config, device).model.dtype == wanted
+    for given in ("float32", "bfloat16"):
+        pinned = ExperimentConfig(model=dataclasses.replace(tiny.MODEL, dtype=given))
+        assert sizing.with_devices(pinned, device) == pinned
+
+
+def test_an_open_dtype_is_said_and_filled_in_with_the_data(capsys):
+    config = ExperimentConfig(
+        model=dataclasses.replace(tiny.MODEL, num_classes=1, dtype="auto"),
+        train=TrainConfig(steps=1),
+    )
+    found = sizing.with_data(config, Sized([(64, 64)]))
+    assert found.model.dtype == "float32"  # on the CPU of the tests
+    sizing.say_sizes(config, found, Sized([(64, 64)]))
+    assert "Activations are float32 on this cpu (config.model.dtype)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"model\.dtype='auto' is open"):
+        _ = config.model.carrier
+
+
+def test_unknown_dtype():
+    with pytest.raises(ValueError, match="must be 'float32', 'bfloat16' or 'auto', got 'float16'"):
+        dataclasses.replace(tiny.MODEL, dtype="float16")
 
 
 @pytest.mark.parametrize(
