@@ -78,7 +78,6 @@ def estimate(
         first = jax.jit(module.init)(jax.random.key(0), *example)
         params, stats = first["params"], first["batch_stats"]
         optimizer = optim.make_optimizer(params, config.optimizer, train.steps, frozen_norms=frozen)
-        groups = optim.parameter_groups(params, config.optimizer, frozen_norms=frozen)
         ema = config.optimizer.ema > 0
         state = jax.jit(
             lambda p, s: TrainState.create(p, s, optimizer, ema=ema), out_shardings=replicated(mesh)
@@ -95,7 +94,7 @@ def estimate(
             loss_fn = detection_loss_fn(config, module, teacher)
         else:
             loss_fn = pretrain_loss_fn(config, module)
-        step = jit_train_step(make_train_step(config, loss_fn, optimizer, groups), state, mesh)
+        step = jit_train_step(make_train_step(config, loss_fn, optimizer), state, mesh)
         state, metrics = step(state, teacher_variables, placed)
         jax.block_until_ready(metrics)
         compiled = time.perf_counter()

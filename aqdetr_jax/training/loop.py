@@ -129,7 +129,7 @@ class _Run:
 
         # --- state: restored, or made ---------------------------------------------------------
         with Checkpoints(self.path / "checkpoints", config.train.keep_checkpoints) as checkpoints:
-            optimizer, groups, state, restored = self._state(checkpoints)
+            optimizer, state, restored = self._state(checkpoints)
             first = int(restored or 0)
             self._write_bits(state)
 
@@ -138,9 +138,7 @@ class _Run:
                 loss_fn = detection_loss_fn(config, self.module, teacher_module)
             else:
                 loss_fn = pretrain_loss_fn(config, self.module)
-            step = jit_train_step(
-                make_train_step(config, loss_fn, optimizer, groups), state, self.mesh
-            )
+            step = jit_train_step(make_train_step(config, loss_fn, optimizer), state, self.mesh)
 
             # --- loop -------------------------------------------------------------------------
             block = detections = None
@@ -198,7 +196,7 @@ class _Run:
         return RunResult(self.config, load_model(self.path)) if done else None
 
     def _state(self, checkpoints: Checkpoints):
-        """Optimizer, groups, state on the mesh, and the restored step (None = a fresh start)."""
+        """Optimizer, state on the mesh, and the restored step (None = a fresh start)."""
         config = self.config
         fresh = agree(checkpoints.latest_step() is None)
         images, mask = example_input(config.data.buckets[0])
@@ -209,30 +207,29 @@ class _Run:
             first = jax.eval_shape(self.module.init, key, images, mask)
         params, stats = first["params"], first["batch_stats"]
         arguments = (params, config.optimizer)
+        rules = MODEL_PARALLEL if config.mesh.model > 1 else ()
         optimizer = optim.make_optimizer(
-            *arguments, config.train.steps, frozen_norms=self.frozen_norms
+            *arguments, config.train.steps, frozen_norms=self.frozen_norms, rules=rules
         )
-        groups = optim.parameter_groups(*arguments, frozen_norms=self.frozen_norms)
 
         def create(params, stats):
             return TrainState.create(params, stats, optimizer, ema=config.optimizer.ema > 0)
 
         abstract = jax.eval_shape(create, params, stats)
-        rules = MODEL_PARALLEL if config.mesh.model > 1 else ()
         shardings = parameter_shardings(abstract, self.mesh, rules)
         if fresh:
             state = jax.jit(create, out_shardings=shardings)(params, stats)
             trainable = optim.count_trainable(*arguments, frozen_norms=self.frozen_norms)
             total = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
             say(f"{config.name}: {total:,} parameters, {trainable:,} of them trained")
-            return optimizer, groups, state, None
+            return optimizer, state, None
         wanted = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         )
         restored = checkpoints.restore(wanted)
         assert restored is not None
         say(f"{config.name}: going on from step {restored[1]} in {self.path}")
-        return optimizer, groups, restored[0], restored[1]
+        return optimizer, restored[0], restored[1]
 
     def _first_variables(self) -> dict[str, Any]:
         config = self.config
