@@ -86,14 +86,13 @@ def compiled_step(config, variables, batch, teacher_variables, mesh, compiler_op
     module = setup.build_module(config)
     arguments = (variables["params"], config.optimizer)
     optimizer = optim.make_optimizer(*arguments, config.train.steps, frozen_norms=True)
-    groups = optim.parameter_groups(*arguments, frozen_norms=True)
     create = jax.jit(
         lambda p, s: TrainState.create(p, s, optimizer, ema=config.optimizer.ema > 0),
         out_shardings=replicated(mesh),
     )
     state = create(variables["params"], variables["batch_stats"])
     teacher = build_detector(config.model) if config.distill.weights.active else None
-    step = make_train_step(config, detection_loss_fn(config, module, teacher), optimizer, groups)
+    step = make_train_step(config, detection_loss_fn(config, module, teacher), optimizer)
     start = time.perf_counter()
     lowered = jit_train_step(step, state, mesh).lower(state, teacher_variables, batch)
     compiled = lowered.compile(compiler_options)

@@ -42,7 +42,6 @@ class Assembly:
       state: shapes of the training state, each with its sharding.
       create: the state from (params, batch_stats).
       optimizer: of the run.
-      groups: each parameter's group, see ``optimizer.parameter_groups``.
     """
 
     config: ExperimentConfig
@@ -50,7 +49,6 @@ class Assembly:
     state: TrainState
     create: Callable[[Any, Any], TrainState]
     optimizer: Any
-    groups: Any
 
     def start(self, variables: Any) -> TrainState:
         """The state before the first step, on the mesh."""
@@ -61,7 +59,7 @@ class Assembly:
     def step(self, module: Detector | DensePretrainer, teacher: Detector | None) -> Any:
         """The jitted step, see ``step.make_train_step``; ``teacher``: its module, if there is."""
         loss_fn = loss_function(self.config, module, teacher)
-        step = make_train_step(self.config, loss_fn, self.optimizer, self.groups)
+        step = make_train_step(self.config, loss_fn, self.optimizer)
         return jit_train_step(step, self.state, self.mesh)
 
 
@@ -107,22 +105,21 @@ def assemble(config: ExperimentConfig, variables: Any, mesh: Mesh) -> Assembly:
     """
     params, stats = variables["params"], variables["batch_stats"]
     frozen = config.model.backbone.norm == "frozen"
+    rules = MODEL_PARALLEL if config.mesh.model > 1 else ()
     optimizer = optim.make_optimizer(
-        params, config.optimizer, config.train.steps, frozen_norms=frozen
+        params, config.optimizer, config.train.steps, frozen_norms=frozen, rules=rules
     )
-    groups = optim.parameter_groups(params, config.optimizer, frozen_norms=frozen)
 
     def create(params: Any, stats: Any) -> TrainState:
         return TrainState.create(params, stats, optimizer, ema=config.optimizer.ema > 0)
 
     shapes = jax.eval_shape(create, params, stats)
-    rules = MODEL_PARALLEL if config.mesh.model > 1 else ()
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         parameter_shardings(shapes, mesh, rules),
     )
-    return Assembly(config, mesh, state, create, optimizer, groups)
+    return Assembly(config, mesh, state, create, optimizer)
 
 
 def stand_in_teacher(config: ExperimentConfig) -> Detector | None:

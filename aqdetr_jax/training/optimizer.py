@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -10,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
-from jax import Array
 
+from aqdetr_jax.parallel.placement import Rules
 from aqdetr_jax.quant.spec import CALIBRATED
 from aqdetr_jax.training.config import OptimizerConfig
+from aqdetr_jax.training.packing import FROZEN, Packing
 
 STEP_FLOOR = 1e-9
 """Step sizes are kept above this after every update."""
@@ -53,11 +55,11 @@ def group_of(path: str, config: OptimizerConfig, *, frozen_norms: bool) -> str:
     """
     leaf = path.rsplit("/", 1)[-1]
     if leaf.endswith(CALIBRATED):
-        return "frozen"
+        return FROZEN
     if any(re.search(pattern, path) for pattern in config.frozen):
-        return "frozen"
+        return FROZEN
     if path.startswith("backbone/") and frozen_norms and leaf in ("scale", "bias"):
-        return "frozen"
+        return FROZEN
     if leaf.endswith("_step"):
         return "steps"
     if path.startswith("backbone/"):
@@ -76,7 +78,7 @@ def parameter_groups(params: Any, config: OptimizerConfig, *, frozen_norms: bool
 def count_trainable(params: Any, config: OptimizerConfig, *, frozen_norms: bool) -> int:
     """Number of parameters that an update can change."""
     groups = parameter_groups(params, config, frozen_norms=frozen_norms)
-    sizes = jax.tree.map(lambda p, g: 0 if g == "frozen" else p.size, params, groups)
+    sizes = jax.tree.map(lambda p, g: 0 if g == FROZEN else p.size, params, groups)
     return sum(jax.tree.leaves(sizes))
 
 
@@ -94,9 +96,26 @@ def relative_to_parameter() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW in groups, over packed parameters.
+
+    Attributes:
+      packing: how parameters are packed.
+      transformation: what is done to the packed gradients.
+    """
+
+    packing: Packing
+    transformation: optax.GradientTransformation
+
+    def init(self, params: Any) -> Any:
+        """The state before the first update."""
+        return self.transformation.init(self.packing.pack(params))
+
+
 def make_optimizer(
-    params: Any, config: OptimizerConfig, steps: int, *, frozen_norms: bool
-) -> optax.GradientTransformation:
+    params: Any, config: OptimizerConfig, steps: int, *, frozen_norms: bool, rules: Rules = ()
+) -> Optimizer:
     """The optimizer of a run.
 
     Gradients are clipped by their global norm over everything that is trained. Weight decay is
@@ -107,9 +126,10 @@ def make_optimizer(
       config: rates and groups.
       steps: length of the run, for the schedule.
       frozen_norms: see ``group_of``.
+      rules: how parameters lie on the devices, see ``parameter_shardings``.
     """
     factor = learning_rate(config, steps)
-    groups = parameter_groups(params, config, frozen_norms=frozen_norms)
+    packing = Packing(params, parameter_groups(params, config, frozen_norms=frozen_norms), rules)
 
     def rate(base: float):
         return lambda step: -base * factor(step)
@@ -133,25 +153,22 @@ def make_optimizer(
             relative_to_parameter(),
             optax.scale_by_schedule(rate(config.lr_steps)),
         ),
-        "frozen": optax.set_to_zero(),
     }
-    chain = [optax.partition(transforms, groups)]
-    if config.clip_norm > 0:
+    chain = [optax.partition(transforms, packing.groups)]
+    if config.clip_norm:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    return optax.chain(*chain)
+    return Optimizer(packing, optax.chain(*chain))
 
 
-def trained_gradients(gradients: Any, groups: Any) -> Any:
-    """Gradients with those of frozen parameters set to zero (they must not count in the norm)."""
+def keep_steps_positive(params: Any, groups: Any) -> Any:
+    """Projects every step size to at least ``STEP_FLOOR``.
+
+    Args:
+      params: a tree.
+      groups: a tree like it of group names.
+    """
     return jax.tree.map(
-        lambda g, name: jnp.zeros_like(g) if name == "frozen" else g, gradients, groups
+        lambda leaf, group: jnp.maximum(leaf, STEP_FLOOR) if group == "steps" else leaf,
+        params,
+        groups,
     )
-
-
-def keep_steps_positive(params: Any) -> Any:
-    """Projects every step size to at least ``STEP_FLOOR``."""
-
-    def project(path, leaf: Array) -> Array:
-        return jnp.maximum(leaf, STEP_FLOOR) if path[-1].endswith("_step") else leaf
-
-    return traverse_util.path_aware_map(project, params)

@@ -260,7 +260,7 @@ def accumulated_gradient(config: ExperimentConfig, loss_fn: LossFn) -> Callable[
 
 
 def make_train_step(
-    config: ExperimentConfig, loss_fn: LossFn, optimizer: optax.GradientTransformation, groups: Any
+    config: ExperimentConfig, loss_fn: LossFn, optimizer: optim.Optimizer
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
     """The update step: loss, gradient, guarded AdamW update, step sizes kept positive, average.
 
@@ -271,7 +271,6 @@ def make_train_step(
       config: for the moving average's decay, and ``train.accumulate``.
       loss_fn: see ``detection_loss_fn``.
       optimizer: see ``optimizer.make_optimizer``.
-      groups: tree of group names, see ``optimizer.parameter_groups``.
 
     Returns:
       ``step(state, teacher_variables, batch) -> (state, metrics)``, to be jitted with the state
@@ -288,28 +287,35 @@ def make_train_step(
         (loss, (terms, batch_stats)), gradients = gradient_fn(
             state.params, state.batch_stats, teacher_variables, batch, state.step
         )
-        gradients = optim.trained_gradients(gradients, groups)
+        packing = optimizer.packing
+        # Small parameters side by side: what follows is one operation for all of a group.
+        old, gradients = packing.pack(state.params), packing.pack(gradients)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optim.keep_steps_positive(optax.apply_updates(state.params, updates))
-        ema = state.ema
-        if decay:
-            # A young average follows closely, so that it does not remember the random start.
-            d = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(
-                lambda e, p: e + (p - e) * (1 - d), state.ema, variables(params, batch_stats)
-            )
+        updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, old)
+        params = optim.keep_steps_positive(optax.apply_updates(old, updates), packing.groups)
 
         def guard(new, old):
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
+        ema = state.ema
+        if decay:
+            # A young average follows closely, so that it does not remember the random start.
+            d = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+
+            def average(mean, value):
+                return jax.tree.map(lambda e, p: e + (p - e) * (1 - d), mean, value)
+
+            before = packing.pack(ema["params"])
+            after = guard(average(before, params), before)
+            stats = guard(average(ema["batch_stats"], batch_stats), ema["batch_stats"])
+            ema = variables(packing.unpack(after, ema["params"]), stats)
         new = TrainState(
             step=state.step + 1,
-            params=guard(params, state.params),
+            params=packing.unpack(guard(params, old), state.params),
             batch_stats=guard(batch_stats, state.batch_stats),
             opt_state=guard(opt_state, state.opt_state),
-            ema=guard(ema, state.ema),
+            ema=ema,
             skipped=state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
             bad_in_a_row=jnp.where(finite, 0, state.bad_in_a_row + 1).astype(jnp.int32),
         )

@@ -122,15 +122,16 @@ ON_DEVICES = """
     module = build_detector(config.model)
     variables = tiny.random_variables(module, batch["images"], batch["mask"])
     params, stats = variables["params"], variables["batch_stats"]
-    optimizer = optim.make_optimizer(params, config.optimizer, 10, frozen_norms=True)
-    groups = optim.parameter_groups(params, config.optimizer, frozen_norms=True)
+    optimizer = optim.make_optimizer(
+        params, config.optimizer, 10, frozen_norms=True, rules=MODEL_PARALLEL
+    )
     state = jax.device_get(TrainState.create(params, stats, optimizer, ema=False))
 
 
     def run(micro, mesh, rules=()):
         train = dataclasses.replace(config.train, accumulate=micro)
         of = dataclasses.replace(config, train=train)
-        step = make_train_step(of, detection_loss_fn(of, module, None), optimizer, groups)
+        step = make_train_step(of, detection_loss_fn(of, module, None), optimizer)
         with jax.set_mesh(mesh):
             placed = jax.device_put(state, parameter_shardings(state, mesh, rules))
             given = placed, {}, put_batch(batch, mesh)

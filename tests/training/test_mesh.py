@@ -117,14 +117,11 @@ PROGRAM = """
     module = setup.build_module(low)
     first, _ = initial.initial_variables(low, module, load_model("TEACHER"), [other])
     optimizer = optim.make_optimizer(
-        first["params"], low.optimizer, low.train.steps, frozen_norms=True
+        first["params"], low.optimizer, low.train.steps, frozen_norms=True, rules=MODEL_PARALLEL
     )
-    groups = optim.parameter_groups(first["params"], low.optimizer, frozen_norms=True)
     state = TrainState.create(first["params"], first["batch_stats"], optimizer, ema=True)
     state = jax.device_get(state)
-    step = make_train_step(
-        low, detection_loss_fn(low, module, teacher.module()), optimizer, groups
-    )
+    step = make_train_step(low, detection_loss_fn(low, module, teacher.module()), optimizer)
     batches = [batch, {k: other[k] for k in TRAINED_KEYS}]
 
 

@@ -5,7 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import tiny
+from jax.sharding import PartitionSpec
 
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import OptimizerConfig
@@ -68,13 +71,14 @@ def test_count_trainable_leaves_out_what_is_frozen():
 
 
 def _update(config, gradients, *, params=PARAMS, count=1):
+    """What some updates by the same gradients add to the parameters, the last of them."""
     optimizer = optim.make_optimizer(params, config, 100, frozen_norms=True)
-    groups = optim.parameter_groups(params, config, frozen_norms=True)
-    state = optimizer.init(params)
+    packing, state = optimizer.packing, optimizer.init(params)
     for _ in range(count):
-        gradients = optim.trained_gradients(gradients, groups)
-        updates, state = optimizer.update(gradients, state, params)
-    return updates
+        updates, state = optimizer.transformation.update(
+            packing.pack(gradients), state, packing.pack(params)
+        )
+    return packing.unpack(updates, jax.tree.map(jnp.zeros_like, params))
 
 
 def test_first_update_of_each_group():
@@ -105,9 +109,6 @@ def test_clipping_ignores_frozen_parameters():
     small = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), PARAMS)
     huge = jax.tree.map(lambda g: g, small)
     huge["backbone"]["stem_norm"]["scale"] = jnp.full(2, 1e6)
-    groups = optim.parameter_groups(PARAMS, config, frozen_norms=True)
-    a, b = (optim.trained_gradients(g, groups) for g in (small, huge))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
     jax.tree.map(np.testing.assert_array_equal, _update(config, small), _update(config, huge))
 
 
@@ -115,21 +116,14 @@ def test_clipping_limits_the_global_norm():
     config = OptimizerConfig(clip_norm=0.5, weight_decay=0.0, drop_at=())
     optimizer = optim.make_optimizer(PARAMS, config, 100, frozen_norms=True)
     gradients = jax.tree.map(jnp.ones_like, PARAMS)
-    _, state = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
+    pack = optimizer.packing.pack
+    _, state = optimizer.transformation.update(
+        pack(gradients), optimizer.init(PARAMS), pack(PARAMS)
+    )
     mu = [s.mu for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
     total = sum(float(jnp.sum(jnp.square(x))) for x in jax.tree.leaves(mu))
-    norm = math.sqrt(sum(g.size for g in jax.tree.leaves(gradients)))
-    trained = sum(
-        p.size
-        for p, group in zip(
-            jax.tree.leaves(PARAMS),
-            jax.tree.leaves(optim.parameter_groups(PARAMS, config, frozen_norms=True)),
-            strict=True,
-        )
-        if group != "frozen"
-    )
-    # First moments are 0.1 of the clipped gradients.
-    assert math.isclose(math.sqrt(total), 0.1 * 0.5 / norm * math.sqrt(trained), rel_tol=1e-5)
+    # First moments are 0.1 of the clipped gradients, of which frozen ones are none.
+    assert math.isclose(math.sqrt(total), 0.1 * 0.5, rel_tol=1e-5)
 
 
 def _is_adam(node) -> bool:
@@ -137,12 +131,100 @@ def _is_adam(node) -> bool:
 
 
 def test_step_sizes_are_projected_and_nothing_else():
-    broken = {"a": {"kernel_step": jnp.array([-1.0, 0.0, 2.0]), "kernel": jnp.array([-1.0, 0.0])}}
-    fixed = optim.keep_steps_positive(broken)["a"]
+    broken = {"steps": jnp.array([-1.0, 0.0, 2.0]), "rest": jnp.array([-1.0, 0.0])}
+    fixed = optim.keep_steps_positive(broken, {"steps": "steps", "rest": "rest"})
     np.testing.assert_array_equal(
-        fixed["kernel_step"], np.float32([optim.STEP_FLOOR, optim.STEP_FLOOR, 2.0])
+        fixed["steps"], np.float32([optim.STEP_FLOOR, optim.STEP_FLOOR, 2.0])
     )
-    np.testing.assert_array_equal(fixed["kernel"], [-1.0, 0.0])
+    np.testing.assert_array_equal(fixed["rest"], [-1.0, 0.0])
+
+
+# --- packing -------------------------------------------------------------------------------------
+
+
+def test_packed_parameters():
+    """Vectors and steps side by side by group, in the order of their names; nothing frozen."""
+    packing = optim.make_optimizer(PARAMS, OptimizerConfig(), 1, frozen_norms=True).packing
+    numbered = jax.tree.map(lambda p: jnp.zeros_like(p), PARAMS)
+    numbered["encoder"]["layer_0"]["norm1"]["scale"] = jnp.array([3.0, 4.0])
+    numbered["encoder"]["layer_0"]["self_attention"]["q_step"] = jnp.array([1.0, 2.0])[
+        :, None, None
+    ]
+    packed = packing.pack(numbered)
+    # norm1/bias, norm1/scale, query/bias; stem/kernel_step, q_step.
+    np.testing.assert_array_equal(packed["packed"]["rest"], [0, 0, 3, 4, 0, 0])
+    np.testing.assert_array_equal(packed["packed"]["steps"], [0, 0, 1, 2])
+    assert set(packed["packed"]) == {"rest", "steps"}
+    assert tiny.digest(packed["alone"]) == tiny.digest(
+        {
+            "backbone": {"stem": {"kernel": numbered["backbone"]["stem"]["kernel"]}},
+            "encoder": {"layer_0": {"self_attention": {"query": {"kernel": jnp.zeros((2, 2))}}}},
+            "query_embed": numbered["query_embed"],
+        }
+    )
+    back = packing.unpack(packed, PARAMS)
+    frozen = PARAMS["backbone"]["stem_norm"]
+    wanted = {**numbered, "backbone": {**numbered["backbone"], "stem_norm": frozen}}
+    wanted["encoder"]["layer_0"]["self_attention"]["q_zero"] = jnp.float32(4.0)
+    assert tiny.digest(back) == tiny.digest(wanted)
+
+
+def test_what_is_split_over_devices_is_not_packed():
+    rules = ((r"query/(kernel|bias)$", PartitionSpec("model")),)
+    packing = optim.make_optimizer(
+        PARAMS, OptimizerConfig(), 1, frozen_norms=True, rules=rules
+    ).packing
+    packed = packing.pack(PARAMS)
+    assert packed["packed"]["rest"].shape == (4,)
+    alone = packed["alone"]["encoder"]["layer_0"]["self_attention"]["query"]
+    assert set(alone) == {"kernel", "bias"}
+
+
+def test_updates_are_those_of_plain_optax():
+    """AdamW leaf by leaf, as optax does it to each parameter on its own, over several steps."""
+    config = OptimizerConfig(
+        lr=1e-2, lr_backbone=1e-3, lr_steps=1e-2, weight_decay=0.1, clip_norm=0.5, warmup=2
+    )
+    rng = np.random.default_rng(0)
+    groups = optim.parameter_groups(PARAMS, config, frozen_norms=True)
+    rates = {"rest": 1e-2, "backbone": 1e-3}
+    factor = optim.learning_rate(config, 100)
+
+    def adamw(rate):
+        return optax.adamw(
+            lambda t: rate * factor(t),
+            weight_decay=0.1,
+            mask=lambda tree: jax.tree.map(lambda p: getattr(p, "ndim", 0) > 1, tree),
+        )
+
+    relative = optax.chain(
+        optax.scale_by_adam(),
+        optim.relative_to_parameter(),
+        optax.scale_by_schedule(lambda t: -1e-2 * factor(t)),
+    )
+    plain = optax.partition(
+        {
+            **{k: adamw(v) for k, v in rates.items()},
+            "steps": relative,
+            "frozen": optax.set_to_zero(),
+        },
+        groups,
+    )
+    optimizer = optim.make_optimizer(PARAMS, config, 100, frozen_norms=True)
+    packing, state = optimizer.packing, optimizer.init(PARAMS)
+    ours, theirs, plain_state = PARAMS, PARAMS, plain.init(PARAMS)
+    for _ in range(5):
+        gradients = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape)), PARAMS)
+        norm = optax.tree.norm(
+            jax.tree.map(lambda g, group: g * (group != "frozen"), gradients, groups)
+        )
+        clipped = jax.tree.map(lambda g, n=norm: g * jnp.minimum(1.0, 0.5 / n), gradients)
+        updates, plain_state = plain.update(clipped, plain_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+        packed = packing.pack(ours)
+        updates, state = optimizer.transformation.update(packing.pack(gradients), state, packed)
+        ours = packing.unpack(optax.apply_updates(packed, updates), ours)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Setting:
         loss_fn = detection_loss_fn(config, self.module, self.teacher.module())
         placed = jax.eval_shape(lambda s: s, state)
         placed = jax.tree.map(lambda x: x.update(sharding=whole), placed)
-        step = make_train_step(config, loss_fn, optimizer, self.groups)
+        step = make_train_step(config, loss_fn, optimizer)
         self.compiled = jit_train_step(step, placed, self.mesh)
 
     def run(self, state, *batches):

@@ -1,0 +1,88 @@
+"""Parameters as the optimizer sees them: matrices one by one, everything small in a few vectors.
+
+A quantized detector has hundreds of step sizes, biases and norm vectors. Updated one by one they
+are most of the instructions of a step and none of its work; side by side in one vector a group,
+they are one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from aqdetr_jax.parallel.placement import Rules
+
+FROZEN = "frozen"
+"""Group of the parameters that are left out."""
+
+
+class Packing:
+    """Which leaves of a parameter tree are trained, and which of them share a vector.
+
+    A leaf of at most one dimension is packed with those of its group, and so is every step size,
+    unless a rule splits it over devices.
+
+    Attributes:
+      groups: a packed tree of group names.
+    """
+
+    def __init__(self, params: Any, groups: Any, rules: Rules = ()):
+        """Plans.
+
+        Args:
+          params: tree of parameters, or of their shapes.
+          groups: tree of group names; ``FROZEN`` is left out.
+          rules: how parameters lie on the devices, see ``parameter_shardings``.
+        """
+        shapes = {path: np.shape(leaf) for path, leaf in flatten_dict(params).items()}
+        self._alone: list[tuple[str, ...]] = []
+        self._packed: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+        alone = {}
+        # In the order of the names: the same whether the tree was made, read or merged.
+        for path, group in sorted(flatten_dict(groups).items()):
+            split = any(re.search(pattern, "/".join(path)) for pattern, _ in rules)
+            if group == FROZEN:
+                continue
+            if split or (len(shapes[path]) > 1 and group != "steps"):
+                self._alone.append(path)
+                alone[path] = group
+            else:
+                self._packed[group].append(path)
+        self._shapes = shapes
+        self.groups = {"alone": unflatten_dict(alone), "packed": {g: g for g in self._packed}}
+
+    def pack(self, tree: Any) -> dict[str, Any]:
+        """A tree like the parameters' as ``{"alone": tree, "packed": {group: vector}}``."""
+        leaves = flatten_dict(tree)
+        return {
+            "alone": unflatten_dict({path: leaves[path] for path in self._alone}),
+            "packed": {
+                group: jnp.concatenate([jnp.ravel(leaves[path]) for path in paths])
+                for group, paths in self._packed.items()
+            },
+        }
+
+    def unpack(self, packed: dict[str, Any], tree: Any) -> Any:
+        """The inverse of :meth:`pack`; frozen leaves are taken from ``tree``."""
+        leaves = dict(flatten_dict(tree))
+        leaves |= flatten_dict(packed["alone"])
+        for group, paths in self._packed.items():
+            start = 0
+            for path in paths:
+                shape = self._shapes[path]
+                stop = start + math.prod(shape)
+                leaves[path] = _slice(packed["packed"][group], start, stop).reshape(shape)
+                start = stop
+        return unflatten_dict(leaves)
+
+
+def _slice(vector: Array, start: int, stop: int) -> Array:
+    return jax.lax.slice(vector, (start,), (stop,))
