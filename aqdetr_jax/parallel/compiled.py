@@ -73,9 +73,7 @@ class Programs:
           ValueError: no program is known for this shape; the message names it.
           DoesNotFitError: see :meth:`compile_all`.
         """
-        signature = _signature(batch)
-        program = self._programs.get(signature)
-        return program if program is not None else self._compile(signature, held)
+        return self._compile(_signature(batch), held)
 
     def _compile(self, signature: Any, held: tuple[Any, ...]) -> Callable[..., Any]:
         if signature in self._programs:
@@ -138,9 +136,9 @@ def device_bytes() -> int | None:
     return min(known) if known else None
 
 
-def _signature(batch: tuple[Batch, ...]) -> tuple[tuple[tuple[int, ...], str], ...]:
+def _signature(batch: tuple[Batch, ...]) -> tuple[tuple[tuple[int, ...], Any], ...]:
     """Shape and type of every array."""
-    return tuple((tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(batch))
+    return tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
 
 
 def _described(signature: Any) -> str:

@@ -124,5 +124,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
                 f"along 'data' cannot share evenly: use a multiple of {devices} "
                 "(config.train.batch_size, eval_batch_size), or another config.mesh.data"
             )
-        placed[name] = jax.make_array_from_process_local_data(sharding, local)
+        # Asked for, which JAX does not see in a run of several processes.
+        with jax.transfer_guard_host_to_device("allow"):
+            placed[name] = jax.make_array_from_process_local_data(sharding, local)
     return placed

@@ -73,10 +73,7 @@ class StepTrace:
             jax.block_until_ready(metrics)
             self.close()
             begin, end = self._window
-            say(
-                f"steps {begin} to {end} are traced in {self._folder} "
-                f"(pip install xprof; xprof --logdir={self._folder})"
-            )
+            say(f"steps {begin} to {end} are traced in {self._folder}, for xprof")
 
     def close(self) -> None:
         """Ends a trace that is running, with the steps that it has."""

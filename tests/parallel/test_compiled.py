@@ -79,6 +79,30 @@ def test_all_at_once_and_then_never_again(compilations):
     assert len(compilations) == 2
 
 
+def test_what_a_plain_call_has_compiled_is_read_back():
+    """The run's program is the one that the estimate before it has timed, and compiled."""
+    found, threshold = [], "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[threshold]
+    jax.config.update(threshold, 0.0)
+    try:
+        first = Small()
+        batch = {"images": np.ones((2, 4, 6, 3), np.uint8)}
+        batch = jax.device_put(batch, batch_sharding(first.mesh))
+        first.jitted(first.state, batch)
+        second = Small()
+
+        def listen(event, **_):
+            found.append(event.rpartition("/")[2])
+
+        jax.monitoring.register_event_listener(listen)
+        second.run(4)
+        jax.monitoring.unregister_event_listener(listen)
+    finally:
+        jax.config.update(threshold, before)
+    assert found.count("cache_hits") == 1
+    assert "cache_misses" not in found
+
+
 @pytest.mark.parametrize("shape", [(5, 6, 2), (6, 4, 2), (4, 6, 3)])
 def test_another_shape_is_named_and_not_compiled(shape, compilations):
     small = Small()

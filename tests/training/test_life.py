@@ -201,7 +201,7 @@ def test_the_trace_holds_the_steps_that_were_asked_for(life):
         if event.name == "train"
     ]
     assert steps == [3, 4]
-    assert f"steps 3 to 4 are traced in {life.folder / 'profile'}" in life.said
+    assert f"steps 3 to 4 are traced in {life.folder / 'profile'}, for xprof" in life.said
 
 
 def test_all_buckets_are_compiled_before_the_first_step_on_accelerators(tmp_path, monkeypatch):
