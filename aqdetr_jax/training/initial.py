@@ -54,17 +54,12 @@ def initial_variables(
             f"config.optimizer.frozen={config.optimizer.frozen} would keep random parameters for "
             "ever: set config.init_from, or config.optimizer.frozen=() to train from scratch"
         )
-    images, mask = example_input(config.data.buckets[0])
-    key = jax.random.fold_in(jax.random.key(config.seed), INIT)
-    variables = jax.tree.map(np.asarray, jax.jit(module.init)(key, images, mask))
-    params = traverse_util.flatten_dict(variables["params"], sep="/")
-    stats = traverse_util.flatten_dict(variables["batch_stats"], sep="/")
+    shapes = jax.eval_shape(lambda: _drawn(config, module))
+    params, stats = shapes["params"], shapes["batch_stats"]
     report = None
     if source is not None:
-        given = traverse_util.flatten_dict(source.variables["params"], sep="/")
-        params, report = merge(params, given)
-        given_stats = traverse_util.flatten_dict(source.variables["batch_stats"], sep="/")
-        stats, stats_report = merge(stats, given_stats)
+        params, report = merge(params, _flat(source, "params"))
+        stats, stats_report = merge(stats, _flat(source, "batch_stats"))
         wanted = sum(not path.endswith(GRID_PARAMETERS) for path in params)
         if len(report.loaded) < 0.1 * wanted or stats_report.mismatched:
             raise ValueError(
@@ -72,17 +67,62 @@ def initial_variables(
                 f"{report.summary()}; first that differ: "
                 f"{(report.mismatched + stats_report.mismatched + report.new)[:5]}"
             )
-        auxiliary = "auxiliary_queries"
-        if auxiliary in report.new and config.auxiliary.start == "object":
-            params[auxiliary] = _copied_queries(config, params["query_embed"], params[auxiliary])
-    variables = _unflatten(params, stats)
     steps = [path for path in params if path.endswith("_step")]
     # Step sizes of another policy (more bits, say) are as good as none.
     kept = source is not None and source.quant.build() == config.quant.build()
     loaded = set(report.loaded) if report is not None and kept else set()
-    if isinstance(module, Detector) and not loaded.issuperset(steps):
+    calibrated = isinstance(module, Detector) and not loaded.issuperset(steps)
+    # A weight's step comes from the weight; its first value would draw that weight for nothing.
+    idle = [path for path in steps if path.endswith("kernel_step")] if calibrated else []
+    params |= {path: np.full(shapes["params"][path].shape, np.nan, np.float32) for path in idle}
+    made = _missing(config, module, {"params": params, "batch_stats": stats})
+    params, stats = made["params"], made["batch_stats"]
+    path = "auxiliary_queries"
+    if report is not None and path in report.new and config.auxiliary.start == "object":
+        params[path] = _copied_queries(config, params["query_embed"], params[path])
+    variables = _unflatten(params, stats)
+    if calibrated and isinstance(module, Detector):
         variables = calibrate(config, module, variables, calibration)
     return variables, report
+
+
+def _drawn(config: ExperimentConfig, module: Detector | DensePretrainer) -> dict[str, Any]:
+    """Random variables by the seed, flat by group."""
+    images, mask = example_input(config.data.buckets[0])
+    key = jax.random.fold_in(jax.random.key(config.seed), INIT)
+    variables = module.init(key, images, mask)
+    return {
+        group: traverse_util.flatten_dict(variables[group], sep="/")
+        for group in ("params", "batch_stats")
+    }
+
+
+def _missing(
+    config: ExperimentConfig,
+    module: Detector | DensePretrainer,
+    groups: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, np.ndarray]]:
+    """Variables with random values in place of the shapes among them; only those are compiled."""
+    missing = [
+        (group, path)
+        for group, values in groups.items()
+        for path, value in values.items()
+        if isinstance(value, jax.ShapeDtypeStruct)
+    ]
+
+    @jax.jit
+    def draw() -> list[jax.Array]:
+        drawn = _drawn(config, module)
+        return [drawn[group][path] for group, path in missing]
+
+    made = {group: dict(values) for group, values in groups.items()}
+    for (group, path), value in zip(missing, draw() if missing else (), strict=True):
+        made[group][path] = np.asarray(value)
+    return made
+
+
+def _flat(source: ModelBundle, group: str) -> dict[str, Any]:
+    return traverse_util.flatten_dict(source.variables[group], sep="/")
 
 
 def _unflatten(params: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:
