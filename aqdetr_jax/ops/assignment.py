@@ -183,10 +183,16 @@ def assign(cost: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(held, columns, -1), axis=-1, initial=-1)
 
 
-def _axis_to_map(
+def axis_to_map(
     mesh: Mesh | AbstractMesh | None, axis: str, batch: int
 ) -> Mesh | AbstractMesh | None:
-    """The mesh over which to map the batch, or None where one device solves everything."""
+    """The mesh over which to map a batch by hand, or None where it is one device's anyway.
+
+    Args:
+        mesh: default: the mesh set by ``jax.set_mesh``.
+        axis: name of the mesh axis that shares the batch.
+        batch: its size, which the axis must divide.
+    """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if mesh.empty or axis not in mesh.axis_names:
         return None
@@ -237,7 +243,7 @@ def assign_sharded(
     count = cost.shape[-1] if num_columns is None else num_columns
     count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), lead)
     cost = lax.stop_gradient(cost)
-    over = _axis_to_map(mesh, axis, lead[batch_axis])
+    over = axis_to_map(mesh, axis, lead[batch_axis])
     if over is None:
         return assign_repeated(cost, supply, count)
     spec = PartitionSpec(*([None] * batch_axis), axis)

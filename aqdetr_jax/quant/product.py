@@ -26,9 +26,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from aqdetr_jax.ops import convolution
+from aqdetr_jax.ops.assignment import axis_to_map
 from aqdetr_jax.quant import lsq
 
 Arithmetic = Literal["fake", "integer", "observe"]
@@ -106,9 +108,23 @@ def _as_written(x: Array) -> Array:
     every map before and after its products: half of an attention's memory traffic.
     """
     layout = Layout(tuple(range(x.ndim)))
-    return lax.platform_dependent(
-        x, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x
-    )
+
+    def constrained(x: Array) -> Array:
+        return with_layout_constraint(x, layout)
+
+    mesh = axis_to_map(None, "data", x.shape[0])
+    if mesh is not None:
+        # On a torus of 4x4x4 chips and more the partitioner would gather the whole batch's maps.
+        spec = PartitionSpec("data")
+        constrained = jax.shard_map(
+            constrained,
+            mesh=mesh,
+            in_specs=spec,
+            out_specs=spec,
+            axis_names={"data"},
+            check_vma=False,
+        )
+    return lax.platform_dependent(x, tpu=constrained, default=lambda x: x)
 
 
 @dataclasses.dataclass(frozen=True)

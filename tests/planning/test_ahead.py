@@ -138,19 +138,21 @@ def test_last_words_without_a_reason():
     reason="libtpu, the compiler for TPUs, is not installed: pip install 'jax[tpu]'",
 )
 def test_a_step_compiles_for_a_slice():
-    """Gradients are summed over the chips at the top; the state's size is known beforehand."""
-    place = parse_slice("v5e:2x2")
+    """Chips send gradients alone, once; what the state takes is known beforehand.
+
+    A slice of 64, where XLA would gather the attention maps of the whole batch for their layout.
+    """
+    place = parse_slice("v5p:4x4x4")
     model = dataclasses.replace(tiny.MODEL, decoder_layers=1)
     facts = read_facts(dataclasses.replace(tiny.FLOAT, model=model), place)
-    config = resolve(facts, place).config
+    config = resolve(facts, place, 1).config
     found = compile_ahead(Case(config, place, (64, 64), "train"), fast=True)
     assert found.fits
-    assert not found.program.collectives_in_loops
-    reduced = [c for c in found.program.collectives if c.kind == "all-reduce"]
-    assert {c.group for c in reduced} == {4}
-    memory = found.memory
-    assert 0 < memory.parameters <= memory.average
+    memory, collectives = found.memory, found.program.collectives
+    assert {(c.kind, c.group, c.loop) for c in collectives} == {("all-reduce", 64, "")}
+    assert sum(c.bytes for c in collectives) < memory.parameters < 64 * 2 * 64 * 64 * 4
     # AdamW: two moments of every parameter that is trained.
     assert memory.parameters < memory.optimizer < 2.1 * memory.parameters
+    assert 0 < memory.parameters <= memory.average
     assert memory.batch > 64 * 64 * 3
     assert found.program.traffic > memory.parameters + memory.optimizer
