@@ -7,17 +7,14 @@ For every case (COCO's encoder and decoder at 800 x 1066, the embedded set's enc
 gradient, all heads at once and (as ``model.remat`` does) head by head, sampling again in the
 backward pass; the ways run in turn, round after round, and ratios are of medians to the plain
 gather's.
-With torch installed (extra "parity"), transformers' own function runs in the same rounds. With
-libtpu installed, forward plus gradient is compiled ahead of time for one v5e chip and the
-compiler's bytes are kept (no TPU is needed, and nothing is timed on one; what a loop moves, it
-counts once).
+With torch installed (extra "parity"), transformers' own function runs in the same rounds. For TPUs
+see ``deformable_tpu.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import os
 import statistics
 import sys
@@ -148,30 +145,6 @@ def timed(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, lis
     return seconds
 
 
-def on_v5e(case: Case, method: str, arrays: dict[str, np.ndarray]) -> dict[str, int] | None:
-    """What the compiler for one v5e chip says of forward plus gradient; None without libtpu."""
-    import jax
-
-    if importlib.util.find_spec("libtpu") is None:
-        return None
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1)
-    )
-    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("data",))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    shapes = [
-        jax.ShapeDtypeStruct(arrays[k].shape, arrays[k].dtype, sharding=whole)
-        for k in ("values", "locations", "weights", "cotangent")
-    ]
-    compiled = jax_functions(case, method)["gradient"].lower(*shapes).compile()
-    return {
-        "bytes_accessed": int(compiled.cost_analysis().get("bytes accessed", 0)),
-        "temporary_bytes": int(compiled.memory_analysis().temp_size_in_bytes),
-    }
-
-
 def measure(name: str, rounds: int) -> dict[str, Any]:
     """One case."""
     case, result = CASES[name], {}
@@ -185,8 +158,6 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             program = function.lower(*given).compile()
             compiled[f"{method}/{kind}"] = functools.partial(program, *given)
             row[f"{kind}_temporary_bytes"] = int(program.memory_analysis().temp_size_in_bytes)
-        estimate = on_v5e(case, method, arrays)
-        row["v5e"] = estimate if estimate is not None else "libtpu is not installed"
         result[method] = row
     for kind, function in torch_functions(case, arrays).items():
         compiled[f"torch/{kind}"] = function
@@ -243,5 +214,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    host.prepare(compilation_cache=False)  # what is compiled for a TPU cannot be read back here
+    host.prepare()
     main()

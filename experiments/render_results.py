@@ -186,14 +186,13 @@ def sampling_table() -> str:
         f"`{short(result['commit'])}`, side by side in one process; ratios are to the plain "
         "gather, bytes are temporaries of forward plus gradient:",
         "",
-        "| case | way | forward ms | ratio | with gradient ms | ratio | MiB here | MiB on a v5e | "
-        "GB moved on a v5e |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | way | forward ms | ratio | with gradient ms | ratio | MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for case, found in result["cases"].items():
         for way, row in found["methods"].items():
             if isinstance(row, str):
-                lines.append(f"| {case} | {way} | {row} | | | | | | |")
+                lines.append(f"| {case} | {way} | {row} | | | | |")
                 continue
             times = " | ".join(
                 f"{statistics.median(row[f'{kind}_seconds']) * 1e3:.1f} | "
@@ -202,13 +201,6 @@ def sampling_table() -> str:
             )
             here = row.get("gradient_temporary_bytes")
             cells = "–" if here is None else f"{here / 2**20:.0f}"
-            chip = row.get("v5e")
-            if isinstance(chip, dict):
-                # The compiler counts what a loop moves in one of its rounds.
-                moved = "–" if "by head" in way else f"{chip['bytes_accessed'] / 1e9:.2f}"
-                cells += f" | {chip['temporary_bytes'] / 2**20:.0f} | {moved}"
-            else:
-                cells += " | – | –"
             lines.append(f"| {case} | {way} | {times} | {cells} |")
     return "\n".join([*lines, "", "`python experiments/deformable_sampling.py`."])
 
@@ -350,6 +342,8 @@ def main() -> None:
     plan = ROOT / "docs" / "plan.md"
     replace(plan, "tpu-step", render_tpu.step_table(load("tpu_step.json")))
     replace(plan, "tpu-plan", render_tpu.plan_table(load("plan.json")))
+    sampling = render_tpu.sampling_table(load("deformable_tpu.json"))
+    replace(ROOT / "docs" / "deformable.md", "tpu-sampling", sampling)
     replace(ROOT / "docs" / "results.md", "ablation", "\n\n".join(parts))
 
 

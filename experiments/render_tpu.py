@@ -103,3 +103,36 @@ def plan_table(result: dict[str, Any] | None) -> str:
             f"`python experiments/tpu_plan.py`, commits: {commits}.",
         ]
     )
+
+
+def sampling_table(result: dict[str, Any] | None) -> str:
+    """Ways to sample, side by side."""
+    if result is None:
+        return f"`python experiments/deformable_tpu.py`: {NOT_RUN}."
+    lines = [
+        "| attention | way | GB moved, float32 | GB moved, bfloat16 | MiB held, float32 | "
+        "MiB held, bfloat16 |",
+        "|---|---|---|---|---|---|",
+    ]
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault((row["attention"], row["way"]), {})[row["dtype"]] = row
+    for (attention, way), rows in sorted(found.items()):
+        cells = [
+            str(rows[dtype][key]) if dtype in rows else NOT_RUN
+            for key in ("gb", "temporary_mib")
+            for dtype in ("float32", "bfloat16")
+        ]
+        lines.append(f"| {attention} | {way} | {' | '.join(cells)} |")
+    commits = ", ".join(sorted({row["commit"][:12] for row in result["rows"]}))
+    versions = result["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Samples, quantizers and weighted sum of one attention of one image, 800 x 1344, "
+            "forward and gradient, compiled for one v5e chip. "
+            "`python experiments/deformable_tpu.py`, jax "
+            f"{versions['jax']}, libtpu {versions['libtpu']}; commits: {commits}.",
+        ]
+    )

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from aqdetr_jax.models.attention import merge_heads, row_sum
 from aqdetr_jax.models.layers import FLOAT
 from aqdetr_jax.models.quantized import QDense, activation_quantizer, module_path, observing
-from aqdetr_jax.ops import deformable
+from aqdetr_jax.ops import deformable, deformable_kernel
 from aqdetr_jax.ops.deformable import LevelShapes, Sampling
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.product import MixSamples, Quantizer, quantized_product
@@ -82,9 +82,11 @@ class DeformableAttention(nn.Module):
       levels: L.
       points: K, samples of each head on each level.
       policy: bits by module path.
-      sampling: how values are sampled, see ``ops.deformable``.
-      remat: samples one head after the other, and again in the backward pass, so that the samples
-        of one head exist at a time and none are kept.
+      sampling: how values are sampled, see ``ops.deformable``; "kernel" by one that sums up too
+        (``ops.deformable_kernel``; interpreted where no TPU is). "auto" is the kernel on a TPU, if
+        it can take the sizes.
+      remat: samples again in the backward pass, so that no samples are kept; but for the kernel one
+        head after the other, so that the samples of one head exist at a time.
       dtype: carrier dtype of products.
     """
 
@@ -226,8 +228,6 @@ class SamplingCore(nn.Module):
         Returns:
           [B, M, Q, D].
         """
-        from aqdetr_jax.ops import deformable_kernel  # (Its library is slow to import.)
-
         contraction = MixSamples(self.dtype, queries_last=True)
         arithmetic = self.policy.arithmetic
 

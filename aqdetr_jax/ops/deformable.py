@@ -18,6 +18,8 @@ The same samples can be had in three ways, which agree to rounding, forward and 
 * "dense": a matrix product with the interpolation weights of every cell; without any gather, for
   levels of few cells.
 
+On a TPU their weighted sum can be had without the samples: ``deformable_kernel``.
+
 Gradients with respect to a location are those of the cell right of (below) a centre where a point
 hits it exactly, in all of them.
 
@@ -45,7 +47,7 @@ LevelShapes = tuple[tuple[int, int], ...]
 Sampling = Literal["auto", "gather", "packed", "dense", "kernel"]
 
 DENSE_CELLS = 256
-"""Levels of at most this many cells count as small; see ``experiments/deformable_sampling.py``."""
+"""Levels of at most this many cells count as small; see ``experiments/deformable_tpu.py``."""
 
 
 def token_count(shapes: LevelShapes) -> int:
@@ -160,6 +162,7 @@ def sample_values(
       shapes: sizes of the levels, S cells in all.
       method: how; see the module. "auto" chooses by level and by the platform that it is compiled
         for: "gather" on a CPU or GPU, elsewhere "dense" on small levels and "packed" on others.
+        "kernel", which has no samples, is "packed" here.
 
     Returns:
       ``[B, M, Q, L * K * D]`` in the dtype of ``values``: points beside channels, the layout of
