@@ -146,7 +146,7 @@ def kernel_gradient(
       ``[kh, kw, C, N]``.
     """
 
-    def general(x, cotangent):
+    def general(x, cotangent, dtype=dtype):
         # Batch and channels change places, and so do strides and dilation; every tap is a position.
         padding = []
         for i, (low, _) in enumerate(window.padding):
@@ -175,10 +175,18 @@ def kernel_gradient(
                 top, left = window.dilation[0] * i, window.dilation[1] * j
                 yield _every(x[:, top : top + spans[0], left : left + spans[1]], window.strides)
 
+    def narrow(x, cotangent):
+        # Its library sums in float32 and returns the operands' dtype; asked for another, XLA would
+        # widen the operands.
+        return general(x, cotangent, x.dtype).astype(dtype)
+
+    forms = {} if x.dtype == dtype else {"cuda": narrow}
     few = x.shape[3] < FEW_CHANNELS or cotangent.size < LARGE_COTANGENT
-    if few and not _is_pointwise(window, size):
+    if not few or _is_pointwise(window, size):
+        forms["cpu"] = taps
+    if not forms:
         return general(x, cotangent)
-    return lax.platform_dependent(x, cotangent, cpu=taps, default=general)
+    return lax.platform_dependent(x, cotangent, **forms, default=general)
 
 
 def _convolve_fwd(window, x, kernel, dtype):

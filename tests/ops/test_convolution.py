@@ -172,3 +172,15 @@ def test_a_large_cotangent_is_taken_tap_by_tap_on_a_cpu_only():
         text = gradient.trace(x, g).lower(lowering_platforms=(platform,)).as_text()
         assert text.count("stablehlo.dot_general") == products
         assert text.count("stablehlo.convolution") == (0 if products else 1)
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("tpu", "f32"), ("cpu", "f32"), ("cuda", "bf16")])
+def test_dtype_of_a_bfloat16_kernel_gradient_by_platform(platform, dtype):
+    """Nothing is computed: what would be compiled asks for float32 where the platform gives it."""
+    x = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.bfloat16)
+    window = Window(padding=((1, 1), (1, 1)))
+    gradient = jax.jit(lambda x, y: kernel_gradient(window, x, y, (3, 3), jnp.float32))
+    text = gradient.trace(x, x).lower(lowering_platforms=(platform,)).as_text()
+    (line,) = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    assert line.endswith(f"-> tensor<3x3x4x4x{dtype}>")
+    assert jax.eval_shape(gradient, x, x).dtype == jnp.float32
