@@ -28,15 +28,15 @@ class _Draws:
     """The keys of a forward pass, and how often each place has drawn in it."""
 
     def __init__(self, keys: Array):
-        self.keys = keys
+        self.keys = keys[:, 0], keys[:, 1]
         self.calls: collections.Counter[str] = collections.Counter()
 
-    def at(self, path: str) -> Array:
-        """Keys uint32 [B, 2] of this call of a place."""
+    def constants(self, path: str) -> np.ndarray:
+        """The constants uint32 [2] of this call of a place."""
         number = self.calls[path]
         self.calls[path] += 1
         digest = hashlib.blake2b(f"{path}:{number}".encode(), digest_size=8).digest()
-        return self.keys ^ np.frombuffer(digest, "<u4")
+        return np.frombuffer(digest, "<u4")
 
 
 _draws: contextvars.ContextVar[_Draws | None] = contextvars.ContextVar("draws", default=None)
@@ -81,38 +81,37 @@ def dropout(module: nn.Module, x: Array, rate: float, *, train: bool) -> Array:
     path, draws = "/".join(module.path), _draws.get()
     if draws is None:
         raise ValueError(f"{path} drops in training: it needs the keys of models.dropout.drawing")
-    keys = draws.at(path)
-    if x.shape[0] % keys.shape[0]:
-        raise ValueError(f"{path}: {x.shape[0]} rows are not of {keys.shape[0]} images")
-    bits = _bits(keys, x.shape)
+    images = len(draws.keys[0])
+    if x.shape[0] % images:
+        raise ValueError(f"{path}: {x.shape[0]} rows are not of {images} images")
+    bits = _bits(draws.keys, draws.constants(path), x.shape)
     kept = bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
     return jnp.where(kept, x / (1 - rate), 0) if rate < 1 else jnp.zeros_like(x)
 
 
-def _bits(keys: Array, shape: tuple[int, ...]) -> Array:
-    """Random bits, uint32 of ``shape``, for keys uint32 [B, 2] of B images.
+def _bits(keys: tuple[Array, Array], constants: np.ndarray, shape: tuple[int, ...]) -> Array:
+    """Random bits, uint32 of ``shape``, for two words uint32 [B] of B images and two of a place.
 
     The position within the image is hashed in three rounds of xor, shift and multiplication (C.
-    Wellons' "triple32", public domain), with half of the key before them and half between them:
-    one half alone would only permute the positions.
+    Wellons' "triple32", public domain), with the first words before them and the second between
+    them: one word alone would only permute the positions.
     """
-    copies = shape[0] // keys.shape[0]
-    keys = jnp.repeat(keys, copies, axis=0) if copies > 1 else keys
-    first, second = (keys[:, i].reshape(-1, *(1,) * (len(shape) - 1)) for i in (0, 1))
+    copies = shape[0] // len(keys[0])
 
     def along(axis: int) -> Array:
-        return lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(
-            math.prod(shape[axis + 1 :])
-        )
+        return lax.broadcasted_iota(jnp.uint32, shape, axis)
+
+    def word(number: int) -> Array:
+        each = jnp.repeat(keys[number], copies, axis=0) if copies > 1 else keys[number]
+        return lax.broadcast_in_dim(each, shape, (0,)) ^ constants[number]
 
     position = jnp.zeros(shape, jnp.uint32)
     for axis in range(1, len(shape)):
-        position += along(axis)
+        position += along(axis) * np.uint32(math.prod(shape[axis + 1 :]))
     if copies > 1:
-        copy = lax.broadcasted_iota(jnp.uint32, shape, 0) % np.uint32(copies)
-        position += copy * np.uint32(math.prod(shape[1:]))
-    x = position ^ first
+        position += along(0) % np.uint32(copies) * np.uint32(math.prod(shape[1:]))
+    x = position ^ word(0)
     x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB)
-    x = (x ^ (x >> 11) ^ second) * np.uint32(0xAC4C1B51)
+    x = (x ^ (x >> 11) ^ word(1)) * np.uint32(0xAC4C1B51)
     x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)
     return x ^ (x >> 14)
