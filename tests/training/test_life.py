@@ -17,8 +17,8 @@ import tiny
 from aqdetr_jax.config_types import ConfigError
 from aqdetr_jax.data.pipeline import train_bucket
 from aqdetr_jax.parallel.compiled import DoesNotFitError
-from aqdetr_jax.training import log as logs
 from aqdetr_jax.training import assemble, loop, programs, setup
+from aqdetr_jax.training import log as logs
 from aqdetr_jax.training import profile as profiles
 from aqdetr_jax.training.clock import PARTS, RunClock
 from aqdetr_jax.training.experiment import load_experiment, pretraining
