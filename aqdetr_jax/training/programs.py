@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from typing import Any
 
 import jax
@@ -41,21 +43,25 @@ def remedies(config: ExperimentConfig, devices: int) -> str:
     """What makes a training step smaller, of what is not done yet, the cheapest first.
 
     Args:
-      config: of the run.
+      config: of the run, resolved.
       devices: along "data".
     """
-    model, rows, micro = config.model, config.train.batch_size, config.train.accumulate
+    model, train = config.model, config.train
+    unit = devices * train.accumulate
+    each = train.batch_size // unit  # images on a device at a time
     found = []
     if model.dtype != "bfloat16":
         found.append("config.model.dtype=bfloat16")
-    own = rows // devices // micro
-    if own > 1:
-        more = micro * next(n for n in range(2, own + 1) if own % n == 0)
-        found.append(f"config.train.accumulate={more}")
-        smaller = max(own // 2, 1) * devices * micro
-        found.append(f"config.train.batch_size={smaller}")
+    if each > 1:
+        more = train.accumulate * next(n for n in range(2, each + 1) if each % n == 0)
+        # Some losses need the whole batch at once: the configuration says which.
+        with contextlib.suppress(ValueError):
+            dataclasses.replace(config, train=dataclasses.replace(train, accumulate=more))
+            found.append(f"config.train.accumulate={more}")
     if not model.remat:
         found.append("config.model.remat=true")
+    if each > 1:
+        found.append(f"config.train.batch_size={each // 2 * unit}")
     if not found:
         return "what saves memory is set already; use smaller config.data.buckets, or more memory"
     return f"try {', or '.join(found)}"

@@ -33,15 +33,11 @@ def test_one_device_is_a_mesh_of_one():
         meshes.make_mesh(model=0)
 
 
-@pytest.fixture
-def devices(monkeypatch):
-    """Sets the number of devices that a mesh may have."""
+class Device:
+    """As much of a device as a mesh's shape depends on."""
 
-    def there_are(count: int, platform: str) -> None:
-        monkeypatch.setattr(jax, "device_count", lambda: count)
-        monkeypatch.setattr(jax, "default_backend", lambda: platform)
-
-    return there_are
+    def __init__(self, platform: str):
+        self.platform = platform
 
 
 @pytest.mark.parametrize(
@@ -54,9 +50,8 @@ def devices(monkeypatch):
         (8, "cpu", {"batch_size": 4, "model": 3}, (2, 3)),
     ],
 )
-def test_shapes_of_meshes(devices, count, platform, options, wanted):
-    devices(count, platform)
-    assert meshes.mesh_shape(**options) == wanted
+def test_shapes_of_meshes(count, platform, options, wanted):
+    assert meshes.mesh_shape(devices=[Device(platform)] * count, **options) == wanted
 
 
 @pytest.mark.parametrize(
@@ -69,10 +64,9 @@ def test_shapes_of_meshes(devices, count, platform, options, wanted):
         (8, "tpu", {"data": 0}, "at least 1"),
     ],
 )
-def test_meshes_that_cannot_be_say_what_to_set(devices, count, platform, options, message):
-    devices(count, platform)
+def test_meshes_that_cannot_be_say_what_to_set(count, platform, options, message):
     with pytest.raises(ValueError, match=message) as caught:
-        meshes.mesh_shape(**options)
+        meshes.mesh_shape(devices=[Device(platform)] * count, **options)
     assert "\n" not in str(caught.value)
 
 

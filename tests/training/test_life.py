@@ -17,9 +17,8 @@ import tiny
 from aqdetr_jax.config_types import ConfigError
 from aqdetr_jax.data.pipeline import train_bucket
 from aqdetr_jax.parallel.compiled import DoesNotFitError
-from aqdetr_jax.parallel.mesh import make_mesh
+from aqdetr_jax.training import assemble, loop, programs, setup
 from aqdetr_jax.training import log as logs
-from aqdetr_jax.training import loop, programs, setup
 from aqdetr_jax.training import profile as profiles
 from aqdetr_jax.training.clock import PARTS, RunClock
 from aqdetr_jax.training.experiment import load_experiment, pretraining
@@ -213,7 +212,10 @@ def test_all_buckets_are_compiled_before_the_first_step_on_accelerators(tmp_path
         loop.train(TWO, tmp_path)
     text = str(caught.value)
     assert text.startswith("the training step of 4 images of 64x64 does not fit the devices'")
-    assert "config.model.dtype=bfloat16, or config.train.batch_size=2" in text
+    assert (
+        "config.model.dtype=bfloat16, or config.model.remat=true, or config.train.batch_size=2"
+        in text
+    )
 
 
 def test_a_mesh_that_cannot_be_is_refused_before_data_are_read(tmp_path, monkeypatch):
@@ -230,23 +232,31 @@ def test_a_mesh_that_cannot_be_is_refused_before_data_are_read(tmp_path, monkeyp
 def test_shapes_are_those_of_the_pipelines_batches(bucket):
     config = tiny.resolved(changed(TWO, "data", buckets=(bucket,)))
     (batch,) = tiny.batches(config, 1)
-    shapes = programs.batch_shapes(config, bucket, make_mesh())
-    found = {key: (batch[key].shape, batch[key].dtype) for key in programs.TRAINED_KEYS}
+    shapes = assemble.batch_shapes(config, bucket, config.train.batch_size)
+    found = {key: (batch[key].shape, batch[key].dtype) for key in assemble.TRAINED_KEYS}
     assert {key: (x.shape, x.dtype) for key, x in shapes.items()} == found
 
 
 def test_remedies_are_those_that_are_left():
-    config = changed(tiny.FLOAT, "train", batch_size=24)
+    config = changed(tiny.FLOAT, "train", batch_size=36)
     assert programs.remedies(config, 4) == (
-        "try config.model.dtype=bfloat16, or config.train.batch_size=12, or config.model.remat=true"
+        "try config.model.dtype=bfloat16, or config.train.accumulate=3, or "
+        "config.model.remat=true, or config.train.batch_size=16"
     )
-    config = changed(config, "model", dtype="bfloat16")
-    assert programs.remedies(config, 8) == (
-        "try config.train.batch_size=8, or config.model.remat=true"
+    config = changed(config, "model", dtype="bfloat16", remat=True)
+    assert programs.remedies(config, 6) == (
+        "try config.train.accumulate=2, or config.train.batch_size=18"
     )
-    assert programs.remedies(config, 24) == "try config.model.remat=true"
-    config = changed(config, "model", remat=True)
-    assert "use smaller config.data.buckets" in programs.remedies(config, 24)
+    config = changed(config, "train", accumulate=3)
+    assert programs.remedies(config, 6) == (
+        "try config.train.accumulate=6, or config.train.batch_size=18"
+    )
+    assert "use smaller config.data.buckets" in programs.remedies(config, 12)
+
+
+def test_a_batch_that_is_needed_whole_is_not_cut():
+    """Norms learn in a pretraining."""
+    assert "accumulate" not in programs.remedies(changed(TWO, "train", batch_size=8), 1)
 
 
 # --- train.profile -------------------------------------------------------------------------------
