@@ -205,6 +205,36 @@ def sampling_table() -> str:
     return "\n".join([*lines, "", "`python experiments/deformable_sampling.py`."])
 
 
+def matcher_table() -> str:
+    """The matcher, before and after its bids and its kernel."""
+    result = load("matcher.json")
+    if result is None:
+        return "**Matcher**: not run."
+    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault((row["case"], row["costs"], row["boxes"]), []).append(row)
+    before, after = (next(iter(found.values()))[i]["commit"] for i in (0, -1))
+    lines = [
+        f"**Matcher**, commit `{short(before)}` → `{short(after)}`: a step's problems at 4 images a "
+        "chip (shapes: 16), the fullest image with so many boxes; estimates of a v5e chip from the "
+        "compilers' own cycles (`experiments/matcher.py`), nothing was run on one:",
+        "",
+        "| case | costs | boxes | iterations | CPU ms | SciPy's | ms on a v5e, estimated |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (case, costs, boxes), rows in found.items():
+        old, new = rows[0], rows[-1]
+        chip = " → ".join(
+            f"{r['v5e_ms_estimated']:.2f}" for r in (old, new) if "v5e_ms_estimated" in r
+        )
+        lines.append(
+            f"| {case} | {costs} | {boxes} | {old['iterations']} → {new['iterations']} | "
+            f"{old['cpu_ms']:.2f} → {new['cpu_ms']:.2f} | {new['scipy_cpu_ms']:.2f} | "
+            f"{chip or '–'} |"
+        )
+    return "\n".join(lines)
+
+
 def full_size_table(name: str) -> str:
     """A full-size step."""
     result = load(name)
@@ -335,6 +365,7 @@ def main() -> None:
         per_minute_table(),
         step_time_table(),
         sampling_table(),
+        matcher_table(),
         full_size_table("full_size_step.json"),
         full_size_table("deformable_full_size_step.json"),
     ]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from aqdetr_jax.ops.assignment_step import grant_of, start, step, unfinished
+from aqdetr_jax.ops.assignment_step import longest_chain, start, step, unfinished
 
 __all__ = ["assign", "assign_repeated", "assign_sharded", "sanitize_cost"]
 
@@ -78,7 +78,7 @@ def _loop(cost: jax.Array, wanted: jax.Array, count: jax.Array) -> tuple[jax.Arr
     problems, num_rows, num_cols = cost.shape
     columns = lax.broadcasted_iota(jnp.int32, (problems, num_cols), 1)
     absent = columns >= count[:, None]
-    grant = grant_of(wanted)
+    longest = longest_chain(wanted)
     rows = cost.reshape(problems * num_rows, num_cols)
     first = jnp.arange(problems, dtype=jnp.int32) * num_rows
 
@@ -87,7 +87,7 @@ def _loop(cost: jax.Array, wanted: jax.Array, count: jax.Array) -> tuple[jax.Arr
 
     state, iterations = lax.while_loop(
         lambda carry: unfinished(carry[0]),
-        lambda carry: (step(carry[0], absent, grant, fetch), carry[1] + 1),
+        lambda carry: (step(carry[0], absent, longest, fetch), carry[1] + 1),
         (start(wanted, absent), jnp.int32(0)),
     )
     return state.owner, iterations

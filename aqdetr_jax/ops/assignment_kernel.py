@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from aqdetr_jax.ops.assignment_step import State, grant_of, start, step, unfinished
+from aqdetr_jax.ops.assignment_step import State, longest_chain, start, step, unfinished
 
 __all__ = ["block_of", "solve"]
 
@@ -50,7 +50,7 @@ def block_of(shape: tuple[int, ...]) -> int | None:
 def _body(cost: Any, wanted: Any, count: Any, owner: Any, rows: Any, *state: Any) -> None:
     """The kernel: references to a block's inputs, its output, and scratch memory."""
     absent = lax.broadcasted_iota(jnp.int32, owner.shape, 1) >= count[...]
-    grant = grant_of(wanted[...])
+    longest = longest_chain(wanted[...])
 
     def fetch(row: jax.Array) -> jax.Array:
         for problem in range(cost.shape[0]):
@@ -67,7 +67,7 @@ def _body(cost: Any, wanted: Any, count: Any, owner: Any, rows: Any, *state: Any
         return unfinished(values)
 
     more = store(start(wanted[...], absent))
-    lax.while_loop(lambda more: more, lambda _: store(step(load(), absent, grant, fetch)), more)
+    lax.while_loop(lambda more: more, lambda _: store(step(load(), absent, longest, fetch)), more)
     owner[...] = State(*state).owner[...]
 
 
@@ -99,6 +99,7 @@ def solve(
     state: Any = State(
         unplaced=integer,
         budget=integer,
+        chain=integer,
         row=integer,
         entry=integer,
         distance=number,

@@ -15,9 +15,11 @@ placed. One step does one of three things for each problem:
 * **Flip.** One edge of the path found, from its free end towards the root. The first one is flipped
   in the step that found the end.
 
-Displacing bids are limited, so that rows cannot outbid each other for ever: each bid for a free
-column grants a number of them (`grant_of`), and a tie, where displacing would lower no price, is
-left to a search.
+Where all rows want the same few columns, displacing bids raise prices in small steps and a search
+is faster. So a row of displacements (a chain) has a longest length (`longest_chain`) and must be
+paid for: a chain that ends at a free column is paid one and a half times, one that ends in a search
+is lost, and a bid that displaces nothing pays a quarter. A tie, where displacing would lower no
+price, is always left to a search.
 
 All state lives on ``[P, Q]``, ``[P, T]`` and ``[P, 1]`` arrays and is written by ``where`` on
 one-hot masks: batched scatters become serial loops on TPU. Both XLA and Mosaic compile `step`; the
@@ -33,18 +35,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["State", "grant_of", "start", "step", "unfinished"]
+__all__ = ["State", "longest_chain", "start", "step", "unfinished"]
 
-_NEVER = jnp.iinfo(jnp.int32).max
-# Beyond 4 hardly any problem changes, and price wars of many rows for few columns last longer.
-_MOST_GRANTED = 4
+# In quarters of a displacing bid.
+_COST, _PAID, _PAID_ALONE, _AT_FIRST = 4, 6, 1, 8
+_LONGEST_CHAIN = 6
 
 
 class State(NamedTuple):
     """State of ``P`` problems with ``T`` rows and ``Q`` columns; vectors are ``[P, 1]``."""
 
     unplaced: jax.Array  # int32: units of supply still to be placed
-    budget: jax.Array  # int32: displacements still allowed
+    budget: jax.Array  # int32: for displacing bids, in quarters of one
+    chain: jax.Array  # int32: displacing bids since a column was last taken that was free
     row: jax.Array  # int32: the row to scan now
     entry: jax.Array  # int32: the column through which `row` was reached; -1 at the root
     distance: jax.Array  # float32: length of the shortest path to `entry`
@@ -61,22 +64,39 @@ def _iota(like: jax.Array) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, like.shape, 1)
 
 
+def _exact(values: jax.Array, largest: int) -> jax.Array:
+    """Integers from 0 to ``largest`` in the type in which they are reduced fastest.
+
+    Across lanes a TPU reduces only floats (an integer takes two of them), and on a CPU floats have
+    kernels of their own.
+    """
+    return values.astype(jnp.float32) if largest <= 1 << 24 else values
+
+
+def _least(values: jax.Array, largest: int) -> jax.Array:
+    """The least of integers from 0 to ``largest``, int32 ``[P, 1]``."""
+    least = jnp.min(_exact(values, largest), axis=1, keepdims=True)
+    return least.astype(jnp.int32)
+
+
 def _next_row(wanted: jax.Array, after: jax.Array) -> jax.Array:
     """The first row from ``after`` on, round and round, that wants a unit; any if none does."""
     rows = _iota(wanted)
     num_rows = wanted.shape[1]
     ahead = rows - after + jnp.where(rows < after, num_rows, 0)
-    ahead = jnp.min(jnp.where(wanted > 0, ahead, num_rows), axis=1, keepdims=True)
+    ahead = _least(jnp.where(wanted > 0, ahead, num_rows), num_rows)
     row = after + ahead
     return jnp.where(ahead < num_rows, row - jnp.where(row < num_rows, 0, num_rows), 0)
 
 
-def grant_of(wanted: jax.Array) -> jax.Array:
-    """How many displacing bids each bid for a free column grants: ``min(4, 2 (R - 1))``.
+def longest_chain(wanted: jax.Array) -> jax.Array:
+    """How many displacing bids may follow each other: ``min(6, R - 1)``.
 
     ``R`` is the number of rows that want a column. A search takes at most ``R`` scans and ``R - 1``
-    flips after the first for its unit; so does a bid for a free column together with what it
-    grants. No problem therefore takes more than ``2 R - 1`` steps a unit, with or without bids.
+    flips after the first for its unit, and no problem takes more than that for each unit with bids
+    either: a bid for a free column after ``d`` displacing ones leaves ``2 R - 2 - d`` of it unused,
+    at least the ``d / 2`` by which it lets the lost chains grow, and the first bid of all, which
+    displaces nothing, leaves the two displacing bids that are free at first.
 
     Args:
         wanted: int32 ``[P, T]``.
@@ -85,7 +105,7 @@ def grant_of(wanted: jax.Array) -> jax.Array:
         int32 ``[P, 1]``.
     """
     rows = jnp.sum(jnp.where(wanted > 0, 1, 0), axis=1, keepdims=True, dtype=jnp.int32)
-    return jnp.clip(2 * (rows - 1), 0, _MOST_GRANTED)
+    return jnp.minimum(rows - 1, _LONGEST_CHAIN)
 
 
 def start(wanted: jax.Array, absent: jax.Array) -> State:
@@ -98,7 +118,8 @@ def start(wanted: jax.Array, absent: jax.Array) -> State:
     zero = jnp.zeros((wanted.shape[0], 1), jnp.int32)
     return State(
         unplaced=jnp.sum(wanted, axis=1, keepdims=True, dtype=jnp.int32),
-        budget=zero,
+        budget=zero + _AT_FIRST,
+        chain=zero,
         row=_next_row(wanted, zero),
         entry=zero - 1,
         distance=zero.astype(jnp.float32),
@@ -118,14 +139,14 @@ def unfinished(state: State) -> jax.Array:
 
 
 def step(
-    state: State, absent: jax.Array, grant: jax.Array, fetch: Callable[[jax.Array], jax.Array]
+    state: State, absent: jax.Array, longest: jax.Array, fetch: Callable[[jax.Array], jax.Array]
 ) -> State:
     """Advances every problem by one step of its own.
 
     Args:
         state: of `start` or of the step before.
         absent: bool ``[P, Q]``, columns that do not exist.
-        grant: int32 ``[P, 1]``, see `grant_of`.
+        longest: int32 ``[P, 1]``, see `longest_chain`.
         fetch: gives the finite costs float32 ``[P, Q]`` of one row int32 ``[P, 1]`` of each
             problem.
     """
@@ -157,13 +178,15 @@ def step(
     # The nearest column outside the tree; among equals a free one, which ends the search.
     beyond = jnp.where(scanned, jnp.inf, shortest)
     nearest = jnp.min(beyond, axis=1, keepdims=True)
-    key = jnp.where(beyond <= nearest, ((state.owner + 1) << col_bits) | columns, _NEVER)
-    key = jnp.min(key, axis=1, keepdims=True)
+    never = (num_rows + 1) << col_bits
+    key = jnp.where(beyond <= nearest, ((state.owner + 1) << col_bits) | columns, never)
+    key = _least(key, never)
     column, holder = key & ((1 << col_bits) - 1), (key >> col_bits) - 1
     second = jnp.min(jnp.where(columns == column, jnp.inf, beyond), axis=1, keepdims=True)
 
     free = holder < 0
-    displacing = scanning & at_root & ~free & (nearest < second) & (state.budget > 0)
+    allowed = (nearest < second) & (state.budget >= _COST) & (state.chain < longest)
+    displacing = scanning & at_root & ~free & allowed
     bid = displacing | (scanning & at_root & free)
     found = bid | (scanning & free)
     # What the root's dual rises to. A bid for the last column has no second one.
@@ -173,7 +196,7 @@ def step(
 
     # Flip one edge of the augmenting path, from its free end towards the root.
     sink = jnp.where(found, column, state.sink)
-    code = pick(parent, sink)
+    code = pick(_exact(parent, (num_cols + 1) << row_bits), sink).astype(jnp.int32)
     taker = code & ((1 << row_bits) - 1)
     previous = (code >> row_bits) - 1
     flipping = active & (sink >= 0)
@@ -183,10 +206,12 @@ def step(
     wanted = state.wanted - jnp.where(placed & (rows == taker), 1, 0)
     wanted = wanted + jnp.where(displacing & (rows == holder), 1, 0)
     moved = scanning & ~found
-    grants = jnp.where(bid & free, grant, 0)
+    paid = jnp.where(state.chain > 0, _PAID * state.chain, _PAID_ALONE)
+    paid = jnp.where(bid & free, paid, 0) - jnp.where(displacing, _COST, 0)
     return State(
         unplaced=state.unplaced - jnp.where(placed & ~displacing, 1, 0),
-        budget=state.budget + grants - jnp.where(displacing, 1, 0),
+        budget=state.budget + paid,
+        chain=jnp.where(placed, jnp.where(displacing, state.chain + 1, 0), state.chain),
         row=jnp.where(placed, _next_row(wanted, taker), jnp.where(moved, holder, state.row)),
         entry=jnp.where(placed, -1, jnp.where(moved, column, state.entry)),
         distance=jnp.where(moved, nearest, state.distance),
