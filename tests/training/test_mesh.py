@@ -256,7 +256,7 @@ DEFORMABLE = """
     labels = (rng.integers(0, 3, (4, 3)) * valid).astype("i4")
     images = (rng.integers(0, 256, (4, *BUCKET, 3)) * mask[..., None]).astype("u1")
     batch = dict(images=images, mask=mask, boxes=boxes, labels=labels, valid=valid)
-    variables = jax.device_get(jax.jit(module.init)(jax.random.key(0), images, mask))
+    variables = tiny.random_variables(module, images, mask)
     loss_fn = detection_loss_fn(config, module, None)
 
 
