@@ -28,6 +28,7 @@ from aqdetr_jax.data.pipeline import make_train_pipeline
 from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.config import DetrConfig
+from aqdetr_jax.models.detector import example_input
 from aqdetr_jax.models.resnet import BackboneConfig
 from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.training import initial, setup, sizing
@@ -113,21 +114,27 @@ def random_like(shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
-# What XLA's newer code generator for CPUs emits takes LLVM twice as long to compile.
-QUICK_FLAG = ("xla_cpu_use_fusion_emitters", False)
+# What the newer code generator for CPUs emits takes LLVM twice as long to compile; code in several
+# parts takes a tenth longer, and the cores have other tests to run.
+QUICK_FLAGS = (
+    ("xla_cpu_use_fusion_emitters", False),
+    ("xla_cpu_parallel_codegen_split_count", 1),
+)
 
 
 @functools.cache
-def _knows_quick_flag() -> bool:
-    """Whether this XLA still has the older generator; one without it compiles as it does."""
-    compiled = jax.jit(lambda x: x).lower(0.0)
-    try:
-        compiled.compile(compiler_options=dict([QUICK_FLAG]))
-    except jax.errors.JaxRuntimeError as error:
-        if QUICK_FLAG[0] not in str(error):
-            raise
-        return False
-    return True
+def _known_flags() -> list[tuple[str, bool | int]]:
+    """Those that this XLA has; without one it compiles as it does."""
+    compiled, known = jax.jit(lambda x: x).lower(0.0), []
+    for flag in QUICK_FLAGS:
+        try:
+            compiled.compile(compiler_options=dict([flag]))
+        except jax.errors.JaxRuntimeError as error:
+            if flag[0] not in str(error):
+                raise
+        else:
+            known.append(flag)
+    return known
 
 
 HUNG_SECONDS = 3600
@@ -146,19 +153,18 @@ def quick() -> Iterator[None]:
     if jax.config.read(name) or jax.default_backend() != "cpu":
         yield
         return
-    options, known = compiler.get_compile_options, _knows_quick_flag()
+    options, known = compiler.get_compile_options, _known_flags()
 
     def with_flag(*args: Any, **kwargs: Any) -> Any:
         result = options(*args, **kwargs)
-        if known:
-            result.env_option_overrides = [*result.env_option_overrides, QUICK_FLAG]
+        result.env_option_overrides = [*result.env_option_overrides, *known]
         return result
 
     # XLA reads its flags once: before they change for the children.
     jax.devices()
     with pytest.MonkeyPatch.context() as patch:
-        if known:
-            patch.setenv("XLA_FLAGS", more_flags(f"--{QUICK_FLAG[0]}=false"))
+        for flag, value in known:
+            patch.setenv("XLA_FLAGS", more_flags(f"--{flag}={str(value).lower()}"))
         patch.setenv(name.upper(), "1")
         patch.setattr(compiler, "get_compile_options", with_flag)
         jax.config.update(name, True)
@@ -188,10 +194,20 @@ def resolved(config: ExperimentConfig) -> ExperimentConfig:
     return sizing.with_data(config, open_dataset(config.data, train=True))
 
 
-def bundle(config: ExperimentConfig = FLOAT, seed: int = 0) -> ModelBundle:
-    """A random float model that fits the tiny experiment."""
+def bundle(config: ExperimentConfig = FLOAT, seed: int = 0, *, drawn: bool = True) -> ModelBundle:
+    """A random float model that fits the tiny experiment.
+
+    Args:
+      config: its sizes.
+      seed: of the initialisers.
+      drawn: by the initialisers; else ``random_variables``, which is faster.
+    """
     config = dataclasses.replace(resolved(config), seed=seed)
-    variables, _ = initial.initial_variables(config, setup.build_module(config), None, ())
+    module = setup.build_module(config)
+    if drawn:
+        variables, _ = initial.initial_variables(config, module, None, ())
+    else:
+        variables = random_variables(module, *example_input(config.data.buckets[0]))
     dataset = open_dataset(config.data, train=True)
     return ModelBundle(
         config.model,

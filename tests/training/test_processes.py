@@ -52,7 +52,8 @@ def elsewhere(*arguments):
 loop.initial.initial_variables = elsewhere
 # Six evaluation images in batches of four: the last one is filled up.
 train = dataclasses.replace(tiny.FLOAT.train, steps=4, eval_every=4)
-result = loop.train(dataclasses.replace(tiny.FLOAT, train=train), folder)
+model = dataclasses.replace(tiny.MODEL, decoder_layers=1)
+result = loop.train(dataclasses.replace(tiny.FLOAT, model=model, train=train), folder)
 assert len(result.detections.results) and result.block["images"] == 6
 """
 
