@@ -61,12 +61,6 @@ def split_levels(tokens: Array, shapes: LevelShapes) -> list[Array]:
     return jnp.split(tokens, stops, axis=1)
 
 
-def level_grid(tokens: Array, shape: tuple[int, int]) -> Array:
-    """``[B, H W, M, D]`` -> ``[B, M, H, W, D]``."""
-    batch, _, heads, channels = tokens.shape
-    return tokens.transpose(0, 2, 1, 3).reshape(batch, heads, *shape, channels)
-
-
 def valid_ratios(masks: Sequence[Array]) -> Array:
     """The part of each level that is no padding.
 
@@ -177,7 +171,10 @@ def sample_values(
         )
     samples = []
     for level, tokens in enumerate(split_levels(values, shapes)):
-        grid = level_grid(tokens, shapes[level])
+        height, width = shapes[level]
+        grid = tokens.transpose(0, 2, 1, 3).reshape(
+            tokens.shape[0], tokens.shape[2], height, width, tokens.shape[3]
+        )
         points = locations[:, :, :, level].transpose(0, 2, 1, 3, 4)  # [B, M, Q, K, 2]
         samples.append(_sample_level(grid, points, method))
     return jnp.concatenate(samples, axis=-1)
@@ -286,9 +283,14 @@ def _flat(grid: Array) -> Array:
 
 
 def _packed(grid: Array, points: Array) -> Array:
-    channels, count = grid.shape[4], points.shape[3]
-    table = packed_table(grid)
-    index, fx, fy = packed_index(points, _cells(grid))
+    (height, width), channels, count = _cells(grid), grid.shape[4], points.shape[3]
+    x, fx, y, fy = corners(points, (height, width))
+    padded = jnp.pad(grid, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+    table = jnp.concatenate(
+        [padded[:, :, i : height + 1 + i, j : width + 1 + j] for i in (0, 1) for j in (0, 1)],
+        axis=-1,
+    )
+    table, index = _flat(table), (y + 1) * (width + 1) + x + 1
     weights = jnp.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], axis=-1)
     product = functools.partial(
         jnp.matmul, precision=_precision(grid.dtype), preferred_element_type=jnp.float32
@@ -301,27 +303,6 @@ def _packed(grid: Array, points: Array) -> Array:
         add = np.kron(np.outer(np.ones(4), place), np.eye(channels)).astype("f4")  # [4 D, K D]
         total += product(weighted, add)
     return total.astype(grid.dtype)
-
-
-def packed_table(grid: Array) -> Array:
-    """``[B, M, H, W, D]`` -> ``[B, M, (H + 1) (W + 1), 4 D]``: every 2 x 2 neighbours in one row.
-
-    Row ``(y + 1) (W + 1) + x + 1`` holds cells (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1),
-    zeros outside.
-    """
-    height, width = _cells(grid)
-    padded = jnp.pad(grid, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-    neighbours = jnp.concatenate(
-        [padded[:, :, i : height + 1 + i, j : width + 1 + j] for i in (0, 1) for j in (0, 1)],
-        axis=-1,
-    )
-    return _flat(neighbours)
-
-
-def packed_index(points: Array, shape: tuple[int, int]) -> tuple[Array, Array, Array]:
-    """Where points ``[..., 2]`` lie: their rows of a packed table (int32), fractions of x and y."""
-    x, x_fraction, y, y_fraction = corners(points, shape)
-    return (y + 1) * (shape[1] + 1) + x + 1, x_fraction, y_fraction
 
 
 def _precision(dtype: DTypeLike) -> lax.Precision:

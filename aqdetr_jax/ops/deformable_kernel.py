@@ -37,10 +37,10 @@ from aqdetr_jax.ops.deformable import LevelShapes
 LANES = 128
 CHANNELS = LANES // 4
 """Channels of a head that the kernel takes: with four neighbours they fill a row."""
-VECTOR_MEMORY = 100 * 2**20
-"""Bytes of vector memory that the kernel may ask for; a v5e or v6e core has 128 MiB."""
+VECTOR_MEMORY = 60 * 2**20
+"""Bytes of vector memory that the kernel may ask for; a v5p core has 64 MiB, a v5e or v6e 128."""
 TILE = 16
-"""Rows of a level are padded to so many cells: whole tiles of float32 and of bfloat16."""
+"""A row of a level is padded to a multiple of so many cells: whole tiles, of bfloat16 too."""
 
 Mix = Callable[..., Array]
 """``mix(weights [P, Q], samples [P * D, Q], parameters) -> [D, Q]``, each parameter [1, 1]."""
@@ -55,8 +55,8 @@ class _Static(NamedTuple):
 
 def misfit(values: Array, locations: Array, shapes: LevelShapes) -> str | None:
     """Why the kernel cannot take these arrays (of ``sample_and_mix``); None if it can."""
-    # Float32 values and their gradient, each with the next heads' on their way, and both as tables.
-    needed = 6 * sum((height + 2) * _width(width) for height, width in shapes) * LANES * 4
+    # Float32 values and their gradient, of four heads, and both of one head as tables.
+    needed = 4 * sum((height + 2) * _width(width) for height, width in shapes) * LANES * 4
     if values.shape[-1] != CHANNELS:
         return f"heads have {values.shape[-1]} channels, not {CHANNELS}"
     if needed > VECTOR_MEMORY * 0.95:
@@ -122,9 +122,8 @@ def sample_and_mix(
     of_head = [jnp.broadcast_to(jnp.reshape(x, (-1,)), (heads,)) for x in (*leaves, jnp.zeros(()))]
     scalars = jnp.stack(of_head, -1)[..., None]
     scalars = jnp.broadcast_to(scalars, (batch, *scalars.shape))
-    static = _Static(mix, treedef, shapes, interpret)
     mixed = _mixed(
-        static,
+        _Static(mix, treedef, shapes, interpret),
         tuple(grids),
         jnp.concatenate(indices, axis=2),
         jnp.concatenate(fractions[0] + fractions[1], axis=2),
@@ -142,8 +141,7 @@ def _mixed(static, grids, index, fractions, weights, scalars):
 
 def _mixed_fwd(static, grids, index, fractions, weights, scalars):
     given = (index, fractions, weights, scalars, *grids)
-    shape = (*index.shape[:2], CHANNELS, index.shape[3])
-    result = jax.ShapeDtypeStruct(shape, grids[0].dtype)
+    result = jax.ShapeDtypeStruct((*weights.shape[:2], CHANNELS, weights.shape[3]), grids[0].dtype)
     return _call(_forward, static, given, _inputs(given), [result], [_block(CHANNELS)])[0], given
 
 
@@ -212,10 +210,11 @@ def _inputs(given) -> list[pl.BlockSpec]:
     blocks = [_block(index.shape[2], pltpu.SMEM)]
     blocks += [_block(x.shape[2]) for x in (fractions, weights)]
     blocks += [pl.BlockSpec((None, None, *scalars.shape[2:]), lambda b, m, i: (b, m, 0, 0))]
-    # Four heads at a time.
-    return blocks + [
-        pl.BlockSpec((None, grid.shape[1], LANES), lambda b, m, i: (b, 0, m >> 2)) for grid in grids
-    ]
+    for grid in grids:
+        # Four heads at a time, and no others on their way: copying is a small part of the time.
+        shape, once = (None, grid.shape[1], LANES), pl.Buffered(1)
+        blocks += [pl.BlockSpec(shape, lambda b, m, i: (b, 0, m >> 2), pipeline_mode=once)]
+    return blocks
 
 
 # --- inside the kernel ---------------------------------------------------------------------------
@@ -290,11 +289,11 @@ def _add_tables(static, d_tables, d_grids) -> None:
             _each(height + 1, row)
 
 
-def _clear(table, size: int) -> None:
+def _clear(table) -> None:
     def part(i):
-        table[_part(i, size), :] = jnp.zeros((size, LANES), jnp.float32)
+        table[_part(i, TILE), :] = jnp.zeros((TILE, LANES), jnp.float32)
 
-    _each(table.shape[0] // size, part)
+    _each(table.shape[0] // TILE, part)
 
 
 def _neighbour_weights(fractions, points: int, p) -> tuple[Array, Array, list[Array]]:
@@ -361,12 +360,12 @@ def _backward(static, index, fractions, weights, scalars, *refs):
     def _():
         d_scalars[...] = jnp.zeros(d_scalars.shape, jnp.float32)
         for table in d_tables:
-            _clear(table, TILE)
+            _clear(table)
 
     @pl.when((pl.program_id(2) == 0) & (pl.program_id(1) & 3 == 0))
     def _():
         for grid in d_grids:
-            _clear(grid, TILE)
+            _clear(grid)
 
     _sample(static, index, fractions, tables, rows, samples, keep=True)
     parameters = _parameters(static, scalars)
