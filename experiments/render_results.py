@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import render_tpu
+from outside.table import outside_table
 
 from aqdetr_jax.io import read_json, write_text_atomic
 
@@ -146,7 +147,7 @@ def step_time_table() -> str:
         )
     peak = result["peak_resident_bytes"] / 2**30
     notes.append(f"Peak {peak:.1f} GiB resident for all.")
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([*lines, "", *notes, "", *outside_table(result.get("outside"))])
 
 
 def per_minute_table() -> str:

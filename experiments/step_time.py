@@ -1,7 +1,7 @@
 """Step time of the method's parts and of the model families, side by side in one process.
 
 python experiments/step_time.py [--config=shapes_w4a4,shapes_w4a4:deformable-aqdetr] [--rounds=12]
-    [--out=FILE] [a.b=value ...]
+    [--outside=PYTHON] [--out=FILE] [a.b=value ...]
 
 Variants: float (no quantization), lsq (4-bit), auxiliary (+ auxiliary queries), aqdetr (+ teacher
 and distillation); on CPUs the first and the last once more in the order that XLA takes unless told
@@ -11,6 +11,10 @@ model's float step and, where several configurations are given, to the first one
 compiled over the mesh as the training loop does it. Shares of the whole step: the matcher (timed
 alone on the same predictions), the teacher's forward pass (timed alone), and the quantizers (lsq
 minus float).
+
+On a CPU, "outside" holds our float steps and forward pass beside PyTorch's and ONNX Runtime's, in
+processes of their own (``experiments/outside`` measures that alone); ``PYTHON`` has torch, by
+default that of ``make test-parity``. Where it is missing, the file says why there are none.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from outside.compare import PARITY, compare
+from outside.table import outside_table
 
 from aqdetr_jax import host
 from aqdetr_jax.data.open import open_dataset
@@ -236,6 +242,7 @@ def main() -> None:
     parser.set_defaults(overrides=True)
     parser.add_argument("--config", default="shapes_w4a4,shapes_w4a4:deformable-aqdetr")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--outside", default=str(PARITY), metavar="PYTHON")
     parser.add_argument("--out", default="experiments/results/step_time.json")
     options, overrides = parse_arguments(parser, sys.argv[1:])
     names = options.config.split(",")
@@ -257,6 +264,11 @@ def main() -> None:
         "configs": [bench.result(benches[0]) for bench in benches],
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    if on_cpu:
+        del benches  # the memory is the other processes' now
+        jax.clear_caches()
+        result["outside"] = {"commit": result["commit"], **compare(options.outside)}
+        print(*outside_table(result["outside"]), sep="\n")
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(options.out, result)
     for found in result["configs"]:

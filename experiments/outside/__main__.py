@@ -1,6 +1,7 @@
 """Our steps and forward pass beside PyTorch's and ONNX Runtime's, on this CPU, in one run.
 
-python -m experiments.outside [--outside=PYTHON] [--rounds=5] [--only=detr_step,...] [--out=FILE]
+PYTHONPATH=experiments python -m outside [--outside=PYTHON] [--rounds=5] [--only=detr_step,...]
+    [--out=FILE]
 
 Two processes a case, alive throughout, compute in turn; ratios are medians over rounds of theirs
 over ours, of CPU-seconds (which other programs disturb little) and of wall time: above 1, ours is
@@ -14,17 +15,18 @@ import argparse
 import sys
 from pathlib import Path
 
+from outside.cases import CASES, ROOT
+from outside.compare import PARITY, ROUNDS, compare
+
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.provenance import git_commit
-from experiments.outside.cases import CASES, ROOT
-from experiments.outside.compare import PARITY, compare
 
 
 def main() -> int:
     """Measures and keeps; 1 where it cannot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--outside", default=str(PARITY), metavar="PYTHON")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only", default=",".join(CASES), help="cases, with commas between them")
     parser.add_argument("--out", default=str(ROOT / "experiments/results/step_time.json"))
     options = parser.parse_args()

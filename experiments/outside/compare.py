@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.outside.cases import CASES, ROOT, Case
+from outside.cases import CASES, ROOT, Case
 
 PARITY = ROOT / ".venv-parity/bin/python"
 """Made by ``make test-parity``."""
 
 NEEDED = "import numpy, onnxruntime, torch, transformers"
+
+ROUNDS = 5
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 """OpenMP's threads sleep while they wait. Spinning, they would take the core that the other side
@@ -28,11 +30,11 @@ class Side:
 
     def __init__(self, python: str | Path, module: str, case: str):
         self.what = f"{case}, {module}"
-        path = os.environ.get("PYTHONPATH")
         environment = {**os.environ, **PASSIVE, "TF_CPP_MIN_LOG_LEVEL": "2"}
-        environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)
+        paths = [str(ROOT / "experiments"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.process = subprocess.Popen(
-            [python, "-m", f"experiments.outside.{module}", case],
+            [python, "-m", f"outside.{module}", case],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -67,12 +69,14 @@ class Side:
     def end(self) -> None:
         """Lets the process go, whatever state it is in."""
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.process.stdout.close()
 
 
 def missing(python: str | Path) -> str | None:
@@ -133,7 +137,9 @@ def ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
-def compare(python: str | Path, rounds: int, names: Sequence[str] = tuple(CASES)) -> dict[str, Any]:
+def compare(
+    python: str | Path, rounds: int = ROUNDS, names: Sequence[str] = tuple(CASES)
+) -> dict[str, Any]:
     """All cases.
 
     Args:

@@ -1,4 +1,4 @@
-"""Our side of a case: python -m experiments.outside.ours CASE."""
+"""Our side of a case: python -m outside.ours CASE."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import dataclasses
 import sys
 from collections.abc import Callable
 
+from outside.cases import BOXES, CASES, CLASSES, TINY_CLASSES, Case
+from outside.worker import serve
+
 from aqdetr_jax import host
-from experiments.outside.cases import BOXES, CASES, CLASSES, TINY_CLASSES, Case
-from experiments.outside.worker import serve
 
 SCHEDULE = 1000
 """Steps of the learning rate's schedule; what is timed does not depend on it."""
@@ -56,11 +57,11 @@ def random_batch(case: Case, config) -> dict:
 def build_step(case: Case) -> Callable[[], object]:
     """The train step over one virtual device a core, as a training on this CPU runs it."""
     import jax
+    from step_time import compiled_step
 
     from aqdetr_jax.parallel.mesh import make_mesh, put_batch
     from aqdetr_jax.training import initial, setup
     from aqdetr_jax.training.loop import TRAINED_KEYS
-    from experiments.step_time import compiled_step
 
     config = experiment(case)
     raw = random_batch(case, config)

@@ -1,4 +1,4 @@
-"""The other side of a case: python -m experiments.outside.theirs CASE.
+"""The other side of a case: python -m outside.theirs CASE.
 
 transformers' own models with random parameters made from a configuration (nothing is downloaded).
 Needs torch and transformers, for inference onnxruntime too: what ``make test-parity`` installs.
@@ -18,10 +18,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 import torch
 import transformers
+from outside.cases import BOXES, CASES, CLASSES, TINY_CLASSES, Case
+from outside.worker import serve
 from torch import nn
-
-from experiments.outside.cases import BOXES, CASES, CLASSES, TINY_CLASSES, Case
-from experiments.outside.worker import serve
 
 THREADS = len(os.sched_getaffinity(0))
 
