@@ -183,23 +183,13 @@ def assign(cost: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(held, columns, -1), axis=-1, initial=-1)
 
 
-def axis_to_map(
-    mesh: Mesh | AbstractMesh | None, axis: str, batch: int
-) -> Mesh | AbstractMesh | None:
-    """The mesh over which to map a batch by hand, or None where it is one device's anyway.
-
-    Args:
-        mesh: default: the mesh set by ``jax.set_mesh``.
-        axis: name of the mesh axis that shares the batch.
-        batch: its size, which the axis must divide.
-    """
+def _mesh_to_map(mesh: Mesh | AbstractMesh | None, axis: str) -> Mesh | AbstractMesh | None:
+    """The mesh over which to map the problems, or None where they are one device's own."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if mesh.empty or axis not in mesh.axis_names:
+    if mesh.empty:
         return None
-    if mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Manual:
+    if axis in mesh.axis_names and mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Manual:
         return None  # already inside a shard_map over this axis: the batch is local
-    if batch % mesh.shape[axis]:
-        return None
     return mesh
 
 
@@ -216,15 +206,16 @@ def assign_sharded(
 
     Under automatic sharding the loop's predicate covers the whole batch, so that XLA puts an
     all-reduce over all devices into every iteration. Inside ``shard_map`` the loop is local and has
-    no collective at all. Mesh axes other than ``axis`` are replicated over.
+    no collective at all. Mesh axes other than ``axis`` are replicated over; so is ``axis`` where it
+    does not divide the batch. (Nor could XLA distribute the TPU's kernel by itself.)
 
     Args:
         cost: float ``[..., T, Q]``.
         supply: int32, broadcastable to ``[..., T]``.
         num_columns: int32, broadcastable to ``[...]``.
         batch_axis: the axis of ``cost`` that is sharded over ``axis``; one of the leading axes.
-        mesh: default: the mesh set by ``jax.set_mesh``. Without a mesh, without this axis in it, or
-            with a batch that it does not divide, the problems are solved in place.
+        mesh: default: the mesh set by ``jax.set_mesh``. Without one, or inside a ``shard_map`` over
+            ``axis``, the problems are solved in place.
         axis: name of the mesh axis.
 
     Returns:
@@ -243,10 +234,11 @@ def assign_sharded(
     count = cost.shape[-1] if num_columns is None else num_columns
     count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), lead)
     cost = lax.stop_gradient(cost)
-    over = axis_to_map(mesh, axis, lead[batch_axis])
+    over = _mesh_to_map(mesh, axis)
     if over is None:
         return assign_repeated(cost, supply, count)
-    spec = PartitionSpec(*([None] * batch_axis), axis)
+    divided = axis in over.axis_names and lead[batch_axis] % over.shape[axis] == 0
+    spec = PartitionSpec(*([None] * batch_axis), axis) if divided else PartitionSpec()
     # check_vma=False: the loop's constant initial state would have to be cast to "varying" by hand.
     solve = jax.shard_map(
         assign_repeated, mesh=over, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
