@@ -183,13 +183,26 @@ def assign(cost: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(held, columns, -1), axis=-1, initial=-1)
 
 
-def _mesh_to_map(mesh: Mesh | AbstractMesh | None, axis: str) -> Mesh | AbstractMesh | None:
-    """The mesh over which to map the problems, or None where they are one device's own."""
+def _automatic_mesh(mesh: Mesh | AbstractMesh | None, axis: str) -> Mesh | AbstractMesh | None:
+    """The mesh, or None without one or inside a ``shard_map`` over the axis: the batch is local."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if mesh.empty:
+    manual = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis) == AxisType.Manual
+    return None if mesh.empty or manual else mesh
+
+
+def axis_to_map(
+    mesh: Mesh | AbstractMesh | None, axis: str, batch: int
+) -> Mesh | AbstractMesh | None:
+    """The mesh over which to map a batch by hand, or None where it is one device's anyway.
+
+    Args:
+        mesh: default: the mesh set by ``jax.set_mesh``.
+        axis: name of the mesh axis that shares the batch.
+        batch: its size, which the axis must divide.
+    """
+    mesh = _automatic_mesh(mesh, axis)
+    if mesh is None or axis not in mesh.axis_names or batch % mesh.shape[axis]:
         return None
-    if axis in mesh.axis_names and mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Manual:
-        return None  # already inside a shard_map over this axis: the batch is local
     return mesh
 
 
@@ -234,11 +247,11 @@ def assign_sharded(
     count = cost.shape[-1] if num_columns is None else num_columns
     count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), lead)
     cost = lax.stop_gradient(cost)
-    over = _mesh_to_map(mesh, axis)
+    over = _automatic_mesh(mesh, axis)
     if over is None:
         return assign_repeated(cost, supply, count)
-    divided = axis in over.axis_names and lead[batch_axis] % over.shape[axis] == 0
-    spec = PartitionSpec(*([None] * batch_axis), axis) if divided else PartitionSpec()
+    shared = axis_to_map(over, axis, lead[batch_axis]) is not None
+    spec = PartitionSpec(*([None] * batch_axis), axis) if shared else PartitionSpec()
     # check_vma=False: the loop's constant initial state would have to be cast to "varying" by hand.
     solve = jax.shard_map(
         assign_repeated, mesh=over, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
