@@ -14,9 +14,9 @@ nothing is timed on one): instruction bundles of an iteration, from the compiler
 milliseconds are an estimate: at 1.5 GHz, with the waits for results across lanes, which the
 schedule does not show, put at 12 in sequence of 128 cycles each.
 
-Rows of other commits in the file are kept. Those of 5e4f429 are of the solver before the bids and the
-kernel, timed in turn with the others; its chip's milliseconds are the iterations times XLA's own
-estimate of the cycles of its loop's body.
+Rows of other commits in the file are kept. Those of 5e4f429 are of the solver before the bids and
+the kernel, timed in turn with the others; its chip's milliseconds are the iterations times XLA's
+own estimate of the cycles of its loop's body.
 """
 
 from __future__ import annotations

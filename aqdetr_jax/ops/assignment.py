@@ -183,6 +183,13 @@ def assign(cost: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(held, columns, -1), axis=-1, initial=-1)
 
 
+def _automatic_mesh(mesh: Mesh | AbstractMesh | None, axis: str) -> Mesh | AbstractMesh | None:
+    """The mesh, or None without one or inside a ``shard_map`` over the axis: the batch is local."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    manual = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis) == AxisType.Manual
+    return None if mesh.empty or manual else mesh
+
+
 def axis_to_map(
     mesh: Mesh | AbstractMesh | None, axis: str, batch: int
 ) -> Mesh | AbstractMesh | None:
@@ -193,12 +200,8 @@ def axis_to_map(
         axis: name of the mesh axis that shares the batch.
         batch: its size, which the axis must divide.
     """
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if mesh.empty or axis not in mesh.axis_names:
-        return None
-    if mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Manual:
-        return None  # already inside a shard_map over this axis: the batch is local
-    if batch % mesh.shape[axis]:
+    mesh = _automatic_mesh(mesh, axis)
+    if mesh is None or axis not in mesh.axis_names or batch % mesh.shape[axis]:
         return None
     return mesh
 
@@ -216,15 +219,16 @@ def assign_sharded(
 
     Under automatic sharding the loop's predicate covers the whole batch, so that XLA puts an
     all-reduce over all devices into every iteration. Inside ``shard_map`` the loop is local and has
-    no collective at all. Mesh axes other than ``axis`` are replicated over.
+    no collective at all. Mesh axes other than ``axis`` are replicated over; so is ``axis`` where it
+    does not divide the batch. (Nor could XLA distribute the TPU's kernel by itself.)
 
     Args:
         cost: float ``[..., T, Q]``.
         supply: int32, broadcastable to ``[..., T]``.
         num_columns: int32, broadcastable to ``[...]``.
         batch_axis: the axis of ``cost`` that is sharded over ``axis``; one of the leading axes.
-        mesh: default: the mesh set by ``jax.set_mesh``. Without a mesh, without this axis in it, or
-            with a batch that it does not divide, the problems are solved in place.
+        mesh: default: the mesh set by ``jax.set_mesh``. Without one, or inside a ``shard_map`` over
+            ``axis``, the problems are solved in place.
         axis: name of the mesh axis.
 
     Returns:
@@ -243,10 +247,11 @@ def assign_sharded(
     count = cost.shape[-1] if num_columns is None else num_columns
     count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), lead)
     cost = lax.stop_gradient(cost)
-    over = axis_to_map(mesh, axis, lead[batch_axis])
+    over = _automatic_mesh(mesh, axis)
     if over is None:
         return assign_repeated(cost, supply, count)
-    spec = PartitionSpec(*([None] * batch_axis), axis)
+    shared = axis_to_map(over, axis, lead[batch_axis]) is not None
+    spec = PartitionSpec(*([None] * batch_axis), axis) if shared else PartitionSpec()
     # check_vma=False: the loop's constant initial state would have to be cast to "varying" by hand.
     solve = jax.shard_map(
         assign_repeated, mesh=over, in_specs=(spec,) * 3, out_specs=spec, check_vma=False

@@ -199,7 +199,8 @@ PROGRAM = """
 
     # Dropout's random numbers are loops as well; the matcher is the one of the shard_map.
     loops = [line for lines in computations.values() for line in lines if " while(" in line]
-    matchers = [line for line in loops if re.search(r'op_name="[^"]*shard_map/while"', line)]
+    name = r'op_name="[^"]*shard_map/cond/branch_\\d+_fun/while"'
+    matchers = [line for line in loops if re.search(name, line)]
     assert len(matchers) == 1, matchers
     # Its first state has a row for each problem of this device's share of the images.
     rows = int(re.search(r" = \\(\\w+\\[(\\d+)", matchers[0]).group(1))
