@@ -134,12 +134,15 @@ def resize(
     height, width = example.image.shape[:2]
     if (height, width) == tuple(size):
         return example
+    boxes = _scaled(example, size)
+    return dataclasses.replace(example, image=resample(example.image, size), boxes=boxes)
+
+
+def _scaled(example: Example, size: tuple[int, int]) -> np.ndarray:
+    """The boxes of an example that is resized."""
+    height, width = example.image.shape[:2]
     factor = np.array([size[1] / width, size[0] / height] * 2, np.float32)
-    return dataclasses.replace(
-        example,
-        image=resample(example.image, size),
-        boxes=(example.boxes * factor).astype(np.float32),
-    )
+    return (example.boxes * factor).astype(np.float32)
 
 
 def horizontal_flip(example: Example) -> Example:
@@ -168,10 +171,18 @@ def crop(example: Example, top: int, left: int, height: int, width: int) -> Exam
         raise ValueError(
             f"crop window {top, left, height, width} leaves the image {full_height}x{full_width}"
         )
-    limit = np.array([width, height] * 2, np.float32)
-    boxes = np.clip(example.boxes - np.array([left, top] * 2, np.float32), 0, limit)
-    keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     image = example.image[top : top + height, left : left + width]
+    return _cut(example, image, example.boxes, (top, left, height, width))
+
+
+def _cut(
+    example: Example, image: np.ndarray, boxes: np.ndarray, window: tuple[int, int, int, int]
+) -> Example:
+    """An example that became ``image``, a window of what ``boxes`` lie in."""
+    top, left, height, width = window
+    limit = np.array([width, height] * 2, np.float32)
+    boxes = np.clip(boxes - np.array([left, top] * 2, np.float32), 0, limit)
+    keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     return select(dataclasses.replace(example, image=image, boxes=boxes), keep)
 
 
@@ -185,19 +196,24 @@ def select(example: Example, keep: np.ndarray) -> Example:
     )
 
 
-def random_size_crop(
-    example: Example, rng: np.random.Generator, min_size: int, max_size: int
-) -> Example:
-    """Crops a window with each side drawn from ``[min_size, min(side, max_size)]``.
+def random_window(
+    rng: np.random.Generator, size: tuple[int, int], min_size: int, max_size: int
+) -> tuple[int, int, int, int]:
+    """A window ``(top, left, height, width)``, each side from ``[min_size, min(side, max_size)]``.
 
     A side shorter than ``min_size`` is kept whole.
+
+    Args:
+      rng: all randomness comes from it.
+      size: ``(height, width)`` of the image.
+      min_size: pixels.
+      max_size: pixels.
     """
-    full_height, full_width = example.image.shape[:2]
-    width = _draw_side(rng, min_size, min(full_width, max_size))
-    height = _draw_side(rng, min_size, min(full_height, max_size))
-    top = int(rng.integers(0, full_height - height + 1))
-    left = int(rng.integers(0, full_width - width + 1))
-    return crop(example, top, left, height, width)
+    width = _draw_side(rng, min_size, min(size[1], max_size))
+    height = _draw_side(rng, min_size, min(size[0], max_size))
+    top = int(rng.integers(0, size[0] - height + 1))
+    left = int(rng.integers(0, size[1] - width + 1))
+    return top, left, height, width
 
 
 def _draw_side(rng: np.random.Generator, low: int, high: int) -> int:
@@ -232,21 +248,23 @@ def augment(
     if rng.random() < config.flip_probability:
         example = horizontal_flip(example)
     if rng.random() < config.crop_probability:
-        if config.crop_resize:
-            example = _random_resize(example, rng, config.crop_resize, None, None)
-        example = random_size_crop(example, rng, *config.crop_size)
+        size = _random_size(example, rng, config.crop_resize, None, None)
+        window = random_window(rng, size, *config.crop_size)
+        image = resampling.resize_fast(example.image, size, window)
+        example = _cut(example, image, _scaled(example, size), window)
     if config.colour_jitter > 0:
         example = colour_jitter(example, rng, config.colour_jitter)
-    return _random_resize(example, rng, config.scales, config.max_size, bucket)
+    size = _random_size(example, rng, config.scales, config.max_size, bucket)
+    return resize(example, size, resampling.resize_fast)
 
 
-def _random_resize(
+def _random_size(
     example: Example,
     rng: np.random.Generator,
     scales: Sequence[int],
     max_size: int | None,
     bucket: tuple[int, int] | None,
-) -> Example:
+) -> tuple[int, int]:
     size = example.image.shape[0], example.image.shape[1]
     if scales:
         size = resized_size(*size, int(scales[int(rng.integers(len(scales)))]), max_size)
@@ -256,4 +274,4 @@ def _random_resize(
             size = height, width
     if bucket is not None:
         size = fitted_size(*size, bucket)
-    return resize(example, size, resampling.resize_fast)
+    return size

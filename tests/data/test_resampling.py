@@ -46,6 +46,20 @@ def test_any_size_of_noise(sizes, seed):
         assert np.array_equal(fast, image)
 
 
+@given(st.tuples(*[st.integers(8, 150)] * 4), st.tuples(*[st.floats(0, 1)] * 4))
+@settings(max_examples=100)
+def test_a_window_is_a_part_of_the_whole(sizes, shares):
+    height, width, *size = sizes
+    image = photograph()[:height, :width]
+    high, wide = (1 + int(share * (side - 1)) for share, side in zip(shares, size, strict=False))
+    top, left = int(shares[2] * (size[0] - high)), int(shares[3] * (size[1] - wide))
+    part = R.resize_fast(image, tuple(size), (top, left, high, wide)).astype(int)
+    whole = R.resize_fast(image, tuple(size))[top : top + high, left : left + wide]
+    assert part.shape == (high, wide, 3)
+    assert np.abs(part - whole).max() <= 1  # where it begins is rounded
+    assert np.mean(part != whole) < 0.05 or part.size < 1000
+
+
 @pytest.mark.skipif(R.simd is None, reason="cykooz-resizer has no wheel for this platform")
 def test_every_instruction_set_gives_the_same(monkeypatch):
     usual, results = R.simd.Resizer().cpu_extensions, {}
@@ -63,6 +77,8 @@ def test_without_the_wheel_it_is_pillow(monkeypatch):
     monkeypatch.setattr(R, "simd", None)
     for size in SIZES:
         assert np.array_equal(R.resize_fast(photograph(), size), pillows(photograph(), size))
+        part = R.resize_fast(photograph(), size, (3, 5, 20, 16))
+        assert np.array_equal(part, pillows(photograph(), size)[3:23, 5:21])
 
 
 @pytest.mark.parametrize("window", [np.s_[:, :], np.s_[10:21, 5:40], np.s_[:1, :1]])
