@@ -109,6 +109,7 @@ def test_shipped_configurations_resolve(text, tmp_path, capsys):
     assert main(["config", f"--config={name}", *overrides]) == 0
     (tmp_path / "printed.json").write_text(capsys.readouterr().out)
     config = load_experiment(str(tmp_path / "printed.json"))
+    config = sizing.with_devices(config, jax.devices()[0])
     model = dataclasses.replace(config.model, num_classes=config.model.num_classes or 3)
     module = setup.build_module(dataclasses.replace(config, model=model))
     shapes = jax.eval_shape(module.init, jax.random.key(0), *example_input((64, 64)))
