@@ -31,6 +31,8 @@ class Side:
     def __init__(self, python: str | Path, module: str, case: str):
         self.what = f"{case}, {module}"
         environment = {**os.environ, **PASSIVE, "TF_CPP_MIN_LOG_LEVEL": "2"}
+        # What this program asked of its own allocator is not what theirs would be started with.
+        environment.pop("GLIBC_TUNABLES", None)
         paths = [str(ROOT / "experiments"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.process = subprocess.Popen(
