@@ -9,13 +9,13 @@ NOT_RUN = "not run"
 _GIB = 2**30
 
 
-def step_table(result: dict[str, Any] | None) -> str:
+def step_table(result: list[dict[str, Any]] | None) -> str:
     """What a step moves and holds: every program once, its labels (before, after) side by side."""
     if result is None:
         return f"`python experiments/tpu_step.py`: {NOT_RUN}."
-    labels = list(dict.fromkeys(row["label"] for row in result["rows"]))
+    labels = list(dict.fromkeys(row["label"] for row in result))
     programs: dict[tuple, dict[str, dict[str, Any]]] = {}
-    for row in result["rows"]:
+    for row in result:
         key = (row["config"], row["kind"], row["dtype"], row["per_chip"], row["topology"])
         programs.setdefault(key, {})[row["label"]] = row
 
@@ -45,9 +45,9 @@ def step_table(result: dict[str, Any] | None) -> str:
     commits = "; ".join(
         f"{label} {', '.join(sorted({row['commit'][:12] for row in rows}))}"
         for label in labels
-        for rows in [[row for row in result["rows"] if row["label"] == label]]
+        for rows in [[row for row in result if row["label"] == label]]
     )
-    versions = result["versions"]
+    versions = result[-1]["versions"]
     return "\n".join(
         [
             *lines,
@@ -58,7 +58,7 @@ def step_table(result: dict[str, Any] | None) -> str:
     )
 
 
-def plan_table(result: dict[str, Any] | None) -> str:
+def plan_table(result: list[dict[str, Any]] | None) -> str:
     """What slices give the recipes."""
     if result is None:
         return f"`python experiments/tpu_plan.py`: {NOT_RUN}."
@@ -68,7 +68,7 @@ def plan_table(result: dict[str, Any] | None) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     buckets = []
-    for row in sorted(result["rows"], key=lambda x: (x["config"], x["chips"], x["topology"])):
+    for row in sorted(result, key=lambda x: (x["config"], x["chips"], x["topology"])):
         steps = [step for step in row["steps"] if step["kind"] == "train"]
         fullest = max(steps, key=lambda step: step["hbm_bytes"])
         rates = [step["estimate"]["images_per_second_a_chip_at_most"] for step in steps]
@@ -92,7 +92,7 @@ def plan_table(result: dict[str, Any] | None) -> str:
                 for s in steps
             )
             buckets.append(f"`{row['given']}` on {row['topology']} by bucket: {sizes}.")
-    commits = ", ".join(sorted({row["commit"][:12] for row in result["rows"]}))
+    commits = ", ".join(sorted({row["commit"][:12] for row in result}))
     return "\n".join(
         [
             *lines,

@@ -65,7 +65,7 @@ def main() -> None:
         print(format_plan(plan), flush=True)
         kept = [row for row in rows_of(options.out) if not same(row, key)]
         made = {**slim(as_json(plan)), "given": name}
-        write_json_atomic(options.out, {"rows": [*kept, made]})
+        write_json_atomic(options.out, [*kept, made])
 
 
 if __name__ == "__main__":

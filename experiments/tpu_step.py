@@ -86,7 +86,7 @@ def summary(found: Compiled, sizes: Sizes) -> dict[str, Any]:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows that are there."""
-    return read_json(path)["rows"] if path.is_file() else []
+    return read_json(path) if path.is_file() else []
 
 
 def same(row: dict[str, Any], key: dict[str, Any]) -> bool:
@@ -118,10 +118,10 @@ def main() -> None:
         if not wanted or any(same(other, done) for other in rows_of(options.out)):
             continue
         print(f"{row}", flush=True)
-        made = {**done, **measure(row)}
+        made = {**done, **measure(row), "versions": versions()}
         print({k: v for k, v in made.items() if k not in ("largest", "gb_by_opcode")}, flush=True)
         kept = [other for other in rows_of(options.out) if not same(other, key)]
-        write_json_atomic(options.out, {"versions": versions(), "rows": [*kept, made]})
+        write_json_atomic(options.out, [*kept, made])
 
 
 if __name__ == "__main__":
