@@ -131,7 +131,8 @@ def sampling_table(result: dict[str, Any] | None) -> str:
             *lines,
             "",
             "Samples, quantizers and weighted sum of one attention of one image, 800 x 1344, "
-            "forward and gradient, compiled for one v5e chip. "
+            "forward and gradient, compiled for one v5e chip; what stays in vector memory is not "
+            "counted, and what a gathered row costs is not in it. "
             "`python experiments/deformable_tpu.py`, jax "
             f"{versions['jax']}, libtpu {versions['libtpu']}; commits: {commits}.",
         ]
