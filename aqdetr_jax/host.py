@@ -16,7 +16,15 @@ logger = logging.getLogger(__name__)
 
 _MAX_CPU_DEVICES = 8
 _TUNABLES = "GLIBC_TUNABLES"
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+_KEPT_HUGE_PAGES = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in (
+        ("hugetlb", 1),
+        ("mmap_max", 0),  # nothing is mapped for itself, and so unmapped when it is given back;
+        ("arena_max", 1),  # all is in the one heap that can hold a block of any size,
+        ("trim_threshold", 1 << 40),  # which never shrinks
+    )
+)
 
 
 class StoppedError(RuntimeError):
@@ -29,7 +37,7 @@ def prepare(*, compilation_cache: bool = True) -> None:
     Args:
       compilation_cache: False in benchmarks that state compile times.
     """
-    use_huge_pages()
+    keep_memory()
     print_any_name()
     use_every_core()
     if compilation_cache:
@@ -72,18 +80,20 @@ def use_cpu() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def use_huge_pages() -> None:
-    """Starts this program again with transparent huge pages for large allocations, on Linux.
+def keep_memory() -> None:
+    """Starts this program again with an allocator that keeps what it has, in huge pages, on Linux.
 
-    XLA's CPU backend takes the temporaries of a training step (hundreds of MB) from the allocator
-    and gives them back, every step. In pages of 4 KiB that is 10^5 page faults a step, about a
-    fifth of its time on a small model; in pages of 2 MiB it is nothing. glibc (2.35 and later)
-    reads the setting at program start only, hence the restart. Elsewhere nothing happens, and a
-    ``GLIBC_TUNABLES`` that the user has set is left alone.
+    XLA's CPU backend takes the temporaries of a training step (a GB for a full-size model) and the
+    work space of single products from the allocator and gives them back, every step. Mapped anew,
+    their pages are faults and zeros: a fifth of a small model's time in pages of 4 KiB, and even in
+    pages of 2 MiB a fourth of a full-size one's. Kept, they are nothing; the program then holds its
+    peak of memory to its end. glibc (2.35 and later) reads the settings at program start only,
+    hence the restart. Elsewhere nothing happens, and a ``GLIBC_TUNABLES`` that the user has set is
+    left alone.
     """
     if not sys.platform.startswith("linux") or _TUNABLES in os.environ or not sys.orig_argv:
         return
-    os.environ[_TUNABLES] = _HUGE_PAGES
+    os.environ[_TUNABLES] = _KEPT_HUGE_PAGES
     try:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except OSError:
