@@ -14,7 +14,7 @@ from aqdetr_jax.checkpoint.model_folder import save_model
 from aqdetr_jax.losses.criterion import LossWeights
 from aqdetr_jax.losses.distillation import DistillationWeights
 from aqdetr_jax.models.config import DeformableConfig
-from aqdetr_jax.training import loop
+from aqdetr_jax.training import assemble, loop
 from aqdetr_jax.training.config import DistillConfig
 from aqdetr_jax.training.experiment import load_experiment
 
@@ -119,7 +119,7 @@ def test_pretraining_starts_the_detector(tmp_path, capsys, monkeypatch):
     def never(*_):
         raise FoundError
 
-    monkeypatch.setattr(loop, "make_train_step", never)  # what a detector's step does is above
+    monkeypatch.setattr(assemble, "make_train_step", never)  # what a detector's step does is above
     with pytest.raises(FoundError):
         loop.train(config, tmp_path / "detector")
     shared = ("backbone", "encoder", "input_proj", "input_norm", "level_embed")

@@ -22,7 +22,7 @@ from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.losses import matching
 from aqdetr_jax.parallel.mesh import AXES
-from aqdetr_jax.training import loop, setup
+from aqdetr_jax.training import assemble, loop, setup
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.notices import TrainingDivergedError
 from aqdetr_jax.training.state import TrainState
@@ -316,7 +316,7 @@ def test_finished_run_is_left_alone(straight, monkeypatch, capsys):
     def never(*_, **__):
         raise AssertionError("a finished run was taken up again")
 
-    monkeypatch.setattr(loop, "make_train_step", never)
+    monkeypatch.setattr(assemble, "make_train_step", never)
     monkeypatch.setattr(loop, "Evaluator", never)
     again = loop.train(load_experiment(str(config)), folder)
     assert "this run is finished" in capsys.readouterr().out
