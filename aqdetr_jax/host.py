@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 
 _MAX_CPU_DEVICES = 8
 _TUNABLES = "GLIBC_TUNABLES"
-_KEPT_HUGE_PAGES = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in (
-        ("hugetlb", 1),
-        ("mmap_max", 0),  # nothing is mapped for itself, and so unmapped when it is given back;
-        ("arena_max", 1),  # all is in the one heap that can hold a block of any size,
-        ("trim_threshold", 1 << 40),  # which never shrinks
-    )
-)
+_HUGE_PAGES = {"hugetlb": 1}
+_KEPT = {
+    "mmap_max": 0,  # nothing is mapped for itself, and so unmapped when it is given back;
+    "arena_max": 1,  # all is in the one heap that can hold a block of any size,
+    "trim_threshold": 1 << 40,  # which never shrinks
+}
+_MOST_THREADS_A_HEAP = 16
+"""Cores of a host whose threads can share a heap; those of larger ones would wait for each other.
+(They feed accelerators.)"""
 
 
 class StoppedError(RuntimeError):
@@ -68,9 +68,15 @@ def use_every_core() -> None:
         or "JAX_NUM_CPU_DEVICES" in os.environ
     ):
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    count = min(cores or 1, _MAX_CPU_DEVICES)
+    count = min(_cores(), _MAX_CPU_DEVICES)
     jax.config.update("jax_num_cpu_devices", 1 << (count.bit_length() - 1))
+
+
+def _cores() -> int:
+    """Cores that this program may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def use_cpu() -> None:
@@ -88,12 +94,13 @@ def keep_memory() -> None:
     their pages are faults and zeros: a fifth of a small model's time in pages of 4 KiB, and even in
     pages of 2 MiB a fourth of a full-size one's. Kept, they are nothing; the program then holds its
     peak of memory to its end. glibc (2.35 and later) reads the settings at program start only,
-    hence the restart. Elsewhere nothing happens, and a ``GLIBC_TUNABLES`` that the user has set is
+    hence the restart. Hosts of many cores get huge pages only. Elsewhere nothing happens, and a ``GLIBC_TUNABLES`` that the user has set is
     left alone.
     """
     if not sys.platform.startswith("linux") or _TUNABLES in os.environ or not sys.orig_argv:
         return
-    os.environ[_TUNABLES] = _KEPT_HUGE_PAGES
+    wanted = _HUGE_PAGES | (_KEPT if _cores() <= _MOST_THREADS_A_HEAP else {})
+    os.environ[_TUNABLES] = ":".join(f"glibc.malloc.{name}={n}" for name, n in wanted.items())
     try:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except OSError:
