@@ -94,8 +94,8 @@ def keep_memory() -> None:
     their pages are faults and zeros: a fifth of a small model's time in pages of 4 KiB, and even in
     pages of 2 MiB a fourth of a full-size one's. Kept, they are nothing; the program then holds its
     peak of memory to its end. glibc (2.35 and later) reads the settings at program start only,
-    hence the restart. Hosts of many cores get huge pages only. Elsewhere nothing happens, and a ``GLIBC_TUNABLES`` that the user has set is
-    left alone.
+    hence the restart. Hosts of many cores get huge pages only. Elsewhere nothing happens, and a
+    ``GLIBC_TUNABLES`` that the user has set is left alone.
     """
     if not sys.platform.startswith("linux") or _TUNABLES in os.environ or not sys.orig_argv:
         return
