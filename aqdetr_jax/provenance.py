@@ -8,7 +8,10 @@ import platform
 import subprocess
 from pathlib import Path
 
-_PACKAGES = ("aqdetr-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = (
+    *("aqdetr-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
+    *("pillow", "cykooz-resizer"),  # what resizes images
+)
 
 GIT_SECONDS = 20
 """How long a run waits for an answer of git."""

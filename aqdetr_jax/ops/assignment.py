@@ -21,9 +21,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 
 from aqdetr_jax.ops.assignment_step import longest_chain, start, step, unfinished
+from aqdetr_jax.ops.mapping import on_each_device
 
 __all__ = ["assign", "assign_repeated", "assign_sharded", "sanitize_cost"]
 
@@ -183,29 +184,6 @@ def assign(cost: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(held, columns, -1), axis=-1, initial=-1)
 
 
-def _automatic_mesh(mesh: Mesh | AbstractMesh | None, axis: str) -> Mesh | AbstractMesh | None:
-    """The mesh, or None without one or inside a ``shard_map`` over the axis: the batch is local."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    manual = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis) == AxisType.Manual
-    return None if mesh.empty or manual else mesh
-
-
-def axis_to_map(
-    mesh: Mesh | AbstractMesh | None, axis: str, batch: int
-) -> Mesh | AbstractMesh | None:
-    """The mesh over which to map a batch by hand, or None where it is one device's anyway.
-
-    Args:
-        mesh: default: the mesh set by ``jax.set_mesh``.
-        axis: name of the mesh axis that shares the batch.
-        batch: its size, which the axis must divide.
-    """
-    mesh = _automatic_mesh(mesh, axis)
-    if mesh is None or axis not in mesh.axis_names or batch % mesh.shape[axis]:
-        return None
-    return mesh
-
-
 def assign_sharded(
     cost: jax.Array,
     supply: jax.Array,
@@ -228,7 +206,7 @@ def assign_sharded(
         num_columns: int32, broadcastable to ``[...]``.
         batch_axis: the axis of ``cost`` that is sharded over ``axis``; one of the leading axes.
         mesh: default: the mesh set by ``jax.set_mesh``. Without one, or inside a ``shard_map`` over
-            ``axis``, the problems are solved in place.
+            all its axes, the problems are solved in place.
         axis: name of the mesh axis.
 
     Returns:
@@ -247,13 +225,7 @@ def assign_sharded(
     count = cost.shape[-1] if num_columns is None else num_columns
     count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), lead)
     cost = lax.stop_gradient(cost)
-    over = _automatic_mesh(mesh, axis)
-    if over is None:
-        return assign_repeated(cost, supply, count)
-    shared = axis_to_map(over, axis, lead[batch_axis]) is not None
-    spec = PartitionSpec(*([None] * batch_axis), axis) if shared else PartitionSpec()
-    # check_vma=False: the loop's constant initial state would have to be cast to "varying" by hand.
-    solve = jax.shard_map(
-        assign_repeated, mesh=over, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
+    solve = on_each_device(
+        assign_repeated, lead[batch_axis], batch_axis=batch_axis, mesh=mesh, axis=axis
     )
     return solve(cost, supply, count)

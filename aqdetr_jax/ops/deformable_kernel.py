@@ -29,10 +29,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, PartitionSpec
 
 from aqdetr_jax.ops import deformable
 from aqdetr_jax.ops.deformable import LevelShapes
+from aqdetr_jax.ops.mapping import on_each_device
 
 LANES = 128
 CHANNELS = LANES // 4
@@ -181,22 +181,7 @@ def _call(kernel, static, given, in_specs, results, out_specs):
             name="deformable_sampling",
         )(*given)
 
-    return _on_each_device(run, index.shape[0])(*given)
-
-
-def _on_each_device(function: Callable[..., Any], batch: int) -> Callable[..., Any]:
-    """``function`` of each device's own images: XLA splits no kernel by itself.
-
-    Over the axis "data" of the mesh that is set, if it divides the batch; else every device does
-    all of it.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Manual in mesh.axis_types:
-        return function
-    divides = batch % mesh.shape.get("data", batch + 1) == 0
-    spec = PartitionSpec("data") if divides else PartitionSpec()
-    # check_vma=False: kernels are not checked for what varies between devices.
-    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return on_each_device(run, index.shape[0])(*given)
 
 
 def _block(rows: int, memory: Any = None) -> pl.BlockSpec:

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from aqdetr_jax.ops import convolution
-from aqdetr_jax.ops.assignment import axis_to_map
+from aqdetr_jax.ops.mapping import axis_to_map
 from aqdetr_jax.quant import lsq
 
 Arithmetic = Literal["fake", "integer", "observe"]
@@ -112,7 +112,7 @@ def _as_written(x: Array) -> Array:
     def constrained(x: Array) -> Array:
         return with_layout_constraint(x, layout)
 
-    mesh = axis_to_map(None, "data", x.shape[0])
+    mesh = axis_to_map("data", x.shape[0])
     if mesh is not None:
         # On a torus of 4x4x4 chips and more the partitioner would gather the whole batch's maps.
         spec = PartitionSpec("data")

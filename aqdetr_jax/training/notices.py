@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from aqdetr_jax.data import resampling
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.notices import say_findings
 from aqdetr_jax.parallel.hosts import say
@@ -23,9 +24,14 @@ class TrainingDivergedError(RuntimeError):
 def say_limits(
     config: ExperimentConfig, train_set: DetectionDataset, eval_set: DetectionDataset
 ) -> None:
-    """Says what was left out of the data, and where the number of queries will bite."""
+    """Says what was left out of the data, where queries will be too few, and what is slow."""
     for dataset in (train_set, eval_set):
         say_findings(dataset)
+    if resampling.simd is None:
+        say(
+            "training images are resized by Pillow, which takes four times as long as "
+            "cykooz-resizer: that has no wheel here, or is not installed"
+        )
     most = train_set.max_boxes_per_image()
     if config.task == "detect" and most > config.model.num_queries:
         say(

@@ -57,7 +57,10 @@ def remedies(config: ExperimentConfig, devices: int) -> str:
         # Some losses need the whole batch at once: the configuration says which.
         with contextlib.suppress(ValueError):
             dataclasses.replace(config, train=dataclasses.replace(train, accumulate=more))
-            found.append(f"config.train.accumulate={more}")
+            # With the batch: of a configuration in images a chip it would grow instead.
+            found.append(
+                f"config.train.accumulate={more} with config.train.batch_size={train.batch_size}"
+            )
     if not model.remat:
         found.append("config.model.remat=true")
     if each > 1:

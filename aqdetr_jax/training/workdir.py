@@ -25,7 +25,12 @@ import jax
 
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.provenance import git_commit, package_versions
-from aqdetr_jax.training.config_tools import changed_keys, config_diff, to_plain
+from aqdetr_jax.training.config_tools import (
+    changed_keys,
+    config_diff,
+    flatten_config,
+    to_plain,
+)
 
 # Keys that change neither what was computed so far nor its meaning.
 CHANGEABLE = ("train.steps", "eval.*", "log.*")
@@ -169,7 +174,7 @@ def _changes(
     changeable: Sequence[str],
 ) -> list[str]:
     """What differs from the last start; an error if it may not."""
-    changes = _check_configuration(path, config, changeable, _moved(manifest, now))
+    changes = _check_configuration(path, config, manifest, changeable, _moved(manifest, now))
     if "*" not in changeable:
         _check_content(path, manifest, now, teacher, changes)
     return changes
@@ -205,7 +210,11 @@ def _moved(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
 
 
 def _check_configuration(
-    path: Path, config: Mapping[str, Any], changeable: Sequence[str], moved: set[str]
+    path: Path,
+    config: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    changeable: Sequence[str],
+    moved: set[str],
 ) -> list[str]:
     """The changes since the last start; an error if one is not allowed."""
     try:
@@ -213,13 +222,19 @@ def _check_configuration(
     except ValueError as error:
         raise WorkdirError(f"cannot resume: {error}. Restore the file from a copy.") from error
     changes = config_diff(old, config)
-    refused = [
-        change
+    refused = {
+        key: change
         for key, change in zip(changed_keys(old, config), changes, strict=True)
         if key not in moved and not any(fnmatchcase(key, pattern) for pattern in changeable)
-    ]
+    }
     if refused:
-        listing = "\n  ".join(refused)
+        listing = "\n  ".join(refused.values())
+        if refused.keys() & (flatten_config(old).keys() ^ flatten_config(config).keys()):
+            raise WorkdirError(
+                f"{path} holds a run of another version of this program, with other keys:\n  "
+                f"{listing}\nIt goes on with that version only{_made_with(manifest)}; choose "
+                "another --workdir for a new run"
+            )
         raise WorkdirError(
             f"{path} holds a run with another configuration:\n  {listing}\n"
             "Use the old values to resume it, or choose another --workdir for the new ones. "
@@ -227,6 +242,13 @@ def _check_configuration(
             "models that are the same at another place"
         )
     return changes
+
+
+def _made_with(manifest: Mapping[str, Any]) -> str:
+    """The versions of the last start, as far as it is known."""
+    start = (manifest.get("starts") or [{}])[-1]
+    found = start.get("versions", {}).get("aqdetr-jax", "unknown"), start.get("commit", "unknown")
+    return f" (aqdetr-jax {found[0]}, commit {found[1]})"
 
 
 def _check_content(

@@ -17,7 +17,7 @@ import tiny
 from aqdetr_jax.config_types import ConfigError
 from aqdetr_jax.data.pipeline import train_bucket
 from aqdetr_jax.parallel.compiled import DoesNotFitError
-from aqdetr_jax.training import assemble, loop, programs, setup
+from aqdetr_jax.training import assemble, loop, programs, setup, sizing
 from aqdetr_jax.training import log as logs
 from aqdetr_jax.training import profile as profiles
 from aqdetr_jax.training.clock import PARTS, RunClock
@@ -240,18 +240,30 @@ def test_shapes_are_those_of_the_pipelines_batches(bucket):
 def test_remedies_are_those_that_are_left():
     config = changed(tiny.FLOAT, "train", batch_size=36)
     assert programs.remedies(config, 4) == (
-        "try config.model.dtype=bfloat16, or config.train.accumulate=3, or "
-        "config.model.remat=true, or config.train.batch_size=16"
+        "try config.model.dtype=bfloat16, or config.train.accumulate=3 with "
+        "config.train.batch_size=36, or config.model.remat=true, or config.train.batch_size=16"
     )
     config = changed(config, "model", dtype="bfloat16", remat=True)
     assert programs.remedies(config, 6) == (
-        "try config.train.accumulate=2, or config.train.batch_size=18"
+        "try config.train.accumulate=2 with config.train.batch_size=36, or "
+        "config.train.batch_size=18"
     )
     config = changed(config, "train", accumulate=3)
     assert programs.remedies(config, 6) == (
-        "try config.train.accumulate=6, or config.train.batch_size=18"
+        "try config.train.accumulate=6 with config.train.batch_size=36, or "
+        "config.train.batch_size=18"
     )
     assert "use smaller config.data.buckets" in programs.remedies(config, 12)
+
+
+def test_micro_batches_are_smaller_whatever_the_configuration_counts_in():
+    """One in images a chip would take as many of them at a time, of a larger batch."""
+    given = changed(tiny.FLOAT, "train", batch_per_chip=8)
+    resolved = sizing.with_batch(given, 4)
+    words = re.findall(r"config\.(train\.\w+=\d+)", programs.remedies(resolved, 4))[:2]
+    taken = sizing.with_batch(load_experiment("coco:r50,float", words), 4)
+    train = taken.train
+    assert (train.batch_size, train.batch_size // train.accumulate // 4) == (32, 4)
 
 
 def test_a_batch_that_is_needed_whole_is_not_cut():

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from aqdetr_jax.data import resampling
 from aqdetr_jax.data.coco import CocoFolder
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.training.notices import (
@@ -59,12 +60,19 @@ def test_left_out_boxes_and_too_few_queries_are_said(folder, capsys):
     assert "3 repeats of up to 3 boxes do not fit the 8 queries of a group" in text
 
 
-def test_nothing_is_said_where_all_fits(capsys):
+def test_nothing_is_said_where_all_fits(capsys, monkeypatch):
+    monkeypatch.setattr(resampling, "simd", resampling.simd or object())
     data = open_dataset(tiny.FLOAT.data, train=True)
     most = data.max_boxes_per_image()
     say_limits(with_queries(most, 2 * most, repeats=2), data, data)
     text = capsys.readouterr()
     assert text.out + text.err == ""
+
+
+def test_the_slow_way_to_resize_is_said(folder, capsys, monkeypatch):
+    monkeypatch.setattr(resampling, "simd", None)
+    say_limits(with_queries(30, 0), folder, folder)
+    assert "resized by Pillow" in capsys.readouterr().out
 
 
 def test_replaced_costs_and_skipped_steps_are_logged(caplog):

@@ -207,6 +207,19 @@ def test_other_configuration_is_refused_with_its_differences(tmp_path):
         prepare_workdir(tmp_path, changed(train__steps=20), changeable=())
 
 
+def test_a_run_of_another_version_has_no_old_values_to_use(tmp_path):
+    """A key that came, or went, is no value that a user could give."""
+    prepare_workdir(tmp_path, CONFIG).release()
+    for config, change in (
+        (changed(train__new=1), r"train\.new: \(absent\) -> 1"),
+        ({"seed": 7, "train": {"steps": 10}, "eval": {"every": 2}}, r"\[4, 5\] -> \(absent\)"),
+    ):
+        with pytest.raises(WorkdirError, match=f"{change}\nIt goes on with that version") as caught:
+            prepare_workdir(tmp_path, config)
+        assert f"commit {git_commit()}" in str(caught.value)
+        assert "Use the old values" not in str(caught.value)
+
+
 def test_lock_keeps_a_second_process_out_and_dies_with_its_owner(tmp_path):
     source = (
         "import sys\nfrom pathlib import Path\n"
