@@ -43,7 +43,8 @@ class Detr(nn.Module):
         """Detects.
 
         Args:
-          images: uint8 [B, H, W, 3] (normalised here), or float32, normalised already.
+          images: uint8 [B, H, W, 3] (normalised here), or float32, normalised already; data, to
+            which no gradient flows.
           mask: bool [B, H, W], True = real pixel.
           train: dropout and learning norms on (which draws by ``models.dropout.drawing``).
           auxiliary: run the auxiliary queries too.
