@@ -143,7 +143,7 @@ class _Run:
 
             # --- the step ---------------------------------------------------------------------
             step = assembly.step(self.module, teacher_module)
-            programs = step_programs(config, step, self.mesh)
+            programs = step_programs(config, step, self.mesh, resumed=restored is not None)
             if on_accelerators(self.mesh):
                 # All of them, so that what does not fit is found now and not when it first comes.
                 with self.clock.within("compile"):

@@ -15,13 +15,16 @@ from aqdetr_jax.training.assemble import batch_shapes
 from aqdetr_jax.training.config import ExperimentConfig
 
 
-def step_programs(config: ExperimentConfig, step: Any, mesh: Mesh) -> Programs:
+def step_programs(
+    config: ExperimentConfig, step: Any, mesh: Mesh, *, resumed: bool = False
+) -> Programs:
     """The training step as one program for each bucket; its batch is one mapping.
 
     Args:
       config: resolved.
       step: from ``step.jit_train_step``.
       mesh: devices.
+      resumed: whether something was trained already.
     """
     split = batch_sharding(mesh)
 
@@ -35,22 +38,23 @@ def step_programs(config: ExperimentConfig, step: Any, mesh: Mesh) -> Programs:
         step,
         [(batch(bucket),) for bucket in config.data.buckets],
         name="training step",
-        remedies=remedies(config, mesh.shape["data"]),
+        remedies=remedies(config, mesh.shape["data"], resumed=resumed),
     )
 
 
-def remedies(config: ExperimentConfig, devices: int) -> str:
+def remedies(config: ExperimentConfig, devices: int, *, resumed: bool = False) -> str:
     """What makes a training step smaller, of what is not done yet, the cheapest first.
 
     Args:
       config: of the run, resolved.
       devices: along "data".
+      resumed: the run goes on, so that only what ``resume.CHANGEABLE`` names may differ.
     """
     model, train = config.model, config.train
     unit = devices * train.accumulate
     each = train.batch_size // unit  # images on a device at a time
     found = []
-    if model.dtype != "bfloat16":
+    if model.dtype != "bfloat16" and not resumed:
         found.append("config.model.dtype=bfloat16")
     if each > 1:
         more = train.accumulate * next(n for n in range(2, each + 1) if each % n == 0)
@@ -63,8 +67,10 @@ def remedies(config: ExperimentConfig, devices: int) -> str:
             )
     if not model.remat:
         found.append("config.model.remat=true")
-    if each > 1:
+    if each > 1 and not resumed:
         found.append(f"config.train.batch_size={each // 2 * unit}")
+    if not found and resumed:
+        return "a run that goes on keeps its batch and its dtype: take devices of more memory"
     if not found:
         return "what saves memory is set already; use smaller config.data.buckets, or more memory"
     return f"try {', or '.join(found)}"

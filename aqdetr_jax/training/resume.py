@@ -13,6 +13,7 @@ from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.workdir import check_workdir
 
 CHANGEABLE = (
+    "model.remat",
     "train.accumulate",
     "train.eval_every",
     "train.eval_batch_size",

@@ -17,7 +17,7 @@ import tiny
 from aqdetr_jax.config_types import ConfigError
 from aqdetr_jax.data.pipeline import train_bucket
 from aqdetr_jax.parallel.compiled import DoesNotFitError
-from aqdetr_jax.training import assemble, loop, programs, setup, sizing
+from aqdetr_jax.training import assemble, loop, programs, resume, setup, sizing
 from aqdetr_jax.training import log as logs
 from aqdetr_jax.training import profile as profiles
 from aqdetr_jax.training.clock import PARTS, RunClock
@@ -254,6 +254,18 @@ def test_remedies_are_those_that_are_left():
         "config.train.batch_size=18"
     )
     assert "use smaller config.data.buckets" in programs.remedies(config, 12)
+
+
+def test_remedies_of_a_run_that_goes_on_are_those_that_it_may_change():
+    config = changed(tiny.FLOAT, "train", batch_size=36)
+    text = programs.remedies(config, 4, resumed=True)
+    assert text == (
+        "try config.train.accumulate=3 with config.train.batch_size=36, or config.model.remat=true"
+    )
+    # (The batch is what it was.)
+    assert {"train.accumulate", "model.remat"} < set(resume.CHANGEABLE)
+    config = changed(config, "model", remat=True)
+    assert "keeps its batch" in programs.remedies(config, 36, resumed=True)
 
 
 def test_micro_batches_are_smaller_whatever_the_configuration_counts_in():
