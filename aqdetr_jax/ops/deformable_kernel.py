@@ -37,8 +37,10 @@ from aqdetr_jax.ops.mapping import on_each_device
 LANES = 128
 CHANNELS = LANES // 4
 """Channels of a head that the kernel takes: with four neighbours they fill a row."""
-VECTOR_MEMORY = 60 * 2**20
-"""Bytes of vector memory that the kernel may ask for; a v5p core has 64 MiB, a v5e or v6e 128."""
+VECTOR_MEMORY, OLD_VECTOR_MEMORY = 60 * 2**20, 15 * 2**20
+"""Bytes of vector memory that the kernel may ask for; a v5p core has 64 MiB, a v5e or v6e 128, and
+one of those before them 16."""
+OLD_CHIPS = ("TPU v2", "TPU v3", "TPU v4")
 TILE = 16
 """A row of a level is padded to a multiple of so many cells: whole tiles, of bfloat16 too."""
 
@@ -53,14 +55,22 @@ class _Static(NamedTuple):
     interpret: bool
 
 
+def vector_memory() -> int:
+    """Bytes that the kernel may ask for on the devices that the program is for."""
+    # Of the mesh, whose devices may be elsewhere; without one it is for this machine's.
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return OLD_VECTOR_MEMORY if device.device_kind.startswith(OLD_CHIPS) else VECTOR_MEMORY
+
+
 def misfit(values: Array, locations: Array, shapes: LevelShapes) -> str | None:
     """Why the kernel cannot take these arrays (of ``sample_and_mix``); None if it can."""
     # Float32 values and their gradient, of four heads, and both of one head as tables.
     needed = 4 * sum((height + 2) * _width(width) for height, width in shapes) * LANES * 4
     if values.shape[-1] != CHANNELS:
         return f"heads have {values.shape[-1]} channels, not {CHANNELS}"
-    if needed > VECTOR_MEMORY * 0.95:
-        return f"levels {shapes} need {needed >> 20} MiB of vector memory"
+    if needed > vector_memory() * 0.95:
+        most = vector_memory() >> 20
+        return f"levels {shapes} need {needed >> 20} MiB of vector memory, the kernel has {most}"
     if not all(isinstance(n, int) for n in (*values.shape, *locations.shape)):
         return f"sizes {values.shape} and {locations.shape} are not all known"
     return None
@@ -175,7 +185,7 @@ def _call(kernel, static, given, in_specs, results, out_specs):
             out_shape=[x.update(shape=(batch, *x.shape[1:])) for x in results],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             compiler_params=pltpu.CompilerParams(
-                vmem_limit_bytes=VECTOR_MEMORY, dimension_semantics=("arbitrary",) * 3
+                vmem_limit_bytes=vector_memory(), dimension_semantics=("arbitrary",) * 3
             ),
             interpret=static.interpret,
             name="deformable_sampling",

@@ -114,6 +114,8 @@ def make_plan(
       RuntimeError: the compiler for TPUs is missing, or failed.
     """
     place = parse_slice(topology)
+    if images is not None and images < 1:
+        raise ValueError(f"--images={images} must be at least 1")
     given = None if bucket is None else (parse_bucket(bucket),)
     kinds = [kind for kind in kinds if config.task != "pretrain" or kind == "train"]
     if not kinds:

@@ -126,3 +126,10 @@ def test_what_does_not_fit_is_named():
     # COCO's largest bucket fits.
     coco = tuple((-(-800 // s), -(-1344 // s)) for s in (8, 16, 32, 64))
     assert deformable_kernel.misfit(values, locations, coco) is None
+    # But not into the vector memory of chips that have little of it, here or elsewhere.
+    device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
+    with jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((4,), ("data",), abstract_device=device)
+    ):
+        assert "the kernel has 15" in deformable_kernel.misfit(values, locations, coco)
+        assert deformable_kernel.misfit(values, locations, SHAPES) is None
