@@ -187,7 +187,8 @@ def test_from_a_detector(plan, tmp_path, tiny_teacher):
 def test_a_detector_of_the_official_size(plan, tmp_path):
     """Its stride of 32 takes more pixels, its size smaller batches, its training fewer passes."""
     config = load_experiment("coco_deformable:r50-two-stage,float").model
-    config = dataclasses.replace(config, num_classes=91, encoder_layers=1, decoder_layers=1)
+    layers = {"encoder_layers": 1, "decoder_layers": 1}
+    config = dataclasses.replace(config, num_classes=91, dtype="float32", **layers)
     shapes = jax.eval_shape(
         build_detector(config).init, jax.random.key(0), *example_input((512, 512))
     )

@@ -101,17 +101,18 @@ def _bits(keys: tuple[Array, Array], constants: np.ndarray, shape: tuple[int, ..
     def along(axis: int) -> Array:
         return lax.broadcasted_iota(jnp.uint32, shape, axis)
 
-    def word(number: int) -> Array:
+    def with_word(x: Array, number: int) -> Array:
+        # The constant first: joined to the key, it would be an array of its own for every place.
         each = jnp.repeat(keys[number], copies, axis=0) if copies > 1 else keys[number]
-        return lax.broadcast_in_dim(each, shape, (0,)) ^ constants[number]
+        return x ^ constants[number] ^ lax.broadcast_in_dim(each, shape, (0,))
 
     position = jnp.zeros(shape, jnp.uint32)
     for axis in range(1, len(shape)):
         position += along(axis) * np.uint32(math.prod(shape[axis + 1 :]))
     if copies > 1:
         position += along(0) % np.uint32(copies) * np.uint32(math.prod(shape[1:]))
-    x = position ^ word(0)
+    x = with_word(position, 0)
     x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB)
-    x = (x ^ (x >> 11) ^ word(1)) * np.uint32(0xAC4C1B51)
+    x = with_word(x ^ (x >> 11), 1) * np.uint32(0xAC4C1B51)
     x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)
     return x ^ (x >> 14)

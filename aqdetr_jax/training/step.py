@@ -57,7 +57,11 @@ class Part(NamedTuple):
 
 def dropout_keys(seed: int, step: Array, batch: Batch) -> Array:
     """Dropout's keys of the images of a whole batch, uint32 [B, 2]."""
-    return row_keys(step_key(seed, step, DROPOUT), len(batch["images"]))
+    images = len(batch["images"])
+    # The step's key as many times: a TPU makes it in one vector operation, or in 250 scalar ones.
+    steps = jax.lax.optimization_barrier(jnp.full(images, step))
+    keys = jax.vmap(lambda step: step_key(seed, step, DROPOUT))(steps)
+    return row_keys(keys[0], images)
 
 
 def targets_of(batch: Batch, part: Part | None = None) -> Targets:

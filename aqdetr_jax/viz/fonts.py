@@ -40,7 +40,7 @@ def can_draw(text: str) -> bool:
 
 def drawable(text: str) -> str:
     """A text with a question mark for each character that cannot be drawn."""
-    if not text.strip() or can_draw(text):
+    if not text.strip(" ") or can_draw(text):
         return text
     return "".join(c if c == " " or can_draw(c) else "?" for c in text)
 

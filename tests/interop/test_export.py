@@ -7,6 +7,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -30,7 +31,7 @@ from aqdetr_jax.quant.product import Conv, Dense, quantized_product
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-RULE = InputRule(((96, 128), (128, 96)), 96, 128)
+RULE = InputRule(((96, 128), (128, 96), (96, 96)), 96, 128)
 PREPROCESSING = {
     "size": {"shortest_edge": 96, "longest_edge": 128},
     "image_mean": [0.5, 0.4, 0.3],
@@ -234,8 +235,10 @@ def test_fake_quantized_weights(name, tmp_path, monkeypatch, capsys):
     assert count > 30
 
     # --- the same function --------------------------------------------------------------------
-    def weights_only(contraction, a, b, _, quantizer, arithmetic="fake"):
+    def weights_only(contraction, a, b, grid, quantizer, arithmetic="fake"):
         weights = isinstance(contraction, Dense | Conv)
+        if weights and grid is not None:  # an unsigned grid is the ReLU before it
+            a = jnp.where(grid.lower == 0, jnp.maximum(a, 0), a)
         return quantized_product(contraction, a, b, None, quantizer if weights else None)
 
     for module in (quantized, attention, deformable_attention):

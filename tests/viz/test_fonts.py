@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
@@ -100,10 +100,13 @@ def test_titles_keep_what_can_be_drawn(machine):
     assert fonts.drawable(f"run {CAT}1") == "run ?1"
     assert fonts.drawable("two\nlines") == "two?lines"
     assert fonts.drawable("") == ""
+    assert fonts.drawable(" ") == " "
+    assert fonts.drawable("\n") == "?"
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.text(st.characters(), max_size=12), st.sampled_from([True, False]))
+@example("\n", True)
 def test_any_name_can_be_drawn(name, scored):
     """Line breaks, halves of surrogates, any script: no name stops a report."""
     scores = [0.75] if scored else None
