@@ -58,6 +58,7 @@ class StepLog:
             start=first,
             stream=None if is_main() else io.StringIO(),
         )
+        self._everywhere = state.step.sharding
         self._skipped = int(state.skipped)
         self.restart(first)
 
@@ -81,7 +82,7 @@ class StepLog:
         values = {k: float(np.sum(v)) for k, v in found.items()}
         # Skipped updates do not advance the schedule.
         updates = np.int32(max(done - 1 - int(values["skipped"]), 0))
-        rate = fetch(self._rate(put(updates)))
+        rate = fetch(self._rate(put(updates, self._everywhere)))
         lap = self._clock.lap()
         images = (done - self._counted) * train.batch_size
         values["images_per_second"] = images / (time.perf_counter() - self._since)
@@ -108,9 +109,9 @@ def fetch(values: Any) -> Any:
     return jax.device_get(values)
 
 
-def put(value: np.generic) -> jax.Array:
-    """A number for the devices."""
-    return jax.device_put(value)
+def put(value: np.generic, where: jax.sharding.Sharding) -> jax.Array:
+    """A number for the devices; on one of them alone it would be copied to the others unasked."""
+    return jax.device_put(value, where)
 
 
 def open_writer(path: Path, first: int) -> contextlib.AbstractContextManager:
