@@ -53,7 +53,10 @@ loop.initial.initial_variables = elsewhere
 # Six evaluation images in batches of four: the last one is filled up.
 train = dataclasses.replace(tiny.FLOAT.train, steps=4, eval_every=4)
 model = dataclasses.replace(tiny.MODEL, decoder_layers=1)
-result = loop.train(dataclasses.replace(tiny.FLOAT, model=model, train=train), folder)
+# A rate that moves: its count goes to the devices, too.
+optimizer = dataclasses.replace(tiny.FLOAT.optimizer, schedule="cosine")
+config = dataclasses.replace(tiny.FLOAT, model=model, train=train, optimizer=optimizer)
+result = loop.train(config, folder)
 assert len(result.detections.results) and result.block["images"] == 6
 """
 
