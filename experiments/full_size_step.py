@@ -26,10 +26,8 @@ from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training import initial, setup, sizing
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.arguments import parse_arguments
-from aqdetr_jax.training.assemble import TRAINED_KEYS
+from aqdetr_jax.training.assemble import TRAINED_KEYS, assemble
 from aqdetr_jax.training.experiment import load_experiment
-from aqdetr_jax.training.state import TrainState
-from aqdetr_jax.training.step import detection_loss_fn, jit_train_step, make_train_step
 
 RECIPE_FROZEN = ("backbone/stem", "backbone/layer1_")
 
@@ -85,6 +83,7 @@ def main() -> None:
         config,
         data=dataclasses.replace(config.data, buckets=(bucket,), eval_buckets=()),
         quant=dataclasses.replace(config.quant, calibration_batches=1),
+        train=dataclasses.replace(config.train, steps=SCHEDULE),
     )
     batch = random_batch(*bucket, options.batch, config.data.max_boxes, config.model.num_classes)
 
@@ -99,15 +98,12 @@ def main() -> None:
     recipe = dataclasses.replace(config.optimizer, frozen=RECIPE_FROZEN)
     trainable = optim.count_trainable(float_params, recipe, frozen_norms=True)
     teacher_variables = jax.jit(lambda: strayed(teacher.init(jax.random.key(1), *example)))()
-    arguments = (variables["params"], config.optimizer)
-    optimizer = optim.make_optimizer(*arguments, SCHEDULE, frozen_norms=True)
     mesh = make_mesh(data=1)
     batch, teacher_variables = jax.device_put((batch, teacher_variables), replicated(mesh))
-    state = TrainState.create(variables["params"], variables["batch_stats"], optimizer, ema=False)
-    state = jax.device_put(state, replicated(mesh))
-    step = make_train_step(config, detection_loss_fn(config, module, teacher), optimizer)
+    assembly = assemble(config, variables, mesh)
+    state = assembly.start(variables)
     compiling = time.perf_counter()
-    compiled = jit_train_step(step, state, mesh).lower(state, teacher_variables, batch).compile()
+    compiled = assembly.step(module, teacher).lower(state, teacher_variables, batch).compile()
     compiled_at = time.perf_counter()
     state, metrics = jax.block_until_ready(compiled(state, teacher_variables, batch))
     done = time.perf_counter()

@@ -46,15 +46,11 @@ from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.training import initial, setup, sizing
-from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.arguments import parse_arguments
-from aqdetr_jax.training.assemble import TRAINED_KEYS
+from aqdetr_jax.training.assemble import TRAINED_KEYS, assemble, stand_in_teacher
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
-    detection_loss_fn,
-    jit_train_step,
-    make_train_step,
     targets_of,
 )
 
@@ -89,18 +85,11 @@ def build(config, batch, batches, teacher_variables, mesh, compiler_options=None
 
 def compiled_step(config, variables, batch, teacher_variables, mesh, compiler_options=None):
     """Compiled step, first state, seconds of compiling, bytes of temporaries."""
-    module = setup.build_module(config)
-    arguments = (variables["params"], config.optimizer)
-    optimizer = optim.make_optimizer(*arguments, config.train.steps, frozen_norms=True)
-    create = jax.jit(
-        lambda p, s: TrainState.create(p, s, optimizer, ema=config.optimizer.ema > 0),
-        out_shardings=replicated(mesh),
-    )
-    state = create(variables["params"], variables["batch_stats"])
-    teacher = build_detector(config.model) if config.distill.weights.active else None
-    step = make_train_step(config, detection_loss_fn(config, module, teacher), optimizer)
+    assembly = assemble(config, variables, mesh)
+    state = assembly.start(variables)
+    step = assembly.step(setup.build_module(config), stand_in_teacher(config))
     start = time.perf_counter()
-    lowered = jit_train_step(step, state, mesh).lower(state, teacher_variables, batch)
+    lowered = step.lower(state, teacher_variables, batch)
     compiled = lowered.compile(compiler_options)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
