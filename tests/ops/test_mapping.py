@@ -31,9 +31,13 @@ def sampled(values):
     return jax.grad(total)(values)
 
 
-@pytest.mark.parametrize("axes", [None, {"data"}, {"data", "model"}], ids=str)
 @pytest.mark.parametrize(
-    ("function", "shape"), [(assigned, (2, 3, 8)), (sampled, (2, 8, 1, 32))], ids=lambda x: str(x)
+    "axes", [None, {"data"}, {"data", "model"}], ids=["nothing", "data", "data and model"]
+)
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [(assigned, (2, 3, 8)), (sampled, (2, 8, 1, 32))],
+    ids=["matcher", "sampling"],
 )
 def test_kernels_are_mapped_over_whatever_axes_are_left(function, shape, axes):
     """A TPU refuses a kernel of which any axis is left to XLA, even one of a single device.
