@@ -1,0 +1,115 @@
+"""The parameters of a deployed network: codes, grids, and what turns integer sums into values.
+
+The rule of all integer arithmetic, which ``deploy.operations`` computes by:
+
+1. A grid's codes are integers in ``[lower, lower + 2^bits - 1]``; a code stands for ``code * step``.
+2. A product of codes is summed in int32, its bias is an int32 in the same unit, and a sum stands
+   for ``sum * unit`` with ``unit = input step * scale``, rounded to float32. ``scale`` [N] is the
+   step of an output channel's weights, times the norm's factor where a norm follows.
+3. Sums go to the next grid without becoming values: ``round(float32(sum) * (unit / step))``, ties to
+   even, the quotient rounded to float32 (as ONNX Runtime's QLinearConv has it), then clipped.
+4. A value goes to a grid as ``round(value / step)``, ties to even, then clipped.
+5. Two arrays of codes are added on their way to a third grid, without a value between:
+   ``round(a * (a's step / step) + b * (b's step / step))``, quotients rounded to float32, clipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from aqdetr_jax.deploy.bits import Codes
+from aqdetr_jax.ops.convolution import Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Where a quantizer puts values.
+
+    Attributes:
+      site: its name, ``module path/operand``, e.g. "encoder/layer_0/self_attention/core/probs".
+      step: float32 [] or, one an attention head, [H].
+      lower: int32 of the same shape, the smallest code (0, -2^(bits-1), or minus a zero point).
+      bits: word length.
+    """
+
+    site: str
+    step: np.ndarray
+    lower: np.ndarray
+    bits: int
+
+    @property
+    def upper(self) -> np.ndarray:
+        """int32, the largest code."""
+        return self.lower + ((1 << self.bits) - 1)
+
+    @property
+    def rectifies(self) -> bool:
+        """Whether values below zero go to zero anyway, so that a ReLU before it does nothing."""
+        return not np.any(self.lower)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A dense layer or a convolution, its norm folded in.
+
+    There are four kinds: integer (``kernel`` codes and ``grid`` given), weights only (codes, no
+    grid: values times dequantized weights), input only (a grid, float kernel: the input's codes
+    become values again), float.
+
+    Attributes:
+      name: module path.
+      kernel: codes or float32, [K, N] or [kh, kw, C, N].
+      scale: float32 [N], see the module, may be negative; None with a float kernel.
+      bias: [N]; int32 of an integer layer, else float32.
+      grid: of the input, None = float.
+      shift: float32 [K], subtracted from the input before its grid, or None.
+      spread: float32 [K], what the shifted input is then divided by, or None.
+      window: of a convolution.
+    """
+
+    name: str
+    kernel: Codes | np.ndarray
+    scale: np.ndarray | None
+    bias: np.ndarray
+    grid: Grid | None = None
+    shift: np.ndarray | None = None
+    spread: np.ndarray | None = None
+    window: Window | None = None
+
+    @property
+    def integer(self) -> bool:
+        """Whether codes are multiplied with codes."""
+        return self.grid is not None and isinstance(self.kernel, Codes)
+
+    @property
+    def unit(self) -> np.ndarray:
+        """float32 [N], the value of a one in the sums of an integer layer."""
+        assert self.grid is not None
+        assert self.scale is not None
+        return (np.float32(self.grid.step) * self.scale).astype(np.float32)
+
+    def floats(self) -> np.ndarray:
+        """The kernel in float32, dequantized where it is codes."""
+        if isinstance(self.kernel, Codes):
+            assert self.scale is not None
+            return self.kernel.values.astype(np.float32) * self.scale
+        return self.kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A layer or group norm, which stays float.
+
+    Attributes:
+      name: module path.
+      scale: float32 [C].
+      bias: float32 [C].
+      groups: of channels whose statistics are shared with all positions; 0 = of each position alone.
+    """
+
+    name: str
+    scale: np.ndarray
+    bias: np.ndarray
+    groups: int = 0
