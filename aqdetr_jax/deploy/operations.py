@@ -71,6 +71,10 @@ class Operations(abc.ABC):
     def tokens(self, x: Tensor) -> Tensor:
         """A map's cells in a row, [B, H * W, C]; floats (sums become floats)."""
 
+    @abc.abstractmethod
+    def to_map(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Floats [B, h * w, C] as a map again."""
+
     # --- grids -------------------------------------------------------------------------------------
 
     @abc.abstractmethod
@@ -231,5 +235,5 @@ class Operations(abc.ABC):
         """``x[start:stop:step]`` along an axis."""
 
     @abc.abstractmethod
-    def repeat_batch(self, x: np.ndarray, like: Tensor) -> Tensor:
+    def repeat_batch(self, x: Any, like: Tensor) -> Tensor:
         """A constant [...] as floats [B, ...], B the first dimension of ``like``."""
