@@ -67,7 +67,7 @@ def write_archive(
                 "shape": list(array.values.shape),
             }
             continue
-        stored[name] = np.ascontiguousarray(array)
+        stored[name] = np.asarray(array, order="C")  # (keeps scalars scalars)
         reason = _unusable(name, stored[name])
         if reason:
             raise ValueError(f"{name} {reason}: it would be no model")
