@@ -317,6 +317,14 @@ class JaxOperations(Operations):
         """See the class."""
         return jnp.take_along_axis(x, indices[..., None], axis=1)
 
+    def greatest(self, x):
+        """See the class."""
+        return jnp.max(x, -1), jnp.argmax(x, -1)
+
+    def divided(self, x, n):
+        """See the class."""
+        return x // n, x % n
+
     # --- shapes ----------------------------------------------------------------------------------------
 
     def shape(self, x):

@@ -212,6 +212,14 @@ class Operations(abc.ABC):
     def rows(self, x: Tensor, indices: Tensor) -> Tensor:
         """[B, S, C] and [B, N] -> [B, N, C], the rows of those indices."""
 
+    @abc.abstractmethod
+    def greatest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(the largest of the last axis, its index, the first one's if there are several)."""
+
+    @abc.abstractmethod
+    def divided(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """(whole quotient, remainder) of whole numbers that are not negative."""
+
     # --- shapes: of floats, truth values, whole numbers, codes (sums become floats) ------------------
 
     @abc.abstractmethod
