@@ -64,10 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name, run, text, *, config=False, workdir=False, computes=True):
+    def verb(name, run, text, *, config=False, workdir=False, computes=True, overrides=False):
         sub = verbs.add_parser(name, help=text, description=text)
-        takes = config or name in ("quickstart", "finetune")
-        sub.set_defaults(run=run, overrides=takes, computes=computes)
+        sub.set_defaults(run=run, overrides=config or overrides, computes=computes)
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         if config:
             sub.add_argument("--config", required=True, metavar="configs/NAME.py")
@@ -103,21 +102,40 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="the backbone is (not) dilated (DC5), where the source does not say",
     )
-    sub = verb("export", _export, "a model for another library: Hugging Face transformers")
+    sub = verb("export", _export, "a model for devices, or for another library", overrides=True)
     sub.add_argument("--model", required=True, metavar="DIR", help="a run or its model folder")
     sub.add_argument("--to", required=True, metavar="DIR", help="the folder to write")
-    sub.add_argument("--format", choices=("huggingface",), default="huggingface")
+    sub.add_argument(
+        "--format",
+        choices=("packed", "onnx", "stablehlo", "huggingface"),
+        required=True,
+        help="packed: low-bit integers at their size; onnx: for ONNX Runtime on CPUs; stablehlo: "
+        "for XLA; huggingface: transformers' float weights",
+    )
+    sub.add_argument(
+        "--config",
+        metavar="configs/NAME.py",
+        help="whose evaluation images the export is judged on",
+    )
+    sub.add_argument(
+        "--images", type=int, default=200, metavar="N", help="of those, the first N (200)"
+    )
+    sub.add_argument(
+        "--force", action="store_true", help="export even what differs from the trained model"
+    )
     sub.add_argument(
         "--fake-quantized",
         action="store_true",
         help="weights of a low-bit model as the values on their grids; the rest is float",
     )
-    sub = verb("quickstart", _quickstart, "a float detector becomes a 4-bit one, in minutes")
+    text = "a float detector becomes a 4-bit one, in minutes"
+    sub = verb("quickstart", _quickstart, text, overrides=True)
     sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
     sub.add_argument("--model", choices=("detr", "deformable"), default="detr")
     sub.add_argument("--from-scratch", action="store_true", help="train the float teacher too")
     sub.add_argument("--baseline", action="store_true", help="also train plain LSQ as long")
-    sub = verb("finetune", _finetune, "a folder of your own images becomes a low-bit detector")
+    text = "a folder of your own images becomes a low-bit detector"
+    sub = verb("finetune", _finetune, text, overrides=True)
     sub.add_argument("data", metavar="DIR", help="COCO, Roboflow, Pascal VOC, YOLO or prepared")
     sub.add_argument("--workdir", metavar="DIR", help="default: runs/finetune-NAME")
     sub.add_argument("--model", choices=("detr", "deformable"), help="default: deformable")
@@ -173,7 +191,7 @@ def _pretrain(arguments, overrides) -> None:
 
 
 def _eval(arguments, overrides) -> None:
-    from aqdetr_jax.checkpoint.model_folder import load_model
+    from aqdetr_jax.deploy.load import open_model
     from aqdetr_jax.evaluation.coco import format_results
     from aqdetr_jax.evaluation.models import INPUT_KEYS, evaluate_bundle, input_rule
     from aqdetr_jax.io import write_json_atomic
@@ -187,7 +205,7 @@ def _eval(arguments, overrides) -> None:
     config = _experiment(arguments, overrides)
     if arguments.out:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
-    bundle = load_model(arguments.model)
+    bundle = open_model(arguments.model)
     rule = input_rule(bundle, config.data, given)
     block, detections = evaluate_bundle(
         bundle,
@@ -250,13 +268,58 @@ def _convert(arguments, overrides) -> None:
 
 
 def _export(arguments, overrides) -> None:
+    if arguments.format != "huggingface":
+        _export_to_devices(arguments, overrides)
+        return
     from aqdetr_jax.interop.export import REPORT, export
 
+    if arguments.config or overrides:
+        raise ValueError(
+            "--format=huggingface looks at no images: leave --config and its overrides out"
+        )
     made = export(arguments.model, arguments.to, fake_quantized=arguments.fake_quantized)
     print(made.summary())
     for note in made.report["notes"]:
         print(f"note: {note}")
     print(f"written to {arguments.to} ({REPORT} says what was left out)")
+
+
+def _export_to_devices(arguments, overrides) -> None:
+    from aqdetr_jax.deploy.export import REPORT, export_model
+    from aqdetr_jax.deploy.gate import GateData, format_report
+    from aqdetr_jax.training.effects import check_evaluation_keys
+    from aqdetr_jax.training.sizing import eval_batch_size
+
+    if arguments.fake_quantized:
+        raise ValueError("--fake-quantized is of --format=huggingface: here integers are integers")
+    if not arguments.config:
+        raise ValueError(
+            f"--format={arguments.format} is judged on real images: name a configuration whose "
+            "evaluation images it is tried on, --config=configs/NAME.py (data.root=DIR for yours)"
+        )
+    check_evaluation_keys(overrides)
+    config = _experiment(arguments, overrides)
+    report = export_model(
+        arguments.model,
+        arguments.to,
+        arguments.format,
+        GateData(config.data, arguments.images, eval_batch_size(config), config.name),
+        force=arguments.force,
+        progress=_stages(),
+    )
+    print(format_report(report))
+    for failure in report["failures"]:
+        print(f"note: {failure}")
+    print(f"written to {arguments.to}, {report['bytes'] / 1024:.0f} KiB ({REPORT} has the numbers)")
+
+
+def _stages() -> Callable[[str, int, int], None]:
+    """Shows "THINGS done 3/20", rewritten on a terminal, else once at the end of each."""
+
+    def show(things: str, done: int, total: int) -> None:
+        _counter(things, "batches")(done, total)
+
+    return show
 
 
 def _quickstart(arguments, overrides) -> None:

@@ -1,5 +1,6 @@
 """The deployed Deformable DETR (``models.deformable_detr``), in the words of
-``deploy.operations``."""
+``deploy.operations``.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +108,7 @@ def _logit(ops: Operations, x: Tensor) -> Tensor:
     return ops.log(ops.divide(above, below))
 
 
-# --- levels ----------------------------------------------------------------------------------------
+# --- levels ---------------------------------------------------------------------------------------
 
 
 class Levels:
@@ -207,7 +208,8 @@ def _encoded(
 
 def _centres(ops: Operations, levels: Levels) -> Tensor:
     """Every cell's centre in units of the real image, [B, S, 2]
-    (``ops.deformable.encoder_reference_points``)."""
+    (``ops.deformable.encoder_reference_points``).
+    """
     points = []
     for i, (height, width) in enumerate(levels.shapes):
         ratio = ops.part(levels.ratios, 1, i, i + 1)
@@ -234,7 +236,7 @@ def _on_levels(ops: Operations, reference: Tensor, ratios: Tensor) -> Tensor:
     )
 
 
-# --- attention -------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def _attend_points(
@@ -289,7 +291,7 @@ def _locations(ops: Operations, reference: Tensor, offsets: Tensor, shapes: Shap
     return ops.add(centre, ops.multiply(ops.divide(offsets, float(points)), extent))
 
 
-# --- two stages --------------------------------------------------------------------------------------
+# --- two stages -----------------------------------------------------------------------------------
 
 
 def _proposed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,21 @@ def deployed_bundle(model: ModelBundle, source: str = "") -> DeployedBundle:
     return DeployedBundle(**{**fields, "config": config, "variables": network, "info": info})
 
 
-def export_packed(
+def export_model(
     model: str | Path,
     to: str | Path,
+    kind: str,
     given: gate.GateData,
     *,
     force: bool = False,
     progress: gate.Progress | None = None,
 ) -> dict[str, Any]:
-    """Writes a packed model, judged by the gate.
+    """Writes a trained model for devices, judged by the gate.
 
     Args:
       model: path of a trained model.
-      to: the folder to write; an earlier packed model there is replaced, nothing else is.
+      to: the folder to write; an earlier export of that kind there is replaced, nothing else is.
+      kind: one of ``KINDS``.
       given: what it is judged on.
       force: write it even if it does not pass.
       progress: see ``gate``.
@@ -65,16 +67,29 @@ def export_packed(
       FileExistsError: something else is at ``to``.
     """
     bundle = load_model(model)
-    with _staged(to, archive.WEIGHTS) as stage:
-        write_packed(stage, deployed_bundle(bundle, str(model)))
+    mark, write = KINDS[kind]
+    with _staged(to, mark) as stage:
+        deployed, runtime = write(stage, deployed_bundle(bundle, str(model)))
         report = gate.judge(
-            bundle, read_packed(stage), given, most_lost=MOST_LOST["packed"], progress=progress
+            bundle, deployed, given, runtime, most_lost=MOST_LOST[kind], progress=progress
         )
-        finish(stage, report, force)
+        _finish(stage, report, force)
     return report
 
 
-def finish(stage: Path, report: dict[str, Any], force: bool) -> None:
+def _packed(stage: Path, bundle: DeployedBundle) -> tuple[DeployedBundle, None]:
+    write_packed(stage, bundle)
+    return read_packed(stage), None
+
+
+KINDS: dict[str, tuple[str, Callable[[Path, DeployedBundle], Any]]] = {
+    "packed": (archive.WEIGHTS, _packed),
+}
+"""By name: the file that every folder of the kind holds, and what writes one: it returns the
+deployed network to compare with, and what runs the file (None: our integers do)."""
+
+
+def _finish(stage: Path, report: dict[str, Any], force: bool) -> None:
     """Writes the report, or refuses.
 
     Raises:

@@ -46,9 +46,7 @@ class Runtime(Protocol):
 
     name: str
 
-    def detect(
-        self, images: np.ndarray, sizes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def detect(self, images: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [B, H, W, 3], int32 [B, 2] -> (logits [B, N, C], boxes [B, N, 4])."""
         ...
 
@@ -65,15 +63,13 @@ class GateData:
 
     Attributes:
       data: whose evaluation set.
-      images: its first ones that are judged; the codes of ``compared`` of them are.
-      compared: see there.
+      images: its first ones, on which all is judged.
       batch_size: images a batch.
       name: of the configuration, for the report.
     """
 
     data: DataConfig
     images: int = 200
-    compared: int = 200
     batch_size: int = 8
     name: str = ""
 
@@ -102,7 +98,6 @@ def judge(
     """
     show = progress or (lambda *_: None)
     dataset = FirstImages(open_dataset(given.data, train=False), given.images)
-    few = FirstImages(dataset, given.compared)
     failures: list[str] = []
     report: dict[str, Any] = {
         "set": {"name": dataset.name, "images": len(dataset), "config": given.name},
@@ -112,11 +107,11 @@ def judge(
         "ap": {},
     }
 
-    comparison = _compare_model(model, deployed, few, given, show)
+    comparison = _compare_model(model, deployed, dataset, given, show)
     report["codes"]["trained, deployed"] = comparison.to_dict()
     failures += _failures(comparison, "the trained and the deployed network")
     if runtime is not None:
-        comparison = _compare_runtime(runtime, deployed, few, given, show)
+        comparison = _compare_runtime(runtime, deployed, dataset, given, show)
         report["codes"][f"deployed, {runtime.name}"] = comparison.to_dict()
         failures += _failures(comparison, f"the deployed network and {runtime.name}")
 
@@ -125,9 +120,7 @@ def judge(
         "deployed": lambda: _evaluated(deployed, dataset, given, show, "deployed"),
     }
     if runtime is not None:
-        candidates[runtime.name] = lambda: _runtime_metrics(
-            runtime, deployed, dataset, given, show
-        )
+        candidates[runtime.name] = lambda: _runtime_metrics(runtime, deployed, dataset, given, show)
     for name, evaluate in candidates.items():
         report["ap"][name] = {key: float(value) for key, value in evaluate().items()}
     for name, found in report["ap"].items():
@@ -168,7 +161,11 @@ def _pipeline(bundle: ModelBundle, given: GateData, batch_size: int) -> Pipeline
 
 
 def _compare_model(model, deployed, dataset, given, show) -> Comparison:
-    run, comparer, comparison = model_codes(model), NetworkComparer(deployed.variables), Comparison()
+    run, comparer, comparison = (
+        model_codes(model),
+        NetworkComparer(deployed.variables),
+        Comparison(),
+    )
     batches = make_eval_pipeline(dataset, _pipeline(model, given, given.batch_size))
     variables = jax.device_put(model.variables)
     for number, batch in enumerate(batches, 1):

@@ -116,7 +116,7 @@ class JaxOperations(Operations):
         """See the class."""
         return self.floats(x).reshape(x.shape[0], *shape, x.shape[-1])
 
-    # --- grids -------------------------------------------------------------------------------------
+    # --- grids ------------------------------------------------------------------------------------
 
     def quantize(self, x, grid):
         """See the class."""
@@ -152,7 +152,7 @@ class JaxOperations(Operations):
             step = step.reshape(-1, *(1,) * (x.values.ndim - 2))
         return x.values * step
 
-    # --- products ------------------------------------------------------------------------------------
+    # --- products ---------------------------------------------------------------------------------
 
     def dense(self, x, layer):
         """See the class."""
@@ -216,7 +216,7 @@ class JaxOperations(Operations):
         found = deformable.sample_values(values, locations, shapes)
         return found.reshape(values.shape[0], heads, locations.shape[1], -1, width)
 
-    # --- floats ---------------------------------------------------------------------------------------
+    # --- floats -----------------------------------------------------------------------------------
 
     def normalize(self, x, norm: Norm):
         """See the class."""
@@ -325,7 +325,7 @@ class JaxOperations(Operations):
         """See the class."""
         return x // n, x % n
 
-    # --- shapes ----------------------------------------------------------------------------------------
+    # --- shapes -----------------------------------------------------------------------------------
 
     def shape(self, x):
         """See the class."""

@@ -55,7 +55,7 @@ class Network:
         return dataclasses.replace(self.norms[path], groups=groups)
 
 
-# --- attention and the transformer's layers ----------------------------------------------------------
+# --- attention and the transformer's layers -------------------------------------------------------
 
 
 def _heads(ops: Operations, x: Tensor, heads: int, grid: Grid | None, layer: Layer) -> Tensor:
@@ -138,7 +138,7 @@ def residual(ops: Operations, network: Network, x: Tensor, sublayer: Any, norm: 
     return ops.normalize(ops.add(x, sublayer(x)), network.norms[norm])
 
 
-# --- heads -------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 
 def box_head(ops: Operations, network: Network, path: str, x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def box_head(ops: Operations, network: Network, path: str, x: Tensor) -> Tensor:
     return ops.dense(x, network.layers[f"{path}/layer_2"])
 
 
-# --- positions ---------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 def valid_cells(
@@ -172,8 +172,11 @@ def valid_cells(
 
 
 def encode(ops: Operations, coordinates: Tensor, width: int) -> Tensor:
-    """Sine encoding of every coordinate, [..., n] -> [..., n * width]
-    (``ops.position.encode_coordinates``)."""
+    """Sine encoding of every coordinate (``ops.position.encode_coordinates``).
+
+    Returns:
+      [..., n * width] of [..., n].
+    """
     lead = tuple(ops.shape(coordinates))
     frequency = (10000.0 ** (2 * (np.arange(0, width, 2) // 2) / width)).astype(np.float32)
     angle = ops.divide(ops.reshape(coordinates, (*lead, 1)), frequency)

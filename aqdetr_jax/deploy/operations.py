@@ -19,8 +19,6 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from aqdetr_jax.deploy.parts import Grid, Layer, Norm
 
 Tensor = Any
@@ -52,8 +50,10 @@ class Operations(abc.ABC):
 
     @abc.abstractmethod
     def convolve(self, x: Tensor, layer: Layer) -> Tensor:
-        """Convolution and bias of a map: sums of an integer layer (whose input is quantized first,
-        see ``quantize``), else a float map."""
+        """Convolution and bias of a map: sums of an integer layer, else a float map.
+
+        The input of a layer with a grid is quantized first, see ``quantize``.
+        """
 
     @abc.abstractmethod
     def max_pool(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Operations(abc.ABC):
     def to_map(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """Floats [B, h * w, C] as a map again."""
 
-    # --- grids -------------------------------------------------------------------------------------
+    # --- grids ------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def quantize(self, x: Tensor, grid: Grid) -> Tensor:
@@ -91,7 +91,7 @@ class Operations(abc.ABC):
     def dequantize(self, x: Tensor) -> Tensor:
         """Codes as floats, ``code * step``."""
 
-    # --- products ------------------------------------------------------------------------------------
+    # --- products ---------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def dense(self, x: Tensor, layer: Layer) -> Tensor:
@@ -111,7 +111,7 @@ class Operations(abc.ABC):
 
     @abc.abstractmethod
     def mix(self, weights: Tensor, values: Tensor) -> Tensor:
-        """``weights . values``, [B, H, Q, K] x [B, H, K, D] -> floats [B, H, Q, D]; as ``scores``."""
+        """``weights . values``, [B, H, Q, K] x [B, H, K, D] -> [B, H, Q, D]; as ``scores``."""
 
     @abc.abstractmethod
     def mix_samples(self, weights: Tensor, samples: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Operations(abc.ABC):
           floats [B, H, Q, L * K, D].
         """
 
-    # --- floats ---------------------------------------------------------------------------------------
+    # --- floats -----------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def normalize(self, x: Tensor, norm: Norm) -> Tensor:
@@ -220,7 +220,7 @@ class Operations(abc.ABC):
     def divided(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """(whole quotient, remainder) of whole numbers that are not negative."""
 
-    # --- shapes: of floats, truth values, whole numbers, codes (sums become floats) ------------------
+    # --- shapes: of floats, truth values, whole numbers, codes (sums become floats) ---------------
 
     @abc.abstractmethod
     def shape(self, x: Tensor) -> tuple[Any, ...]:

@@ -74,7 +74,9 @@ def read_packed(folder: str | Path) -> DeployedBundle:
     except KeyError as error:
         raise PackedModelError(f"{folder}: its manifest lacks {error}") from None
     except (TypeError, AttributeError) as error:
-        raise PackedModelError(f"{folder}: its manifest is not of a packed model: {error}") from None
+        raise PackedModelError(
+            f"{folder}: its manifest is not of a packed model: {error}"
+        ) from None
     _check(bundle, where)
     return bundle
 
@@ -125,7 +127,7 @@ class _Watched(dict):
         return super().get(key, default)
 
 
-# --- parts as arrays, and back ------------------------------------------------------------------------
+# --- parts as arrays, and back --------------------------------------------------------------------
 
 
 def _arrays(network: Network) -> tuple[Arrays, dict[str, Any]]:
@@ -158,9 +160,7 @@ def _arrays(network: Network) -> tuple[Arrays, dict[str, Any]]:
     return arrays, facts
 
 
-def _network(
-    arrays: Arrays, facts: Mapping[str, Any], config: DetrConfig, where: str
-) -> Network:
+def _network(arrays: Arrays, facts: Mapping[str, Any], config: DetrConfig, where: str) -> Network:
     """The network of arrays; every one of them is used."""
     left = dict(arrays)
 

@@ -2,12 +2,12 @@
 
 The rule of all integer arithmetic, which ``deploy.operations`` computes by:
 
-1. A grid's codes are integers in ``[lower, lower + 2^bits - 1]``; a code stands for ``code * step``.
+1. A grid's codes are integers in ``[lower, lower + 2^bits - 1]``; each stands for ``code * step``.
 2. A product of codes is summed in int32, its bias is an int32 in the same unit, and a sum stands
    for ``sum * unit`` with ``unit = input step * scale``, rounded to float32. ``scale`` [N] is the
    step of an output channel's weights, times the norm's factor where a norm follows.
-3. Sums go to the next grid without becoming values: ``round(float32(sum) * (unit / step))``, ties to
-   even, the quotient rounded to float32 (as ONNX Runtime's QLinearConv has it), then clipped.
+3. Sums go to the next grid without becoming values: ``round(float32(sum) * (unit / step))``, ties
+   to even, the quotient rounded to float32 (as ONNX Runtime's QLinearConv has it), then clipped.
 4. A value goes to a grid as ``round(value / step)``, ties to even, then clipped.
 5. Two arrays of codes are added on their way to a third grid, without a value between:
    ``round(a * (a's step / step) + b * (b's step / step))``, quotients rounded to float32, clipped.
@@ -136,7 +136,7 @@ class Norm:
       name: module path.
       scale: float32 [C].
       bias: float32 [C].
-      groups: of channels whose statistics are shared with all positions; 0 = of each position alone.
+      groups: of channels that share their statistics with all positions; 0 = each position alone.
     """
 
     name: str

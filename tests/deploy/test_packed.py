@@ -66,7 +66,9 @@ def test_what_is_inside(tmp_path):
     size = (tmp_path / "model/weights.safetensors").stat().st_size
     content = 0.0
     for array in arrays.values():
-        content += -(-array.values.size * array.bits // 8) if isinstance(array, Codes) else array.nbytes
+        content += (
+            -(-array.values.size * array.bits // 8) if isinstance(array, Codes) else array.nbytes
+        )
     assert size < content + 200 * len(arrays)  # names, shapes and offsets beside
 
 
@@ -80,7 +82,10 @@ def rewritten(folder, change):
 
 
 DAMAGE = {
-    "no layer": (lambda a, f: [a.pop("input_proj/kernel"), f["parts"]["layers"].pop("input_proj")], "input_proj"),
+    "no layer": (
+        lambda a, f: [a.pop("input_proj/kernel"), f["parts"]["layers"].pop("input_proj")],
+        "input_proj",
+    ),
     "no array": (lambda a, f: a.pop("encoder/layer_0/norm1/scale"), "encoder/layer_0/norm1/scale"),
     "an array more": (lambda a, f: a.update(extra=np.zeros(3, np.float32)), "extra"),
     "float codes": (
