@@ -206,6 +206,27 @@ def sampling_table() -> str:
     return "\n".join([*lines, "", "`python experiments/deformable_sampling.py`."])
 
 
+def residual_table() -> str:
+    """AP of calibrated models by the bits of their residual sums."""
+    result = load("residual_grids.json")
+    if result is None:
+        return "Not run."
+    rows = result["rows"]
+    widths = sorted({row["residual"] for row in rows}, key=lambda bits: -bits or -99)
+    names = [f"{bits} bits" if bits else "float" for bits in widths]
+    lines = [
+        f"| calibrated, AP on {rows[0]['images']} images | {' | '.join(names)} |",
+        "|---|" + "---|" * len(widths),
+    ]
+    for config in dict.fromkeys(row["config"] for row in rows):
+        found = {row["residual"]: row for row in rows if row["config"] == config}
+        policy = next(iter(found.values()))["policy"]
+        cells = " | ".join(f"{found[b]['AP']:.4f}" if b in found else "not run" for b in widths)
+        lines.append(f"| `{config}`, {policy} | {cells} |")
+    commits = ", ".join(sorted({short(row["commit"]) for row in rows}))
+    return "\n".join([*lines, "", f"`{result['command']}`; commit {commits}."])
+
+
 def matcher_table() -> str:
     """The matcher, before and after its bids and its kernel."""
     result = load("matcher.json")
@@ -369,6 +390,7 @@ def main() -> None:
         full_size_table("deformable_full_size_step.json"),
     ]
     replace(ROOT / "docs" / "parity.md", "parity", parity_table())
+    replace(ROOT / "docs" / "quantization.md", "residual", residual_table())
     plan = ROOT / "docs" / "plan.md"
     replace(plan, "tpu-step", render_tpu.step_table(load("tpu_step.json")))
     replace(plan, "tpu-plan", render_tpu.plan_table(load("plan.json")))

@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from aqdetr_jax.checkpoint.checksums import read_manifest
 from aqdetr_jax.checkpoint.params import load_params, save_params
 from aqdetr_jax.config_types import from_dataclass, to_dataclass
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.models.config import DetrConfig
-from aqdetr_jax.models.detector import Detector, build_detector
+from aqdetr_jax.models.detector import Detector, build_detector, grid_parameters
 from aqdetr_jax.quant.config import QuantConfig
 
 MODEL_FOLDER = "model"
@@ -95,14 +96,27 @@ class ModelBundle:
         """The module that the variables belong to.
 
         Raises:
-          ValueError: the model is a pretrained or imported backbone and has no decoder.
+          ValueError: the model is a pretrained or imported backbone and has no decoder, or it is
+            quantized and lacks steps.
         """
         if "decoder" not in self.variables["params"]:
             raise ValueError(
                 "this model is a backbone (of a dense pretraining, or imported): it has no decoder "
                 "and can only start a detector: aqdetr train with --config.init_from=FOLDER"
             )
-        return build_detector(self.config, self.quant.build())
+        policy = self.quant.build()
+        if self.quant.quantized:
+            have = traverse_util.flatten_dict(self.variables["params"], sep="/")
+            wanted = grid_parameters(self.config, policy, self.input.buckets[0])
+            missing = [path for path in wanted if path not in have]
+            if missing:
+                raise ValueError(
+                    f"this model ({self.quant.policy}) lacks {len(missing)} parameters of its "
+                    f"grids ({missing[0]}, ...): it was saved by another version. Train it again, "
+                    "or go on from its weights (calibrated anew): aqdetr train with "
+                    "--config.init_from=FOLDER"
+                )
+        return build_detector(self.config, policy)
 
 
 def without_auxiliary(params: Mapping[str, Any]) -> dict[str, Any]:

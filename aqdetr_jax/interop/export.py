@@ -189,8 +189,8 @@ def _left_out(given: Flat) -> list[dict[str, Any]]:
         (
             "step sizes, zero points, shifts and scales",
             grids,
-            "weights are written as integers times step; activations and attention are float in "
-            "transformers",
+            "weights are written as integers times step; activations, residual sums and attention "
+            "are float in transformers, and biases are not rounded",
         ),
     )
     return [

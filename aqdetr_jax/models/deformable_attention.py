@@ -17,7 +17,13 @@ from jax.typing import DTypeLike
 
 from aqdetr_jax.models.attention import merge_heads, row_sum
 from aqdetr_jax.models.layers import FLOAT
-from aqdetr_jax.models.quantized import QDense, activation_quantizer, module_path, observing
+from aqdetr_jax.models.quantized import (
+    QDense,
+    activation_quantizer,
+    capturing,
+    module_path,
+    observing,
+)
 from aqdetr_jax.ops import deformable, deformable_kernel
 from aqdetr_jax.ops.deformable import LevelShapes, Sampling
 from aqdetr_jax.quant.policy import Policy
@@ -176,8 +182,9 @@ class SamplingCore(nn.Module):
                 values.astype(self.dtype), locations, shapes, self.sampling
             )
 
-        # Only calibration looks at samples, at those of all heads.
-        samples = (sample if observing(self) else functools.partial(jax.eval_shape, sample))(
+        # Only calibration and comparisons look at samples, at those of all heads.
+        watched = observing(self) or capturing(self)
+        samples = (sample if watched else functools.partial(jax.eval_shape, sample))(
             values, locations
         )
         signed = policy.attention_spec(path, unsigned=False)
@@ -187,7 +194,7 @@ class SamplingCore(nn.Module):
         product = functools.partial(
             quantized_product, MixSamples(self.dtype), arithmetic=policy.arithmetic
         )
-        if observing(self):
+        if watched:
             mixed = product(probabilities, samples, q_p, q_s)
         else:
             mixed = self._sample_and_mix(

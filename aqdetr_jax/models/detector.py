@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.deformable_detr import DeformableDetr
@@ -13,6 +15,7 @@ from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.ops.position import downsample_mask
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.record import OpRecord, recording
+from aqdetr_jax.quant.spec import GRID_PARAMETERS
 
 Detector = Detr | DeformableDetr
 """Both take (images, mask, train, auxiliary) and return a ``DetrOutput``."""
@@ -60,3 +63,18 @@ def record_ops(module: Detector, variables: Any, bucket: tuple[int, int]) -> lis
     with recording() as rows:
         jax.eval_shape(lambda v: module.apply(v, images, mask), variables)
     return rows
+
+
+@functools.lru_cache(maxsize=8)
+def grid_parameters(config: DetrConfig, policy: Policy, bucket: tuple[int, int]) -> tuple[str, ...]:
+    """Paths of the parameters that a quantized model has and its float model has not.
+
+    Args:
+      config: sizes.
+      policy: bits.
+      bucket: of an image that the model takes; what it is makes no difference.
+    """
+    module = build_detector(config, policy)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *example_input(bucket)))
+    paths = traverse_util.flatten_dict(shapes["params"], sep="/")
+    return tuple(path for path in paths if path.endswith(GRID_PARAMETERS))

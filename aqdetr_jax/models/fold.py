@@ -8,7 +8,8 @@ float network (a dequantized one too) the kernel takes the factor and only the b
 A low-bit convolution rounds its kernel *before* the norm, ``f s_x s_w (x_bar * W_bar) + b``. Folded
 into the kernel, the factor would go through the rounding, and a negative one would turn a grid that
 is not symmetric; so it joins the two steps as the scale of the integer sums, and the integers stay
-as they are: ``sum_affine``. Either way the norm costs nothing at inference. Training and Hugging
+as they are: ``sum_affine``. The bias is a whole number of that scale, for training too
+(``lsq.round_bias``). Either way the norm costs nothing at inference. Training and Hugging
 Face export keep norms as they are.
 """
 
@@ -24,6 +25,8 @@ from flax import traverse_util
 from jax import Array
 
 from aqdetr_jax.models.layers import NORM_EPS, norm_affine
+from aqdetr_jax.quant import lsq
+from aqdetr_jax.quant.product import SumSteps
 
 ONE = np.float32(1 - NORM_EPS)
 """A running variance with which a norm's factor is its scale: ``ONE + eps`` is 1 in float32."""
@@ -81,10 +84,11 @@ def sum_affine(
 
     Returns:
       (scale, bias), [N] each: the norm's output is ``scale * sums + bias``. Scales have the norm's
-      sign.
+      sign; biases are whole numbers of them.
     """
     factor, bias = norm_affine(norm["scale"], norm["bias"], stats["mean"], stats["var"])
-    return input_step * kernel_step * factor, bias
+    scale = SumSteps(input_step, kernel_step).unit(factor)
+    return scale, lsq.round_bias(bias, scale)
 
 
 def convolution_of(norm: str) -> str:

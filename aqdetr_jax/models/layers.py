@@ -14,7 +14,9 @@ from jax.typing import DTypeLike
 
 from aqdetr_jax.models.dropout import dropout
 from aqdetr_jax.models.quantized import QDense, module_path
+from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import Policy
+from aqdetr_jax.quant.product import SumSteps
 from aqdetr_jax.quant.record import OpRecord, record
 
 FLOAT = "float by choice"
@@ -95,8 +97,15 @@ class BatchNorm(nn.Module):
     zero_scale: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """[B, H, W, C] -> [B, H, W, C]; learning only if ``train`` and not frozen."""
+    def __call__(self, x: Array, steps: SumSteps | None = None, *, train: bool = False) -> Array:
+        """[B, H, W, C] -> [B, H, W, C]; learning only if ``train`` and not frozen.
+
+        Args:
+          x: what the convolution before it returned.
+          steps: its steps, if its sums are integers: unless it learns, the norm's bias is then a
+            whole number of their unit.
+          train: see above.
+        """
         shape = (x.shape[-1],)
         start = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
         scale = self.param("scale", start, shape)
@@ -109,6 +118,8 @@ class BatchNorm(nn.Module):
             scale, bias = lax.stop_gradient(scale), lax.stop_gradient(bias)
         if self.frozen or not train:
             factor, bias = norm_affine(scale, bias, mean.value, var.value)
+            if steps is not None:
+                bias = lsq.round_bias(bias, steps.unit(factor))
             return (x * factor + bias).astype(x.dtype)
         wide = x.astype(jnp.float32)
         batch_mean = jnp.mean(wide, axis=(0, 1, 2))

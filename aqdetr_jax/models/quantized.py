@@ -17,18 +17,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import Policy
-from aqdetr_jax.quant.product import Conv, Dense, Quantizer, quantized_product
+from aqdetr_jax.quant.product import Conv, Dense, Quantizer, SumSteps, quantized_product
 from aqdetr_jax.quant.record import OpRecord, record
 from aqdetr_jax.quant.spec import QuantSpec, default_step, weight_size
 
 OBSERVED = "observed"
 """Variable collection that holds what calibration saw; see ``quant.calibrate``."""
+
+CODES = "codes"
+"""Variable collection of the codes of every site, see ``activation_quantizer``."""
 
 SAMPLES_PER_SITE = 8192
 SAMPLES_PER_CHANNEL = 256
@@ -42,6 +45,11 @@ def module_path(module: nn.Module) -> str:
 def observing(module: nn.Module) -> bool:
     """Whether calibration watches this call."""
     return module.is_mutable_collection(OBSERVED) and not module.is_initializing()
+
+
+def capturing(module: nn.Module) -> bool:
+    """Whether somebody wants to see the codes of this call."""
+    return module.is_mutable_collection(CODES) and not module.is_initializing()
 
 
 def channel_affine(
@@ -60,7 +68,9 @@ def channel_affine(
     width = x.shape[-1:]
     shift = module.param("input_shift", nn.initializers.zeros, width, jnp.float32)
     scale = module.param("input_scale", nn.initializers.ones, width, jnp.float32)
-    return ((x - shift) / scale).astype(x.dtype), kernel * scale[:, None], bias + shift @ kernel
+    # In float32 on TPUs too: the bias is rounded, and what is deployed has it from elsewhere.
+    moved = jnp.dot(shift, kernel, precision=lax.Precision.HIGHEST)
+    return ((x - shift) / scale).astype(x.dtype), kernel * scale[:, None], bias + moved
 
 
 def activation_quantizer(
@@ -74,12 +84,13 @@ def activation_quantizer(
     """Declares ``<name>_step`` (and ``<name>_zero``) on ``module`` for the operand ``x``.
 
     While the collection ``observed`` is mutable, a fixed sample of ``x`` is left there for
-    calibration.
+    calibration; while ``codes`` is, all its codes, int16 and of ``x``'s shape, under the site's
+    name, of the last call if there are several.
 
     Args:
       module: the layer that owns the site.
       name: site name, e.g. "input", "q", "probs".
-      x: the operand, batch first; its shape suffices where nothing is observed.
+      x: the operand, batch first; its shape suffices where nothing is observed or captured.
       spec: its grid, None = float.
       head_axis: the axis of attention heads (1 for [B, H, ., .]) for per-head steps.
       sample: what calibration shall see instead of a sample of ``x``.
@@ -104,6 +115,9 @@ def activation_quantizer(
     if spec.zero_point:
         zero = module.param(f"{name}_zero", nn.initializers.zeros, shape, jnp.float32)
         lower, upper = lower - zero, upper - zero
+    if capturing(module):
+        seen = lsq.codes(cast(Array, x), step, lower, upper).astype(jnp.int16)
+        module.variable(CODES, name, lambda: seen).value = seen
     count = math.prod(x.shape[1:]) // max(math.prod(shape), 1)
     return Quantizer(step, lower, upper, jnp.float32(lsq.gradient_scale(count, spec.upper)))
 
@@ -155,8 +169,19 @@ def weight_quantizer(
     )
 
 
+def sum_steps(
+    quantizer_x: Quantizer | None, quantizer_w: Quantizer | None, policy: Policy
+) -> SumSteps | None:
+    """The steps of a layer whose sums are integers, else None."""
+    if quantizer_x is None or quantizer_w is None or policy.arithmetic == "observe":
+        return None
+    return SumSteps(quantizer_x.step, quantizer_w.step.reshape(-1))
+
+
 class QDense(nn.Module):
     """Dense layer ``y = x W + b`` with quantized input and weights (Q-FC).
+
+    Where both are, so is the bias: a whole number of their steps' product, as integer sums add it.
 
     Attributes:
       features: N, output channels.
@@ -199,11 +224,16 @@ class QDense(nn.Module):
         record(dataclasses.replace(row, centred=x.shape[-1] if centred else 0))
         contraction = Dense(self.dtype, out_dtype=self.out_dtype)
         y = quantized_product(contraction, x, kernel, q_x, q_w, self.policy.arithmetic)
+        steps = sum_steps(q_x, q_w, self.policy)
+        if steps is not None:
+            bias = lsq.round_bias(bias, steps.unit())
         return (y + bias).astype(y.dtype)
 
 
 class QConv(nn.Module):
     """2-d convolution without bias, quantized input and weights (Q-CNN); NHWC.
+
+    A bias, if there is one, is rounded as a dense layer's is.
 
     Attributes:
       features: N, output channels.
@@ -237,9 +267,16 @@ class QConv(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [B, H, W, C] to [B, H', W', N] in the carrier dtype."""
+        return self.with_steps(x)[0]
+
+    @nn.compact
+    def with_steps(self, x: Array) -> tuple[Array, SumSteps | None]:
+        """The same, and the steps of its integer sums for a norm that follows (None: no such sums).
+
+        Args: ``x`` [B, H, W, C].
+        """
         path = module_path(self)
         kernel = self.param(
             "kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features)
@@ -262,13 +299,15 @@ class QConv(nn.Module):
             constant_left=self.constant_input,
         )
         y = quantized_product(contraction, x, kernel, q_x, q_w, self.policy.arithmetic)
+        steps = sum_steps(q_x, q_w, self.policy)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
-            y = (y + bias).astype(y.dtype)
+            added = bias if steps is None else lsq.round_bias(bias, steps.unit())
+            y = (y + added).astype(y.dtype)
         positions = y.shape[0] * y.shape[1] * y.shape[2] * kernel.size // self.features
         record(_row(path, "conv", self.policy, weight_spec, input_spec, kernel, bias, positions))
-        return y
+        return y, steps
 
 
 def _row(path, kind, policy, weight_spec, input_spec, kernel, bias, reads) -> OpRecord:

@@ -11,11 +11,13 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from aqdetr_jax.models.layers import FLOAT, BatchNorm
-from aqdetr_jax.models.quantized import QConv, module_path
+from aqdetr_jax.models.quantized import QConv, activation_quantizer, module_path
 from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.ops.pooling import max_pool
+from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.record import OpRecord, record
+from aqdetr_jax.quant.spec import QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ class ResNet(nn.Module):
           One [B, H_i, W_i, C_i] array of the carrier dtype per stage, last one the coarsest.
         """
         c = self.config
-        x = QConv(
+        x, steps = QConv(
             c.stem_width,
             (c.stem_kernel, c.stem_kernel),
             strides=c.stem_stride,
@@ -144,8 +146,8 @@ class ResNet(nn.Module):
             policy=self.policy,
             dtype=self.dtype,
             name="stem",
-        )(images)
-        x = BatchNorm(c.norm == "frozen", name="stem_norm")(x, train=train)
+        ).with_steps(images)
+        x = BatchNorm(c.norm == "frozen", name="stem_norm")(x, steps, train=train)
         if c.stem_pool:
             x = max_pool(x)
         x = relu(x)  # after the pooling, which it commutes with, a quarter is left
@@ -179,7 +181,7 @@ class _Block(nn.Module):
         self, x, features, size, strides, dilation, name, train, zero_scale=False, rectified=False
     ):
         """Convolution, of the ReLU of ``x`` where ``rectified``, and norm."""
-        x = QConv(
+        x, steps = QConv(
             features,
             (size, size),
             self.policy,
@@ -188,24 +190,38 @@ class _Block(nn.Module):
             rectified=rectified,
             dtype=self.dtype,
             name=f"conv{name}" if name != "shortcut" else name,
-        )(x)
+        ).with_steps(x)
         norm = BatchNorm(
             self.frozen,
             zero_scale=zero_scale and not self.frozen,
             name=f"norm{name}" if name != "shortcut" else "shortcut_norm",
         )
-        return norm(x, train=train)
+        return norm(x, steps, train=train)
 
-    def shortcut(self, x, features, train):
-        """Identity, or a strided 1x1 convolution where the shape changes."""
-        if x.shape[-1] == features and self.strides == 1:
+    def residual(self, y: Array, x: Array, train: bool) -> Array:
+        """ReLU of the sum of the branch ``y`` and the block's input ``x``.
+
+        Where the shape changes it is a strided 1x1 convolution of the input, which has a sign. Both
+        operands have grids of their own, the sum has none: it goes to those of its readers.
+        """
+        identity = x.shape[-1] == y.shape[-1] and self.strides == 1
+        if not identity:
+            x = self.conv(x, y.shape[-1], 1, self.strides, 1, "shortcut", train)
+        path = f"{module_path(self)}/residual"
+        spec_y = self.policy.residual_spec(path, unsigned=False)
+        spec_x = self.policy.residual_spec(path, unsigned=identity)
+        rule = self.policy.rule_for(path)
+        note = (rule.note if rule else "") or (FLOAT if spec_y is None else "")
+        record(OpRecord(path, "add", activation=spec_y, other=spec_x, note=note))
+        total = self.on_grid("branch", y, spec_y) + self.on_grid("identity", x, spec_x)
+        return relu(total.astype(y.dtype))
+
+    def on_grid(self, name: str, x: Array, spec: QuantSpec | None) -> Array:
+        """``x`` as it is added: float32 on its grid, or as it is."""
+        quantizer = activation_quantizer(self, name, x, spec)
+        if quantizer is None or self.policy.arithmetic == "observe":
             return x
-        return self.conv(x, features, 1, self.strides, 1, "shortcut", train)
-
-    def residual(self, y, x):
-        """ReLU of the sum of both branches."""
-        record(OpRecord(f"{module_path(self)}/sum", "add", note=FLOAT))
-        return relu(y + x)
+        return lsq.fake_quantize(x, *quantizer)
 
 
 class BasicBlock(_Block):
@@ -216,7 +232,7 @@ class BasicBlock(_Block):
         """[B, H, W, C] -> [B, H/s, W/s, width]."""
         y = self.conv(x, self.width, 3, self.strides, self.dilation, "1", train)
         y = self.conv(y, self.width, 3, 1, self.dilation, "2", train, True, rectified=True)
-        return self.residual(y, self.shortcut(x, self.width, train))
+        return self.residual(y, x, train)
 
 
 class Bottleneck(_Block):
@@ -229,4 +245,4 @@ class Bottleneck(_Block):
         y = self.conv(x, self.width, 1, 1, 1, "1", train)
         y = self.conv(y, self.width, 3, self.strides, self.dilation, "2", train, rectified=True)
         y = self.conv(y, out, 1, 1, 1, "3", train, zero_scale=True, rectified=True)
-        return self.residual(y, self.shortcut(x, out, train))
+        return self.residual(y, x, train)

@@ -34,6 +34,9 @@ def site_specs(rows: Sequence[OpRecord]) -> dict[str, QuantSpec]:
             specs[f"{row.path}/probs"], specs[f"{row.path}/v"] = row.activation, row.other
         elif row.kind == "mix_samples":
             specs[f"{row.path}/probs"], specs[f"{row.path}/samples"] = row.activation, row.other
+        elif row.kind == "add":
+            block = row.path.rpartition("/")[0]
+            specs[f"{block}/branch"], specs[f"{block}/identity"] = row.activation, row.other
     return {path: spec for path, spec in specs.items() if spec is not None}
 
 

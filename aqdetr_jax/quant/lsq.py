@@ -16,7 +16,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+LARGEST_BIAS = 2.0**31 - 128
+"""The largest float32 that is an int32."""
 
 
 def codes(v: Array, s: Array, lower: Array | float, upper: Array | float) -> Array:
@@ -166,3 +169,36 @@ def _fake_quantize_bwd(residuals, cotangent):
 
 
 fake_quantize.defvjp(_fake_quantize_fwd, _fake_quantize_bwd)
+
+
+def bias_codes(bias: Array, unit: Array) -> Array:
+    """The int32 biases ``round(b / u)`` of integer sums, as float32.
+
+    Rounds half to even; what no int32 holds becomes ``LARGEST_BIAS``. Not differentiable.
+
+    Args:
+      bias: float32 [N].
+      unit: float32 [N], the value of a one in the sums, of either sign; where it is 0, sums are
+        worth nothing and the code is 0.
+
+    Returns:
+      float32 [N] integers.
+    """
+    ratio = bias / jnp.where(unit == 0, jnp.inf, unit)
+    return jnp.clip(jnp.round(ratio), -LARGEST_BIAS, LARGEST_BIAS)
+
+
+def round_bias(bias: Array, unit: Array) -> Array:
+    """The values ``bias_codes(b, u) u`` that integer sums can add; the gradient passes unchanged.
+
+    Args:
+      bias: float32 [N].
+      unit: float32 [N] (no gradient); where it is 0 the channel is its bias, which stays.
+
+    Returns:
+      float32 [N].
+    """
+    unit = lax.stop_gradient(unit)
+    rounded = jnp.where(unit == 0, bias, bias_codes(bias, unit) * unit)
+    # Exactly the rounded value: the difference is 0.
+    return lax.stop_gradient(rounded) + (bias - lax.stop_gradient(bias))

@@ -6,8 +6,9 @@ activation and attention operands. ``None`` keeps an operand float.
 
 Stock policies by name: ``float``, ``w8a8``, ``w4a4``, ``w3a3``, ``w2a2`` (attention at the same
 bits: "4-4-4") and ``w4a4-attn8`` etc. (Q-DETR's "4-4-8" setting). All of them keep the first
-convolution and the input projection at 8 bits, as LSQ does for first and last layers, and the class
-and box heads float; both are rows of the table, not code.
+convolution and the input projection at 8 bits, as LSQ does for first and last layers, the residual
+sums of the backbone at 8 bits, and the class and box heads float; these are rows of the table, not
+code.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Rule:
     Attributes:
       pattern: regular expression, searched (not anchored) in the module path.
       weight: bits of weights, None = float.
-      activation: bits of the input of a dense or convolution layer, None = float.
+      activation: bits of the input of a dense or convolution layer, or (``BLOCK/residual``) of both
+        operands of a residual sum, None = float.
       attention: bits of q, k, probabilities and v in the attention products, None = float.
       note: why the row is there; shown in the bit report.
     """
@@ -110,6 +112,16 @@ class Policy:
             return None
         return self._activation(rule.attention, unsigned, self.attention_granularity)
 
+    def residual_spec(self, path: str, *, unsigned: bool) -> QuantSpec | None:
+        """What a residual sum adds: one step per tensor, symmetric whatever ``zero_point`` says.
+
+        Both operands are spread about zero or bounded by it, and have bits to spare.
+        """
+        rule = self.rule_for(path)
+        if rule is None or rule.activation is None:
+            return None
+        return QuantSpec(rule.activation, signed=not unsigned)
+
     def _activation(self, bits: int, unsigned: bool, granularity) -> QuantSpec:
         if unsigned:
             return QuantSpec(bits, signed=False, granularity=granularity)
@@ -121,27 +133,43 @@ class Policy:
 FLOAT_HEADS = Rule(r"(class_head|box_head)", None, None, None, "output heads stay float")
 COORDINATES = Rule(r"(^|/)reference_points$", None, None, None, "coordinates stay float")
 FIRST_LAYERS = Rule(r"(backbone/stem|input_proj)", 8, 8, None, "first layers at 8 bits")
+RESIDUAL_BITS = 8
 
 
-def uniform(weight: int, activation: int, attention: int, **options) -> Policy:
-    """A stock policy: the three exceptions above, then the same bits everywhere.
+def residual_rule(bits: int) -> Rule:
+    """The row of the residual sums.
+
+    Args:
+      bits: of both operands; 0 = float.
+    """
+    note = f"residual sums at {bits} bits" if bits else "residual sums stay float"
+    return Rule(r"(^|/)residual$", None, bits or None, None, note)
+
+
+def uniform(
+    weight: int, activation: int, attention: int, residual: int = RESIDUAL_BITS, **options
+) -> Policy:
+    """A stock policy: the four exceptions above, then the same bits everywhere.
 
     Args:
       weight: bits of weights.
       activation: bits of activations.
       attention: bits of q, k, probabilities and v.
+      residual: bits of what the residual sums of the backbone add; 0 = float.
       **options: other fields of ``Policy``.
     """
     name = f"w{weight}a{activation}" + (f"-attn{attention}" if attention != activation else "")
     rest = Rule(r".*", weight, activation, attention)
-    return Policy(name, (FLOAT_HEADS, COORDINATES, FIRST_LAYERS, rest), **options)
+    first = (FLOAT_HEADS, COORDINATES, FIRST_LAYERS, residual_rule(residual))
+    return Policy(name, (*first, rest), **options)
 
 
-def stock_policy(name: str, **options) -> Policy:
+def stock_policy(name: str, residual: int = RESIDUAL_BITS, **options) -> Policy:
     """A policy by name: ``float``, ``wNaM`` or ``wNaM-attnK``.
 
     Args:
       name: e.g. "w4a4", "w2a2", "w4a4-attn8".
+      residual: bits of the residual sums, see ``uniform``; "float" has none.
       **options: other fields of ``Policy`` (``attention_granularity``, ``renormalize``, ...).
 
     Raises:
@@ -158,4 +186,4 @@ def stock_policy(name: str, **options) -> Policy:
             f"Policies are 'float', 'wNaM' or 'wNaM-attnK' with 2 to 8 bits."
         )
     weight, activation = int(match[1]), int(match[2])
-    return uniform(weight, activation, int(match[3] or activation), **options)
+    return uniform(weight, activation, int(match[3] or activation), residual, **options)

@@ -53,6 +53,28 @@ class Quantizer(NamedTuple):
     gradient_scale: Array
 
 
+class SumSteps(NamedTuple):
+    """The steps that make the unit of a layer's integer sums.
+
+    Attributes:
+      input: float32 [], step of the input.
+      weight: float32 [N], steps of the output channels' weights.
+    """
+
+    input: Array
+    weight: Array
+
+    def unit(self, factor: Array | float = 1.0) -> Array:
+        """The value of a one in the sums, float32 [N].
+
+        Multiplied in this order wherever biases are rounded: another order is another last bit.
+
+        Args:
+          factor: of the norm that follows, [N].
+        """
+        return self.input * (self.weight * factor)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Contraction:
     """A bilinear map of two operands, on floats and on integers.

@@ -23,8 +23,10 @@ class OpRecord:
       path: module path.
       kind: "conv", "dense", "scores", "mix", "softmax", "norm", "add", "embedding", ...
       weight: grid of the weight; None = float or no weight.
-      activation: grid of the input (dense, conv) or of the left operand (q, probabilities).
-      other: grid of the right operand of an attention product (k, v).
+      activation: grid of the input (dense, conv) or of the left operand (q, probabilities, the
+        branch of a residual sum).
+      other: grid of the right operand of an attention product (k, v) or a residual sum (what the
+        branch is added to).
       parameters: number of weights and biases.
       kernel_size: of those, the number of kernel weights (the rest stay float).
       channels: output channels of the kernel.

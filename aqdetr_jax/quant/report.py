@@ -37,12 +37,13 @@ def bit_report(rows: Sequence[OpRecord], batch: int = 1) -> dict[str, Any]:
     macs: dict[str, int] = {}
     for row in _merged(rows):
         attention = row.kind in ATTENTION
+        activates = row.kind == "add" or (row.macs and not attention)
         table.append(
             {
                 "path": row.path,
                 "kind": row.kind,
                 "weight_bits": _bits(row.weight) if row.kind in ("dense", "conv") else None,
-                "activation_bits": None if attention or not row.macs else _bits(row.activation),
+                "activation_bits": _bits(row.activation) if activates else None,
                 "attention_bits": _bits(row.activation) if attention else None,
                 "grids": _grids(row),
                 "parameters": row.parameters,

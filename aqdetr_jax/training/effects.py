@@ -153,6 +153,7 @@ def _quant(config: ExperimentConfig) -> Iterator[Rule]:
     quant = config.quant
     if not quant.quantized:
         for key in (
+            "residual",
             "attention_granularity",
             "zero_point",
             "renormalize",
@@ -162,8 +163,11 @@ def _quant(config: ExperimentConfig) -> Iterator[Rule]:
         ):
             yield f"quant.{key}", "nothing is quantized: quant.policy is 'float'"
         yield "optimizer.lr_steps", "there are no step sizes: quant.policy is 'float'"
-    elif not quant.center:
+        return
+    if not quant.center:
         yield "quant.equalize", "it scales centred inputs, and quant.center is False"
+    if quant.policy == "float":
+        yield "quant.residual", "quant.policy is 'float': quant.rules say all there is"
 
 
 def _pretrain() -> Iterator[Rule]:

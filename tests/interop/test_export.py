@@ -25,7 +25,8 @@ from aqdetr_jax.io import read_json
 from aqdetr_jax.models import attention, deformable_attention, quantized
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.detector import build_detector
-from aqdetr_jax.models.resnet import resnet_config
+from aqdetr_jax.models.resnet import BasicBlock, Bottleneck, resnet_config
+from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.product import Conv, Dense, quantized_product
 
@@ -243,6 +244,9 @@ def test_fake_quantized_weights(name, tmp_path, monkeypatch, capsys):
 
     for module in (quantized, attention, deformable_attention):
         monkeypatch.setattr(module, "quantized_product", weights_only)
+    for block in (BasicBlock, Bottleneck):
+        monkeypatch.setattr(block, "on_grid", lambda self, name, x, spec: x)
+    monkeypatch.setattr(lsq, "round_bias", lambda bias, unit: bias)
     pictures = fixture(name)["input"]
     outputs = [
         jax.jit(bundle.module().apply)(bundle.variables, pictures["images"], pictures["mask"])
@@ -261,6 +265,8 @@ def test_fake_quantized_weights(name, tmp_path, monkeypatch, capsys):
     dense = operations["encoder/layer_0/feed_forward/linear1", "dense"]
     assert (dense["weight_bits"], dense["activation_bits"]) == (bits, bits)
     assert dense["became"] == {"weight": "dequantized", "activation": "float"}
+    sums = operations["backbone/layer1_0/residual", "add"]
+    assert (sums["activation_bits"], sums["became"]) == (8, {"activation": "float"})
     mixes = [row for row in report["operations"] if row["kind"].startswith("mix")]
     assert {row["attention_bits"] for row in mixes} == {8 if "attn8" in quant.policy else 4}
     assert {tuple(row["became"].items()) for row in mixes} == {(("attention", "float"),)}

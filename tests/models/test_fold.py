@@ -87,14 +87,15 @@ def test_integer_sums_of_a_low_bit_convolution():
     stats = {"mean": rng.normal(size=4).astype("f4"), "var": np.float32([0.5, 1, 2, 3])}
     layer = QConv(4, (3, 3), stock_policy("w4a4"))
     params = {"kernel": kernel, "kernel_step": steps, "input_step": np.float32(0.1)}
-    y = layer.apply({"params": params}, x)
-    want = BatchNorm().apply({"params": norm, "batch_stats": stats}, y)
+    y, units = layer.apply({"params": params}, x, method="with_steps")
+    want = BatchNorm().apply({"params": norm, "batch_stats": stats}, y, units)
     a = lsq.codes(jnp.asarray(x), jnp.float32(0.1), 0, 15).astype(int)
     b = lsq.codes(jnp.asarray(kernel), jnp.asarray(steps), -8, 7).astype(int)
     sums = Conv(padding=((1, 1), (1, 1))).integers(a, b)
     scale, bias = sum_affine(params["input_step"], steps, norm, stats)
     assert (scale < 0).sum() == 2
     np.testing.assert_allclose(scale * sums + bias, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(bias / scale, np.rint(bias / scale), rtol=1e-6)
     variables = {
         "params": {"conv1": params, "norm1": norm},
         "batch_stats": {"norm1": stats},

@@ -159,7 +159,9 @@ def test_bits_of_the_rows_follow_the_policy():
     table = {(row["path"], row["kind"]): row for row in bit_report(rows)["rows"]}
     for (path, kind), row in table.items():
         bits = (row["weight_bits"], row["activation_bits"], row["attention_bits"])
-        if kind not in PRODUCTS:
+        if kind == "add":
+            assert bits == (None, 8, None)
+        elif kind not in PRODUCTS:
             assert bits == (None, None, None)
         elif path.startswith(("class_head", "box_head")):
             assert bits == ("float", "float", None)
@@ -172,6 +174,9 @@ def test_bits_of_the_rows_follow_the_policy():
     grids = {path: row["grids"] for (path, _), row in table.items()}
     # Signed where values can be negative, unsigned after a ReLU and for probabilities.
     assert grids["backbone/stem"] == "w:s8/channel a:s8"
+    # A block's input is unsigned, a convolution of it is not.
+    assert grids["backbone/layer2_0/residual"] == "a:s8 b:s8"
+    assert grids["backbone/layer2_1/residual"] == "a:s8 b:u8"
     assert grids["backbone/layer1_0/conv2"] == "w:s4/channel a:u3"
     assert grids["encoder/layer_0/feed_forward/linear1"] == "w:s4/channel a:s3"
     assert grids["encoder/layer_0/feed_forward/linear2"] == "w:s4/channel a:u3"

@@ -121,6 +121,8 @@ ROWS = [
     OpRecord("core", "scores", None, QuantSpec(4, granularity="head"), QuantSpec(4)),
     OpRecord("core", "mix", None, QuantSpec(4, signed=False), QuantSpec(4)),
     OpRecord("head", "dense"),
+    OpRecord("b/residual", "add", None, QuantSpec(8), QuantSpec(8, signed=False)),
+    OpRecord("c/residual", "add"),
 ]
 PARAMETERS = {
     "a/kernel": RNG.normal(size=(5, 3)).astype(np.float32) * [1, 10, 100],
@@ -131,19 +133,23 @@ PARAMETERS = {
     "core/probs_step": np.ones((), np.float32),
     "core/v_step": np.ones((), np.float32),
     "head/kernel": np.ones((3, 2), np.float32),
+    "b/branch_step": np.ones((), np.float32),
+    "b/identity_step": np.ones((), np.float32),
 }
 
 
 def observed(rng=RNG):
     samples = {
         path: rng.normal(size=50).astype(np.float32)
-        for path in ("a/input", "core/k", "core/probs", "core/v")
+        for path in ("a/input", "core/k", "core/probs", "core/v", "b/branch", "b/identity")
     }
     return {**samples, "core/q": rng.normal(size=(2, 50)).astype(np.float32) * [[1], [50]]}
 
 
 def test_sites_of_a_recorded_pass():
-    assert set(site_specs(ROWS)) == {"a/input", "core/q", "core/k", "core/probs", "core/v"}
+    attention = {"core/q", "core/k", "core/probs", "core/v"}
+    assert set(site_specs(ROWS)) == {"a/input", *attention, "b/branch", "b/identity"}
+    assert site_specs(ROWS)["b/identity"] == QuantSpec(8, signed=False)
     assert set(weight_specs(ROWS)) == {"a/kernel"}
 
 

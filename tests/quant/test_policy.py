@@ -2,6 +2,7 @@
 
 import pytest
 
+from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.policy import Policy, Rule, stock_policy
 from aqdetr_jax.quant.spec import QuantSpec
 
@@ -64,6 +65,30 @@ def test_first_layers_have_eight_bits(path):
     policy = stock_policy("w2a2")
     assert policy.weight_spec(path).bits == 8
     assert policy.activation_spec(path, unsigned=False).bits == 8
+
+
+def test_residual_sums_have_a_row_of_their_own():
+    path = "backbone/layer1_0/residual"
+    policy = stock_policy("w2a2", zero_point=True)
+    assert policy.residual_spec(path, unsigned=False) == QuantSpec(8, signed=True)
+    assert policy.residual_spec(path, unsigned=True) == QuantSpec(8, signed=False)
+    assert stock_policy("w2a2", residual=3).residual_spec(path, unsigned=True).bits == 3
+    plain = stock_policy("w2a2", residual=0)
+    assert plain.residual_spec(path, unsigned=True) is None
+    assert plain.rule_for(path).note == "residual sums stay float"
+    assert plain.weight_spec("backbone/layer1_0/conv1").bits == 2
+    assert stock_policy("float").residual_spec(path, unsigned=True) is None
+    # Rules of the user come first.
+    config = QuantConfig("w4a4", (Rule("layer1_0/residual", None, None, None),), residual=6)
+    assert config.build().residual_spec(path, unsigned=True) is None
+    assert config.build().residual_spec("backbone/layer1_1/residual", unsigned=True).bits == 6
+
+
+@pytest.mark.parametrize("bits", [1, 9, -1])
+@pytest.mark.parametrize("name", ["w4a4", "float"])
+def test_residual_bits_that_cannot_be(name, bits):
+    with pytest.raises(ValueError, match=rf"residual must be 0 \(float sums\) or .* got {bits}"):
+        QuantConfig(name, residual=bits)
 
 
 def test_options():

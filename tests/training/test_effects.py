@@ -20,6 +20,7 @@ from aqdetr_jax.training.experiment import load_experiment
         ("coco:r50,float", "data.num_train=10", "it is of the generated set"),
         ("coco:r50,float", "data.image_size=10", "it is of the generated set"),
         ("coco:r50,float", "quant.renormalize=true", "quant.policy is 'float'"),
+        ("coco:r50,float", "quant.residual=4", "quant.policy is 'float'"),
         ("coco:r50,float", "optimizer.lr_steps=1e-3", "there are no step sizes"),
         ("coco:r50,float", "distill.teacher=runs/x", "no distillation weight is positive"),
         ("coco:r50,float", "auxiliary.repeats=2", "model.num_auxiliary is 0"),
@@ -58,6 +59,7 @@ def test_idle_overrides_are_refused_with_the_reason(config, override, reason):
         ("shapes_w4a4", ("data.kind=tfds", "data.root=x")),
         ("shapes_w4a4", ("model.num_auxiliary=0",)),  # makes keys of the file idle, not its own
         ("shapes_w4a4", ("quant.policy=float",)),
+        ("shapes_w4a4", ("quant.residual=0",)),
         ("coco:r50,float", ("quant.policy=w4a4", "quant.renormalize=true")),
         ("coco:r50,float", ("--config.data.train_images=x", "data.train_annotations=y")),
     ],
@@ -170,6 +172,15 @@ def test_every_key_has_a_verdict():
         (("data.num_threads=0", "data.prefetch=2"), "nothing is read ahead"),
         (("optimizer.frozen=('backbone/',)", "optimizer.lr_backbone=1e-4"), "holds the backbone"),
         (("quant.center=false", "quant.equalize=0.5"), "quant.center is False"),
+        (
+            (
+                "quant.policy=float",
+                "quant.rules=({'pattern': 'encoder', 'weight': 4, 'activation': 4, "
+                "'attention': 4},)",
+                "quant.residual=4",
+            ),
+            "quant.rules say all there is",
+        ),
         (("train.batch_per_chip=4", "train.batch_size=8"), "train.batch_per_chip=4"),
         (("train.eval_batch_per_chip=4", "train.eval_batch_size=8"), "eval_batch_per_chip=4"),
         (("optimizer.batch_rule=linear",), "optimizer.reference_batch is 0"),
