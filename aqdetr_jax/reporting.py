@@ -21,7 +21,7 @@ from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.data.dataset import DetectionDataset, Example, ImageReadError
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
-from aqdetr_jax.io import printable, read_json
+from aqdetr_jax.io import folder_bytes, printable, read_json
 from aqdetr_jax.ops.boxes import cxcywh_to_xyxy, pairwise_giou
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.loop import RunResult

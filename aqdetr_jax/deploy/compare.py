@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.deploy.detector import DeployedDetector
@@ -108,11 +109,11 @@ class NetworkComparer:
     def add(
         self,
         comparison: Comparison,
-        images: Array,
-        mask: Array,
-        codes: Mapping[str, Array],
-        logits: Array,
-        boxes: Array,
+        images: np.ndarray,
+        mask: np.ndarray,
+        codes: Mapping[str, ArrayLike],
+        logits: ArrayLike,
+        boxes: ArrayLike,
         real: np.ndarray | None = None,
     ) -> None:
         """Compares one batch.
@@ -168,7 +169,7 @@ def model_codes(bundle: ModelBundle) -> Any:
 
 
 def _by_site(tree: Mapping[str, Any], path: str = "") -> dict[str, Array]:
-    found = {}
+    found: dict[str, Array] = {}
     for key, value in tree.items():
         name = f"{path}/{key}" if path else key
         found.update(_by_site(value, name) if isinstance(value, Mapping) else {name: value})

@@ -115,7 +115,7 @@ def judge(
         report["codes"][f"deployed, {runtime.name}"] = comparison.to_dict()
         failures += _failures(comparison, f"the deployed network and {runtime.name}")
 
-    candidates: dict[str, Callable[[], dict[str, Any]]] = {
+    candidates: dict[str, Callable[[], Mapping[str, float]]] = {
         "trained": lambda: _evaluated(model, dataset, given, show, "trained"),
         "deployed": lambda: _evaluated(deployed, dataset, given, show, "deployed"),
     }
@@ -163,7 +163,7 @@ def _pipeline(bundle: ModelBundle, given: GateData, batch_size: int) -> Pipeline
 def _compare_model(model, deployed, dataset, given, show) -> Comparison:
     run, comparer, comparison = (
         model_codes(model),
-        NetworkComparer(deployed.variables),
+        NetworkComparer(deployed.network),
         Comparison(),
     )
     batches = make_eval_pipeline(dataset, _pipeline(model, given, given.batch_size))
@@ -177,7 +177,7 @@ def _compare_model(model, deployed, dataset, given, show) -> Comparison:
 
 
 def _compare_runtime(runtime: Runtime, deployed, dataset, given, show) -> Comparison:
-    comparer, comparison = NetworkComparer(deployed.variables), Comparison()
+    comparer, comparison = NetworkComparer(deployed.network), Comparison()
     batches = make_eval_pipeline(dataset, _pipeline(deployed, given, 1))
     for number, batch in enumerate(batches, 1):
         logits, boxes, codes = runtime.detect_with_codes(batch["images"], _sizes(batch["mask"]))
@@ -187,7 +187,7 @@ def _compare_runtime(runtime: Runtime, deployed, dataset, given, show) -> Compar
     return comparison
 
 
-def _evaluated(bundle, dataset, given, show, name) -> Mapping[str, Any]:
+def _evaluated(bundle, dataset, given, show, name) -> Mapping[str, float]:
     evaluator = bundle_evaluator(bundle, dataset, given.data, batch_size=given.batch_size)
     metrics, _ = evaluator.evaluate(
         bundle.variables, lambda done, all_: show(f"{name}: evaluated", done, all_)
@@ -195,7 +195,7 @@ def _evaluated(bundle, dataset, given, show, name) -> Mapping[str, Any]:
     return _numbers(metrics)
 
 
-def _runtime_metrics(runtime: Runtime, bundle, dataset, given, show) -> Mapping[str, Any]:
+def _runtime_metrics(runtime: Runtime, bundle, dataset, given, show) -> Mapping[str, float]:
     """COCO numbers of what another program detects."""
     known = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
     ids = [known.get(name) for name in bundle.class_names]
