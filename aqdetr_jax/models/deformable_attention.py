@@ -17,7 +17,13 @@ from jax.typing import DTypeLike
 
 from aqdetr_jax.models.attention import merge_heads, row_sum
 from aqdetr_jax.models.layers import FLOAT
-from aqdetr_jax.models.quantized import QDense, activation_quantizer, module_path, observing
+from aqdetr_jax.models.quantized import (
+    QDense,
+    activation_quantizer,
+    bits_of,
+    module_path,
+    observing,
+)
 from aqdetr_jax.ops import deformable, deformable_kernel
 from aqdetr_jax.ops.deformable import LevelShapes, Sampling
 from aqdetr_jax.quant.policy import Policy
@@ -185,7 +191,9 @@ class SamplingCore(nn.Module):
         q_p = activation_quantizer(self, "probs", probabilities, unsigned, head_axis=1)
         q_s = activation_quantizer(self, "samples", samples, signed, head_axis=1)
         product = functools.partial(
-            quantized_product, MixSamples(self.dtype), arithmetic=policy.arithmetic
+            quantized_product,
+            MixSamples(self.dtype, left_bits=bits_of(unsigned)),
+            arithmetic=policy.arithmetic,
         )
         if observing(self):
             mixed = product(probabilities, samples, q_p, q_s)

@@ -63,6 +63,11 @@ def channel_affine(
     return ((x - shift) / scale).astype(x.dtype), kernel * scale[:, None], bias + shift @ kernel
 
 
+def bits_of(spec: QuantSpec | None) -> int | None:
+    """Bits of a grid, None of a float."""
+    return None if spec is None else spec.bits
+
+
 def activation_quantizer(
     module: nn.Module,
     name: str,
@@ -197,7 +202,7 @@ class QDense(nn.Module):
         q_w = weight_quantizer(self, kernel, weight_spec)
         row = _row(path, "dense", self.policy, weight_spec, input_spec, kernel, bias, x.size)
         record(dataclasses.replace(row, centred=x.shape[-1] if centred else 0))
-        contraction = Dense(self.dtype, out_dtype=self.out_dtype)
+        contraction = Dense(self.dtype, out_dtype=self.out_dtype, left_bits=bits_of(input_spec))
         y = quantized_product(contraction, x, kernel, q_x, q_w, self.policy.arithmetic)
         return (y + bias).astype(y.dtype)
 
@@ -260,6 +265,7 @@ class QConv(nn.Module):
             ((pads[0], pads[0]), (pads[1], pads[1])),
             (self.dilation, self.dilation),
             constant_left=self.constant_input,
+            left_bits=bits_of(input_spec),
         )
         y = quantized_product(contraction, x, kernel, q_x, q_w, self.policy.arithmetic)
         bias = None
