@@ -20,6 +20,7 @@ from aqdetr_jax.models.layers import FLOAT
 from aqdetr_jax.models.quantized import (
     QDense,
     activation_quantizer,
+    bits_of,
     capturing,
     module_path,
     observing,
@@ -192,7 +193,9 @@ class SamplingCore(nn.Module):
         q_p = activation_quantizer(self, "probs", probabilities, unsigned, head_axis=1)
         q_s = activation_quantizer(self, "samples", samples, signed, head_axis=1)
         product = functools.partial(
-            quantized_product, MixSamples(self.dtype), arithmetic=policy.arithmetic
+            quantized_product,
+            MixSamples(self.dtype, left_bits=bits_of(unsigned)),
+            arithmetic=policy.arithmetic,
         )
         if watched:
             mixed = product(probabilities, samples, q_p, q_s)

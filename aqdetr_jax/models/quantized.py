@@ -73,6 +73,11 @@ def channel_affine(
     return ((x - shift) / scale).astype(x.dtype), kernel * scale[:, None], bias + moved
 
 
+def bits_of(spec: QuantSpec | None) -> int | None:
+    """Bits of a grid, None of a float."""
+    return None if spec is None else spec.bits
+
+
 def activation_quantizer(
     module: nn.Module,
     name: str,
@@ -222,7 +227,7 @@ class QDense(nn.Module):
         q_w = weight_quantizer(self, kernel, weight_spec)
         row = _row(path, "dense", self.policy, weight_spec, input_spec, kernel, bias, x.size)
         record(dataclasses.replace(row, centred=x.shape[-1] if centred else 0))
-        contraction = Dense(self.dtype, out_dtype=self.out_dtype)
+        contraction = Dense(self.dtype, out_dtype=self.out_dtype, left_bits=bits_of(input_spec))
         y = quantized_product(contraction, x, kernel, q_x, q_w, self.policy.arithmetic)
         steps = sum_steps(q_x, q_w, self.policy)
         if steps is not None:
@@ -297,6 +302,7 @@ class QConv(nn.Module):
             ((pads[0], pads[0]), (pads[1], pads[1])),
             (self.dilation, self.dilation),
             constant_left=self.constant_input,
+            left_bits=bits_of(input_spec),
         )
         y = quantized_product(contraction, x, kernel, q_x, q_w, self.policy.arithmetic)
         steps = sum_steps(q_x, q_w, self.policy)

@@ -41,24 +41,8 @@ class Sizes:
 
 
 def replicas_on(config: ExperimentConfig, place: Slice) -> int:
-    """Devices along "data" of the mesh that a run makes on a slice.
-
-    Raises:
-      ValueError: ``mesh.model`` does not divide the slice, or ``mesh.data`` is not what it leaves.
-    """
-    data, model, devices = config.mesh.data, config.mesh.model, place.devices
-    if model < 1 or devices % model:
-        fitting = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
-        raise ValueError(
-            f"config.mesh.model={model} does not divide the {devices} devices of {place.name}: "
-            f"{fitting} do"
-        )
-    if data > 0 and data * model != devices:
-        raise ValueError(
-            f"config.mesh.data={data} x config.mesh.model={model} is not the {devices} devices of "
-            f"{place.name}: mesh.data=-1 takes what mesh.model leaves ({devices // model})"
-        )
-    return devices // model
+    """Devices along "data" of the mesh that a run makes on a slice; errors are ``make_mesh``'s."""
+    return sizing.devices_along_data(config, devices=[place] * place.devices)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Protocol
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.fit import fitted, small_share
 from aqdetr_jax.parallel.hosts import say_once
-from aqdetr_jax.parallel.mesh import mesh_shape
+from aqdetr_jax.parallel.mesh import Device, mesh_shape
 from aqdetr_jax.training.config import ExperimentConfig, OptimizerConfig, TrainConfig
 from aqdetr_jax.training.effects import idle
 
@@ -72,11 +72,15 @@ def with_batch(config: ExperimentConfig, chips: int | None = None) -> Experiment
     return dataclasses.replace(config, train=train, optimizer=_rates(config, batch))
 
 
-def devices_along_data(config: ExperimentConfig, batch_size: int | None = None) -> int:
-    """Devices of this machine that share a batch; see ``make_mesh`` for ``batch_size``."""
+def devices_along_data(
+    config: ExperimentConfig,
+    batch_size: int | None = None,
+    devices: Sequence[Device] | None = None,
+) -> int:
+    """Devices that share a batch; arguments and errors are ``make_mesh``'s."""
     mesh = config.mesh
     data = None if mesh.data < 0 else mesh.data
-    return mesh_shape(data, mesh.model, batch_size=batch_size)[0]
+    return mesh_shape(data, mesh.model, batch_size=batch_size, devices=devices)[0]
 
 
 def eval_batch_size(config: ExperimentConfig) -> int:
@@ -195,14 +199,6 @@ def with_steps(train: TrainConfig, images: int) -> TrainConfig:
     if not train.steps:
         raise ValueError("config.train.steps and config.train.epochs are both 0: set one of them")
     return train
-
-
-class Device(Protocol):
-    """What a dtype depends on: a JAX device, or a slice that is planned for."""
-
-    @property
-    def platform(self) -> str:
-        """Such as "tpu"."""
 
 
 def with_devices(config: ExperimentConfig, device: Device) -> ExperimentConfig:
