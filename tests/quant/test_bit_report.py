@@ -160,7 +160,7 @@ def test_bits_of_the_rows_follow_the_policy():
     for (path, kind), row in table.items():
         bits = (row["weight_bits"], row["activation_bits"], row["attention_bits"])
         if kind == "add":
-            assert bits == (None, 8, None)
+            assert bits == (None, 8 if path.startswith("backbone") else "float", None)
         elif kind not in PRODUCTS:
             assert bits == (None, None, None)
         elif path.startswith(("class_head", "box_head")):
