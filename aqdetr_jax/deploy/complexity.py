@@ -19,13 +19,12 @@ from aqdetr_jax.config_types import ConfigError
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.deploy import published
 from aqdetr_jax.models.config import DetrConfig
-from aqdetr_jax.models.detector import deployed_ops, level_strides, record_ops
+from aqdetr_jax.models.detector import deployed_ops, level_strides, record_first_ops, record_ops
 from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.record import OpRecord
 from aqdetr_jax.quant.report import PACKED_PARTS, bit_report, columns
 from aqdetr_jax.quant.spec import GRID_PARAMETERS
 from aqdetr_jax.training import sizing
-from aqdetr_jax.training.assemble import variables_of
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.optimizer import count_trainable
 from aqdetr_jax.training.setup import build_module
@@ -116,9 +115,7 @@ def complexity_of_config(
     if config.task == "pretrain":
         notes.append("a dense pretraining: its float network as it is, of which nothing is packed")
     check_size(config.model, size)
-    module = build_module(config)
-    variables = variables_of(module, COCO_SIZE)  # which are the same for every size
-    rows = record_ops(module, variables, size)
+    rows, variables = record_first_ops(build_module(config), size)
     if config.task != "pretrain":
         rows = deployed_ops(rows, config.model)
     made = count(config.model, config.quant, rows, variables, size)

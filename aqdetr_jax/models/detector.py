@@ -68,8 +68,7 @@ def example_input(bucket: tuple[int, int], batch: int = 1) -> tuple[jax.Array, j
 
 def record_ops(module: Detector, variables: Any, bucket: tuple[int, int]) -> list[OpRecord]:
     """The operations of one inference on one image of a bucket, without running it."""
-    images = jax.ShapeDtypeStruct((1, *bucket, 3), jnp.uint8)
-    mask = jax.ShapeDtypeStruct((1, *bucket), jnp.bool_)
+    images, mask = _image_shapes(bucket)
     with recording() as rows:
         # (A function of its own: what was traced before would be known, and record nothing.)
         jax.eval_shape(lambda v, x, m: module.apply(v, x, m), variables, images, mask)
@@ -89,6 +88,30 @@ def grid_parameters(config: DetrConfig, policy: Policy, bucket: tuple[int, int])
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *example_input(bucket)))
     paths = traverse_util.flatten_dict(shapes["params"], sep="/")
     return tuple(path for path in paths if path.endswith(GRID_PARAMETERS))
+
+
+def record_first_ops(module: Any, bucket: tuple[int, int]) -> tuple[list[OpRecord], Any]:
+    """As ``record_ops``, of a model whose variables are not there yet.
+
+    Args:
+      module: one without auxiliary queries, which initialisation runs too.
+      bucket: height and width of the image, pixels.
+
+    Returns:
+      (rows, shapes of the variables).
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with recording() as rows:
+        shapes = jax.eval_shape(lambda *inputs: module.init(*inputs), key, *_image_shapes(bucket))
+    return rows, shapes
+
+
+def _image_shapes(bucket: tuple[int, int]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Of an image and its mask."""
+    return (
+        jax.ShapeDtypeStruct((1, *bucket, 3), jnp.uint8),
+        jax.ShapeDtypeStruct((1, *bucket), jnp.bool_),
+    )
 
 
 def deployed_ops(rows: Sequence[OpRecord], config: DetrConfig) -> list[OpRecord]:
