@@ -245,7 +245,7 @@ def test_heads_of_the_last_layer_only():
 # --- configurations, models, the command ---------------------------------------------------------
 
 
-def test_every_configuration_of_the_tree(monkeypatch):
+def test_every_family_and_task():
     """No operation is outside the table, whatever the family and the task."""
     known = [name for name, _ in GROUPS]
     for name in ("shapes_w4a4", "shapes_teacher:deformable", "shapes_pretrain", "bccd"):
@@ -253,7 +253,9 @@ def test_every_configuration_of_the_tree(monkeypatch):
         groups = {part["group"]: part for part in made["groups"]}
         assert list(groups) == [name for name in known if name in groups]
         numbers = sum(part["parameters"] for part in groups.values())
-        assert 4 * numbers == made["float_bytes"] == 4 * made["parameters"]["state"]
+        assert 4 * numbers == made["float_bytes"]
+        idle = made["parameters"]["state"] - numbers  # of the first two of three refined layers
+        assert idle == (2 * (144 + 1) * 10 if name.endswith("deformable") else 0)
 
 
 def test_model_folder_counts_as_its_configuration():
@@ -286,10 +288,10 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
         (("--config=coco:r50,w4a4", "--height=64"), "give both, or neither"),
         (("--config=coco:r50,w4a4", "--height=31", "--width=64"), "at least 32 pixels"),
         (("--config=coco_deformable:r50,w4a4", "--height=90", "--width=63"), "at least 64 pixels"),
-        (("--config=coco:r50,w4a4", "model.widht=3"), "model.widht"),
+        (("--config=coco:r50,w4a4", "model.widht=3"), "no key 'widht'"),
         (("--config=coco:r50,w4a4", "optimizer.lr=1"), "config.optimizer.lr has no effect"),
         (("--config=coco:r50,w4a4", "model.num_auxiliary=7"), "only in training"),
-        (("--config=coco:r50,w9a9"), "unknown quantization policy"),
+        (("--config=coco:r50,w9a9",), "unknown quantization policy"),
         (("--config=custom", "data.root=/nowhere"), "model.num_queries"),
         (("--config=nothing",), "nothing"),
         (("--model=packaged:shapes_teacher", "model.dim=8"), "counted as it was saved"),
@@ -297,7 +299,6 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_counted(words, said, capsys):
-    words = (words,) if isinstance(words, str) else words
     assert main(["complexity", *words]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 2
