@@ -165,6 +165,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--fast", action="store_true", help="stop before code is generated")
     sub.add_argument("--search", action="store_true", help="find the largest batch that fits")
     sub.add_argument("--out", type=Path, metavar="FILE.json", help="where the plan is written too")
+    text = "parameters, multiply-adds, bits, and bytes of the packed file"
+    sub = verb("complexity", _complexity, text, computes=False)
+    sub.set_defaults(overrides=True)
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="configs/NAME.py")
+    what.add_argument("--model", metavar="DIR", help="a run or its model folder")
+    sub.add_argument("--height", type=int, metavar="N", help="of an image, pixels")
+    sub.add_argument("--width", type=int, metavar="N", help="default: the largest in evaluation")
+    sub.add_argument("--operations", action="store_true", help="list every operation too")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="where all of it is written too")
     verb("config", _config, "print a resolved configuration", config=True, computes=False)
     return parser
 
@@ -418,6 +428,25 @@ def _plan(arguments, overrides) -> int:
     if arguments.out:
         print(f"written to {write_json_atomic(arguments.out, as_json(plan))}")
     return int(not plan.fits)
+
+
+def _complexity(arguments, overrides) -> None:
+    from aqdetr_jax.deploy import complexity
+    from aqdetr_jax.io import write_json_atomic
+    from aqdetr_jax.quant.report import format_bit_report
+
+    host.use_cpu()
+    size = complexity.given_size(arguments.height, arguments.width)
+    complexity.check_complexity_keys(overrides, model=arguments.model)
+    if arguments.model:
+        made = complexity.complexity_of_model(arguments.model, size)
+    else:
+        made = complexity.complexity_of_config(_experiment(arguments, overrides), size)
+    if arguments.operations:
+        print(format_bit_report({**made, "rows": made["operations"]}), end="\n\n")
+    print(complexity.format_complexity(made))
+    if arguments.json:
+        print(f"written to {write_json_atomic(arguments.json, made)}")
 
 
 def _config(arguments, overrides) -> None:

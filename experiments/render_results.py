@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import render_complexity
 import render_tpu
 from outside.table import outside_table
 
@@ -396,6 +397,11 @@ def main() -> None:
     replace(plan, "tpu-plan", render_tpu.plan_table(load("plan.json")))
     sampling = render_tpu.sampling_table(load("deformable_tpu.json"))
     replace(ROOT / "docs" / "deformable.md", "tpu-sampling", sampling)
+    costs, document = load("complexity.json"), ROOT / "docs" / "complexity.md"
+    replace(document, "complexity-models", render_complexity.models_table(costs))
+    groups = render_complexity.groups_table(costs, "coco:r50,w4a4")
+    replace(document, "complexity-groups", groups)
+    replace(document, "complexity-papers", render_complexity.papers_table(costs))
     replace(ROOT / "docs" / "results.md", "ablation", "\n\n".join(parts))
 
 

@@ -80,8 +80,8 @@ class ModelBundle:
       input: image rule.
       class_names: names of the contiguous labels 0..C-1.
       category_ids: the data's ids of those labels.
-      variables: {"params": ..., "batch_stats": ...}, nested dicts of arrays (what ``module()`` takes
-        first).
+      variables: what ``module()`` is applied to: {"params": ..., "batch_stats": ...}, nested dicts
+        of arrays.
       info: facts for people: configuration name, seed, commit, results.
     """
 

@@ -215,7 +215,10 @@ class SamplingCore(nn.Module):
         record(OpRecord(path, "softmax", note=FLOAT))
         # Four neighbours a sample; the multiply-adds are counted, as the papers do.
         record(OpRecord(path, "sampling", macs=4 * macs, note=FLOAT))
-        record(OpRecord(path, "mix_samples", None, unsigned, signed, macs=macs, note=note))
+        heads = values.shape[2]
+        record(
+            OpRecord(path, "mix_samples", None, unsigned, signed, heads=heads, macs=macs, note=note)
+        )
         mixed = merge_heads(mixed)
         sizes = jnp.array([(w, h) for h, w in shapes], jnp.float32)
         return mixed, DeformableMaps(scores, probabilities, locations, sizes, mixed)

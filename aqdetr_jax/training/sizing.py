@@ -12,10 +12,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
 
+from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.fit import fitted, small_share
 from aqdetr_jax.parallel.hosts import say_once
@@ -28,6 +31,9 @@ BY_PLATFORM = "auto"
 
 BY_DATA = -1
 """Of ``model.num_auxiliary``: twice as many as object queries, and room for all repeats [ours]."""
+
+COCO_CLASSES = 91
+"""Outputs of the official heads: COCO's category ids reach to 90."""
 
 _MOST_QUERIES = 300
 _FEW_PIXELS = 0.75  # of the stride, below which the sides of boxes are worth a word
@@ -181,6 +187,31 @@ def with_data(
     train = with_steps(train, len(dataset))
     config = dataclasses.replace(config, data=data, model=model, train=train)
     return with_devices(config, jax.devices()[0] if device is None else device)
+
+
+def has_data(data: DataConfig) -> bool:
+    """Whether there is a data set to ask: a root that does not exist here is none."""
+    if data.kind == "shapes":
+        return True
+    return (bool(data.root) and Path(data.root).exists()) or bool(data.train_annotations)
+
+
+def with_data_alone(
+    config: ExperimentConfig, dataset: DetectionDataset, device: Device
+) -> ExperimentConfig:
+    """What of data and model follows from the training set; batch, rates and steps stay as given.
+
+    Args:
+      config: the experiment.
+      dataset: its training set.
+      device: see :func:`with_devices`.
+
+    Raises:
+      ValueError: see :func:`with_data`.
+    """
+    any_batch = dataclasses.replace(config, train=TrainConfig(steps=1, batch_per_chip=1))
+    filled = with_data(any_batch, dataset, chips=1, device=device)
+    return dataclasses.replace(config, data=filled.data, model=filled.model)
 
 
 def with_steps(train: TrainConfig, images: int) -> TrainConfig:
