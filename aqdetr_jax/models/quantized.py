@@ -33,6 +33,11 @@ OBSERVED = "observed"
 CODES = "codes"
 """Variable collection of the codes of every site, see ``activation_quantizer``."""
 
+LIMITS = "limits"
+"""Variable collection that replaces the smallest and the largest code of sites, where it has them:
+[2] under the site's name ("kernel" of weights). So one program serves every number of bits; see
+``deploy.switchboard``."""
+
 SAMPLES_PER_SITE = 8192
 SAMPLES_PER_CHANNEL = 256
 
@@ -111,7 +116,7 @@ def activation_quantizer(
         module.variable(OBSERVED, name, lambda: sample).value = sample
     start = nn.initializers.constant(default_step(spec))
     step = module.param(f"{name}_step", start, shape, jnp.float32)
-    lower, upper = jnp.float32(spec.lower), jnp.float32(spec.upper)
+    lower, upper = _limits(module, name, spec)
     if spec.zero_point:
         zero = module.param(f"{name}_zero", nn.initializers.zeros, shape, jnp.float32)
         lower, upper = lower - zero, upper - zero
@@ -120,6 +125,14 @@ def activation_quantizer(
         module.variable(CODES, name, lambda: seen).value = seen
     count = math.prod(x.shape[1:]) // max(math.prod(shape), 1)
     return Quantizer(step, lower, upper, jnp.float32(lsq.gradient_scale(count, spec.upper)))
+
+
+def _limits(module: nn.Module, name: str, spec: QuantSpec) -> tuple[Array, Array]:
+    """The smallest and the largest code of a site, float32 []."""
+    if module.has_variable(LIMITS, name):
+        lower, upper = module.get_variable(LIMITS, name)
+        return lower, upper
+    return jnp.float32(spec.lower), jnp.float32(spec.upper)
 
 
 def _sample(x: Array, axis: int | None, limit: int = SAMPLES_PER_SITE) -> Array:
@@ -163,8 +176,7 @@ def weight_quantizer(
     step = module.param(f"{name}_step", init)
     return Quantizer(
         step.reshape((1,) * (kernel.ndim - 1) + (channels,)),
-        jnp.float32(spec.lower),
-        jnp.float32(spec.upper),
+        *_limits(module, name, spec),
         jnp.float32(lsq.gradient_scale(count, spec.upper)),
     )
 
