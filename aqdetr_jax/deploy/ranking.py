@@ -32,13 +32,13 @@ def ranking(
     def ordered(values: np.ndarray) -> list[str]:
         return [groups[i] for i in np.argsort(-values, kind="stable")]
 
-    ranks = [_ranks(loss), _ranks(noise)]
-    spread = min(float(np.std(r)) for r in ranks) if len(groups) > 1 else 0.0
+    first, second = _ranks(loss), _ranks(noise)
+    spread = min(np.std(first), np.std(second))
     return {
         "bits": bits,
         "by_ap_loss": ordered(loss),
         "by_snr": ordered(noise),
-        "agreement": float(np.corrcoef(*ranks)[0, 1]) if spread else None,
+        "agreement": float(np.corrcoef(first, second)[0, 1]) if spread else None,
     }
 
 

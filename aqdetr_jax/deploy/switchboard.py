@@ -66,9 +66,7 @@ class Switchboard:
         everything = dataclasses.replace(config.quant, rules=(_everything(WIDEST),))
         self.config = dataclasses.replace(config, quant=everything)
         self.bundle = quantized_bundle(self.config, teacher, None)
-        module = self.bundle.module()
-        with contextlib.closing(setup.calibration_pipeline(self.config, train_set)) as batches:
-            self._samples = initial.observe(self.config, module, self.bundle.variables, batches)
+        self._train_set = train_set
         self.rows = self.record(everything)
         self._all = grids_of(self.rows)
         self._params = traverse_util.flatten_dict(self.bundle.variables["params"], sep="/")
@@ -117,6 +115,13 @@ class Switchboard:
             "params": traverse_util.unflatten_dict(params, sep="/"),
             LIMITS: traverse_util.unflatten_dict(limits, sep="/"),
         }
+
+    @functools.cached_property
+    def _samples(self) -> dict[str, np.ndarray]:
+        """What calibration sees at every site."""
+        config, module = self.config, self.bundle.module()
+        with contextlib.closing(setup.calibration_pipeline(config, self._train_set)) as batches:
+            return initial.observe(config, module, self.bundle.variables, batches)
 
     def _calibrate(self, bits: int, scaled: bool) -> dict[str, np.ndarray]:
         """All steps at some bits; not ``scaled``: of weights whose input stays float, those only.

@@ -130,8 +130,8 @@ def activation_quantizer(
 def _limits(module: nn.Module, name: str, spec: QuantSpec) -> tuple[Array, Array]:
     """The smallest and the largest code of a site, float32 []."""
     if module.has_variable(LIMITS, name):
-        lower, upper = module.get_variable(LIMITS, name)
-        return lower, upper
+        ends: Array = module.get_variable(LIMITS, name)
+        return ends[0], ends[1]
     return jnp.float32(spec.lower), jnp.float32(spec.upper)
 
 
