@@ -187,7 +187,10 @@ def sum_steps(
     """The steps of a layer whose sums are integers, else None."""
     if quantizer_x is None or quantizer_w is None or policy.arithmetic == "observe":
         return None
-    return SumSteps(quantizer_x.step, quantizer_w.step.reshape(-1))
+    # A grid without ends (``LIMITS``) makes no integers: in a unit of 0 a bias stays what it is.
+    endless = jnp.isinf(quantizer_x.upper) | jnp.isinf(quantizer_w.upper)
+    step = jnp.where(endless, 0.0, quantizer_x.step)
+    return SumSteps(step, quantizer_w.step.reshape(-1))
 
 
 class QDense(nn.Module):
