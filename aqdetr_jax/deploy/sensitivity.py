@@ -112,6 +112,7 @@ class _Study:
         candidates: tuple[int, ...],
     ):
         self._config, self._model, self._out = config, model, out
+        self._commit = git_commit()  # of the code that runs, whatever happens to it meanwhile
         self._candidates = candidates
         teacher = load_model(model)
         if teacher.quant.quantized:
@@ -251,7 +252,7 @@ class _Study:
         chosen = {group.name: b for group, b in zip(free, bits, strict=True)}
         return self._ledger.close(
             {
-                "commit": git_commit(),
+                "commit": self._commit,
                 "candidates": list(self._candidates),
                 "ranking": self._ranking(),
                 "groups": [
