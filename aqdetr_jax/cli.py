@@ -175,6 +175,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--width", type=int, metavar="N", help="default: the largest in evaluation")
     sub.add_argument("--operations", action="store_true", help="list every operation too")
     sub.add_argument("--json", type=Path, metavar="FILE", help="where all of it is written too")
+    sub = verb("sensitivity", _sensitivity, "which operations can do with few bits", config=True)
+    sub.add_argument("--model", required=True, metavar="DIR", help="the float model")
+    sub.add_argument("--out", required=True, metavar="DIR", help="where measurements are kept")
+    sub.add_argument("--images", type=int, default=200, metavar="N", help="of the evaluation set")
+    sub.add_argument("--bits", default="8,4,3,2", metavar="8,4,3,2", help="to choose from")
+    sub.add_argument(
+        "--budget",
+        metavar="900KiB|0.02AP",
+        help="bytes of the packed model, or AP lost by calibration; default: the policy's bytes",
+    )
     verb("config", _config, "print a resolved configuration", config=True, computes=False)
     return parser
 
@@ -447,6 +457,23 @@ def _complexity(arguments, overrides) -> None:
     print(complexity.format_complexity(made))
     if arguments.json:
         print(f"written to {write_json_atomic(arguments.json, made)}")
+
+
+def _sensitivity(arguments, overrides) -> None:
+    from aqdetr_jax.deploy.ranking import as_text
+    from aqdetr_jax.deploy.sensitivity import parse_bits, sensitivity
+    from aqdetr_jax.reporting import report_sensitivity
+
+    result = sensitivity(
+        _experiment(arguments, overrides),
+        arguments.model,
+        arguments.out,
+        images=arguments.images,
+        candidates=parse_bits(arguments.bits),
+        budget=arguments.budget,
+    )
+    print(as_text(result))
+    report_sensitivity(result, arguments.out)
 
 
 def _config(arguments, overrides) -> None:

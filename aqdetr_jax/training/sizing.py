@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Protocol
 
 import jax
 import numpy as np
