@@ -18,7 +18,7 @@ import numpy as np
 
 from aqdetr_jax.data.images import as_array
 from aqdetr_jax.data.resampling import resize_exact
-from aqdetr_jax.data.shapes import ShapesDataset
+from aqdetr_jax.data.shapes.dataset import ShapesDataset
 from aqdetr_jax.deploy import operators
 from aqdetr_jax.deploy.contestant import BenchmarkError, Contestant, Entry
 from aqdetr_jax.deploy.cpu import can_limit_cores, cores, cpu_facts
@@ -173,7 +173,7 @@ def canvas(picture: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np
     return image, np.array([h, w], np.int32)
 
 
-# --- processes --------------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------------
 
 
 def _started(
@@ -210,9 +210,7 @@ def _times(
             batch, height, width = (one.facts[key] for key in ("batch", "height", "width"))
             image, sides = canvas(picture, height, width)
             file = Path(folder) / "input.npz"
-            np.savez(
-                file, images=np.stack([image] * batch), sizes=np.stack([sides] * batch)
-            )
+            np.savez(file, images=np.stack([image] * batch), sizes=np.stack([sides] * batch))
             show(f"first runs of {one.entry}")
             first.append(one.ask("image", file=str(file)))
     turns = _turns(group, [f["seconds"] for f in first], seconds, runs, show)

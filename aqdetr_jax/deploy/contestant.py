@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -51,7 +52,7 @@ class Contestant:
 
     def __init__(self, entry: Entry, size: tuple[int, int] | None):
         self.entry = entry
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "aqdetr_jax.deploy.runner", entry.runtime],
             stdin=subprocess.PIPE,
@@ -110,7 +111,5 @@ class Contestant:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             if stream is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     stream.close()
-                except BrokenPipeError:
-                    pass

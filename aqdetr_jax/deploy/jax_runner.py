@@ -1,4 +1,4 @@
-"""Our own model in JAX, timed: float or fake-quantized as trained, or the integers of a packed one."""
+"""Our own models in JAX, timed: as trained (float or fake-quantized), or packed as integers."""
 
 from __future__ import annotations
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 ROLES = {
-    "convolutions": ("Conv", "FusedConv", "QLinearConv", "ConvInteger", "NhwcConv", "NhwcFusedConv"),
+    "convolutions": (
+        "Conv",
+        "FusedConv",
+        "QLinearConv",
+        "ConvInteger",
+        "NhwcConv",
+        "NhwcFusedConv",
+    ),
     "products": (
         *("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulInteger", "MatMulIntegerToFloat"),
         *("DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"),
@@ -14,7 +21,13 @@ ROLES = {
     "grids": ("QuantizeLinear", "DequantizeLinear", "Round", "Cast"),
     "sums": ("Add", "Sum", "QLinearAdd"),
     "norms and softmax": (
-        *("LayerNormalization", "SkipLayerNormalization", "Softmax", "BiasSoftmax", "QLinearSoftmax"),
+        *(
+            "LayerNormalization",
+            "SkipLayerNormalization",
+            "Softmax",
+            "BiasSoftmax",
+            "QLinearSoftmax",
+        ),
         *("GroupNorm", "InstanceNormalization"),
     ),
     "samples": ("GridSample", "Gather", "GatherND", "GatherElements"),

@@ -32,8 +32,12 @@ class Runner(Protocol):
     facts: dict[str, Any]
 
     def prepare(self, images: np.ndarray, sizes: np.ndarray) -> Callable[[], Any]:
-        """What is timed: from uint8 images [B, H, W, 3] and int32 sizes [B, 2] on the host to
-        detections on the host."""
+        """What is timed: from images on the host to detections on the host.
+
+        Args:
+          images: uint8 [B, H, W, 3].
+          sizes: int32 [B, 2], (height, width) of the real images.
+        """
         ...
 
     def profile(self, runs: int) -> list[dict[str, Any]] | None:

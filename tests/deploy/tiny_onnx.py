@@ -10,7 +10,9 @@ from onnx import TensorProto, helper, numpy_helper, save
 QUERIES, CLASSES, CHANNELS = 3, 4, 8
 
 
-def write(path: Path, *, integer: bool, size=(32, 48), names=("images", "sizes"), **metadata) -> Path:
+def write(
+    path: Path, *, integer: bool, size=(32, 48), names=("images", "sizes"), **metadata
+) -> Path:
     """One convolution (of codes, if ``integer``) whose channel means give logits and boxes."""
     rng = np.random.default_rng(0)
     height, width = size
@@ -21,7 +23,9 @@ def write(path: Path, *, integer: bool, size=(32, 48), names=("images", "sizes")
         "logits_shape": np.array([1, QUERIES, CLASSES]),
         "boxes_shape": np.array([1, QUERIES, 4]),
         "axes": np.array([2, 3]),
-        **{"step": np.float32(0.5), "zero": np.uint8(0), "kernel_zero": np.int8(0)},
+        "step": np.float32(0.5),
+        "zero": np.uint8(0),
+        "kernel_zero": np.int8(0),
     }
     pads = {"pads": [1, 1, 1, 1]}
     nodes = [helper.make_node("Transpose", [names[0]], ["pixels"], perm=[0, 3, 1, 2])]
