@@ -252,6 +252,7 @@ def write_run_report(
     student: ModelBundle | None = None,
     bits: Path | None = None,
     manifest: Path | None = None,
+    packed: Path | None = None,
     notes: Sequence[str] = (),
 ) -> Path | None:
     """Writes ``report.html`` and its pictures (``pictures/*.png``) into a work directory.
@@ -271,6 +272,7 @@ def write_run_report(
       student: for the attention pictures.
       bits: ``bit_report.json`` of the student.
       manifest: ``manifest.json`` of the run.
+      packed: the student as a packed model, whose size is shown.
       notes: remarks and limits.
 
     Returns:
@@ -300,6 +302,9 @@ def write_run_report(
     if bits is not None and bits.is_file():
         with spare("the table of bits", remarks):
             context["bit_report"] = read_json(bits)
+            if packed is not None:
+                context["bit_report"]["packed_bytes"] = folder_bytes(packed)
+                context["bit_report"]["measured"] = True
     if manifest is not None and manifest.is_file():
         with spare("the list of what was run", remarks):
             context["run"] = _run_facts(read_json(manifest), blocks)

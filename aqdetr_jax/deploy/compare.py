@@ -3,8 +3,8 @@
 Codes are compared in lockstep: each grid of one network is given what the other's grids before it
 made. So a difference is counted where it arises, and not again in all that follows from it. What
 remains has two causes only, and both need a value that lies on the border between two codes to
-within its rounding: float operations in another order (norms, softmax, sums of the transformer), and
-the single float product of a requantization, where training has two.
+within its rounding: float operations in another order (norms, softmax, sums of the transformer),
+and the single float product of a requantization, where training has two.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jax import Array
 
 from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.deploy.detector import DeployedDetector
+from aqdetr_jax.deploy.jax_operations import aligned
 from aqdetr_jax.deploy.network import Network
 from aqdetr_jax.models.quantized import CODES
 
@@ -148,23 +149,6 @@ class NetworkComparer:
         module = DeployedDetector(self._network.config)
         one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in (images, mask)]
         return set(jax.eval_shape(module.apply_with_codes, self._network, *one)[1])
-
-
-def aligned(codes: Array, shape: tuple[int, ...]) -> Array:
-    """Codes of one site as another back end has them.
-
-    The same numbers may be [B, H, S, D] or [B, S, H * D], maps or tokens [B, H * W, C], with points
-    and channels apart or not; and of all decoder layers, where only the last is deployed.
-    """
-    if codes.shape == shape:
-        return codes
-    if codes.ndim == len(shape) + 1 and codes.shape[1:] == shape:
-        return codes[-1]
-    if codes.ndim == 4 and len(shape) == 3 and codes.shape[2] == shape[1]:
-        return codes.transpose(0, 2, 1, 3).reshape(shape)
-    if codes.ndim == 3 and len(shape) == 4 and codes.shape[1] == shape[2]:
-        return codes.reshape(shape[0], shape[2], shape[1], shape[3]).transpose(0, 2, 1, 3)
-    return codes.reshape(shape)
 
 
 def model_codes(bundle: ModelBundle) -> Any:

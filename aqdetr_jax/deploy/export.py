@@ -14,7 +14,7 @@ from aqdetr_jax.deploy import archive, gate
 from aqdetr_jax.deploy.detector import DeployedBundle
 from aqdetr_jax.deploy.freeze import freeze
 from aqdetr_jax.deploy.packed import read_packed, used, write_packed
-from aqdetr_jax.io import check_folder, write_json_atomic
+from aqdetr_jax.io import check_folder, folder_bytes, write_json_atomic
 from aqdetr_jax.provenance import git_commit
 
 REPORT = "report.json"
@@ -95,7 +95,7 @@ def _finish(stage: Path, report: dict[str, Any], force: bool) -> None:
     Raises:
       ExportRefusedError: the report has failures, and nobody insists.
     """
-    report["bytes"] = sum(f.stat().st_size for f in stage.rglob("*") if f.is_file())
+    report["bytes"] = folder_bytes(stage)
     if report["failures"] and not force:
         raise gate.ExportRefusedError(
             "not exported: " + "; ".join(report["failures"]) + " (--force exports it all the same)"

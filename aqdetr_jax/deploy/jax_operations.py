@@ -142,7 +142,7 @@ class JaxOperations(Operations):
         codes = jnp.clip(jnp.round(ratio), lower, upper)
         self.codes[grid.site] = codes
         if grid.site in self._given:
-            codes = self._given[grid.site].astype(jnp.float32).reshape(codes.shape)
+            codes = aligned(self._given[grid.site], codes.shape).astype(jnp.float32)
         return Coded(codes, grid)
 
     def dequantize(self, x):
@@ -355,6 +355,23 @@ class JaxOperations(Operations):
     def repeat_batch(self, x, like):
         """See the class."""
         return jnp.broadcast_to(_constant(x), (like.shape[0], *x.shape))
+
+
+def aligned(codes: Array, shape: tuple[int, ...]) -> Array:
+    """Codes of one site as another back end has them.
+
+    The same numbers may be [B, H, S, D] or [B, S, H * D], maps or tokens [B, H * W, C], with points
+    and channels apart or not; and of all decoder layers, where only the last is deployed.
+    """
+    if codes.shape == shape:
+        return codes
+    if codes.ndim == len(shape) + 1 and codes.shape[1:] == shape:
+        return codes[-1]
+    if codes.ndim == 4 and len(shape) == 3 and codes.shape[2] == shape[1]:
+        return codes.transpose(0, 2, 1, 3).reshape(shape)
+    if codes.ndim == 3 and len(shape) == 4 and codes.shape[1] == shape[2]:
+        return codes.reshape(shape[0], shape[2], shape[1], shape[3]).transpose(0, 2, 1, 3)
+    return codes.reshape(shape)
 
 
 def _constant(x: Any) -> Array:

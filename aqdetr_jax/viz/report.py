@@ -47,7 +47,8 @@ def write_report(workdir: str | os.PathLike[str], context: Mapping[str, Any]) ->
     - detections, attention: lists of pictures; each a PIL image, a path, or a dict with "image" and
       optional "title" and "caption".
     - query_capacity: rows for ``curves.capacity_curves``; other columns appear in the table only.
-    - bit_report: {"rows": [...], "packed_bytes": int, "float_bytes": int}, the sizes optional. A
+    - bit_report: {"rows": [...], "packed_bytes": int, "float_bytes": int, "measured": bool}, the
+      sizes optional ("measured": they are a file's). A
       row has "path", "kind", "weight_bits", "activation_bits", "attention_bits" (an integer;
       "float" or 32 for float; None where the operation has no such operand), "parameters" and
       "note".
@@ -139,10 +140,10 @@ def _tiles(context: Mapping[str, Any]) -> Markup:
         hint = f"{others[0]}: {_percent(results[others[0]]['AP'])}"
         tiles.append((f"over the {others[0]}", gain, "AP", hint))
     if bits.get("packed_bytes"):
-        hint = "weights as stored"
+        hint = "as written" if bits.get("measured") else "weights as stored"
         if bits.get("float_bytes"):
             ratio = bits["float_bytes"] / bits["packed_bytes"]
-            hint = f"{ratio:.1f}× below float32"
+            hint = f"{hint}, {ratio:.1f}× below float32"
         number, unit = html.size(bits["packed_bytes"]).split()
         tiles.append(("model size", number, unit, hint))
     if not tiles:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from test_network import bundle, tiny_models
 
-from aqdetr_jax.deploy.compare import Comparison, NetworkComparer, aligned, model_codes
+from aqdetr_jax.deploy.compare import Comparison, NetworkComparer, model_codes
 from aqdetr_jax.deploy.freeze import freeze
+from aqdetr_jax.deploy.jax_operations import aligned
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
