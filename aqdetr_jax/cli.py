@@ -128,6 +128,22 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="weights of a low-bit model as the values on their grids; the rest is float",
     )
+    text = "latency, memory and size of models side by side"
+    sub = verb("benchmark", _benchmark, text, computes=False)
+    sub.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="a run or its model folder, a packed model, an ONNX file or a folder of such",
+    )
+    sub.add_argument("--height", type=int, metavar="H", help="of the images; default: the model's")
+    sub.add_argument("--width", type=int, metavar="W")
+    sub.add_argument("--threads", default="", metavar="1,2", help="default: one a core")
+    sub.add_argument("--seconds", type=float, default=10.0, help="for each model (10)")
+    sub.add_argument("--runs", type=int, metavar="N", help="timed runs of each model instead")
+    sub.add_argument("--image", metavar="FILE", help="default: one of the embedded set")
+    sub.add_argument("--openvino", action="store_true", help="ONNX files in OpenVINO too")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="where rows and raw figures go")
     text = "a float detector becomes a 4-bit one, in minutes"
     sub = verb("quickstart", _quickstart, text, overrides=True)
     sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
@@ -331,6 +347,35 @@ def _export_to_devices(arguments, overrides) -> None:
     for failure in report["failures"]:
         print(f"note: {failure}")
     print(f"written to {arguments.to}, {report['bytes'] / 1024:.0f} KiB ({REPORT} has the numbers)")
+
+
+def _benchmark(arguments, overrides) -> None:
+    from aqdetr_jax.deploy.benchmark import benchmark, format_benchmark, parse_threads
+    from aqdetr_jax.io import write_json_atomic
+
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("--height and --width go together")
+    if arguments.json:  # not found out after all the timing
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    result = benchmark(
+        arguments.models,
+        size=None if arguments.height is None else (arguments.height, arguments.width),
+        threads=parse_threads(arguments.threads),
+        seconds=arguments.seconds,
+        runs=arguments.runs,
+        image=arguments.image,
+        openvino=arguments.openvino,
+        progress=_line,
+    )
+    print(format_benchmark(result))
+    if arguments.json:
+        print(f"written to {write_json_atomic(arguments.json, result)}")
+
+
+def _line(text: str) -> None:
+    """Shows what is being done on a terminal, rewritten."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
 
 
 def _stages() -> Callable[[str, int, int], None]:
