@@ -120,6 +120,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--images", type=int, default=200, metavar="N", help="of those, the first N (200)"
     )
+    sub.add_argument("--batch", type=int, metavar="N", help="onnx: images at once (1)")
+    sub.add_argument(
+        "--activations",
+        choices=("uint8", "int8"),
+        help="onnx: uint8 (x86), int8 (ARM)",
+    )
+    sub.add_argument(
+        "--detections", action="store_true", help="onnx: boxes and scores come out, no logits"
+    )
     sub.add_argument(
         "--force", action="store_true", help="export even what differs from the trained model"
     )
@@ -333,6 +342,17 @@ def _export_to_devices(arguments, overrides) -> None:
             f"--format={arguments.format} is judged on real images: name a configuration whose "
             "evaluation images it is tried on, --config=configs/NAME.py (data.root=DIR for yours)"
         )
+    options = {
+        name: value
+        for name, value in (
+            ("batch", arguments.batch),
+            ("activations", arguments.activations),
+            ("outputs", "detections" if arguments.detections else None),
+        )
+        if value is not None
+    }
+    if options and arguments.format != "onnx":
+        raise ValueError("--batch, --activations and --detections are of --format=onnx")
     check_evaluation_keys(overrides)
     config = _experiment(arguments, overrides)
     report = export_model(
@@ -342,6 +362,7 @@ def _export_to_devices(arguments, overrides) -> None:
         GateData(config.data, arguments.images, eval_batch_size(config), config.name),
         force=arguments.force,
         progress=_stages(),
+        **options,
     )
     print(format_report(report))
     for failure in report["failures"]:

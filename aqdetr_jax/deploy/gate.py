@@ -42,18 +42,25 @@ class ExportRefusedError(ValueError):
 
 
 class Runtime(Protocol):
-    """An exported model that another program computes."""
+    """An exported model that another program computes.
+
+    Attributes:
+      name: of the program.
+      batch: images at once.
+      raw: whether ``detect`` returns (logits [B, N, C], boxes [B, N, 4] as cxcywh in [0, 1]), else
+        (scores [B, K], labels [B, K], boxes [B, K, 4] as xyxy in pixels of the real image).
+    """
 
     name: str
+    batch: int
+    raw: bool
 
-    def detect(self, images: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [B, H, W, 3], int32 [B, 2] -> (logits [B, N, C], boxes [B, N, 4])."""
+    def detect(self, images: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of images uint8 [B, H, W, 3] and the (height, width) of the real ones, int32 [B, 2]."""
         ...
 
-    def detect_with_codes(
-        self, images: np.ndarray, sizes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """The same, and the codes of every quantizer by site."""
+    def codes(self, images: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
+        """The codes of every quantizer by site, of the same."""
         ...
 
 
@@ -171,18 +178,19 @@ def _compare_model(model, deployed, dataset, given, show) -> Comparison:
     for number, batch in enumerate(batches, 1):
         logits, boxes, codes = run(variables, batch["images"], batch["mask"])
         real = batch["image_index"] >= 0
-        comparer.add(comparison, batch["images"], batch["mask"], codes, logits, boxes, real)
+        comparer.add(comparison, batch["images"], batch["mask"], codes, (logits, boxes), real)
         show("codes compared", number, len(batches))
     return comparison
 
 
 def _compare_runtime(runtime: Runtime, deployed, dataset, given, show) -> Comparison:
     comparer, comparison = NetworkComparer(deployed.network), Comparison()
-    batches = make_eval_pipeline(dataset, _pipeline(deployed, given, 1))
+    batches = make_eval_pipeline(dataset, _pipeline(deployed, given, runtime.batch))
     for number, batch in enumerate(batches, 1):
-        logits, boxes, codes = runtime.detect_with_codes(batch["images"], _sizes(batch["mask"]))
-        real = batch["image_index"] >= 0
-        comparer.add(comparison, batch["images"], batch["mask"], codes, logits, boxes, real)
+        images, mask, real = batch["images"], batch["mask"], batch["image_index"] >= 0
+        codes = runtime.codes(images, _sizes(mask))
+        outputs = runtime.detect(images, _sizes(mask)) if runtime.raw else ()
+        comparer.add(comparison, images, mask, codes, outputs, real)
         show(f"{runtime.name}: codes compared", number, len(batches))
     return comparison
 
@@ -205,10 +213,16 @@ def _runtime_metrics(runtime: Runtime, bundle, dataset, given, show) -> Mapping[
         )
     )
     results: list[dict[str, Any]] = []
-    batches = make_eval_pipeline(dataset, _pipeline(bundle, given, 1))
+    batches = make_eval_pipeline(dataset, _pipeline(bundle, given, runtime.batch))
     for number, batch in enumerate(batches, 1):
-        logits, boxes = runtime.detect(batch["images"], _sizes(batch["mask"]))
-        scores, labels, boxes = jax.device_get(read(logits, boxes, batch["original_size"]))
+        sizes, original = _sizes(batch["mask"]), batch["original_size"]
+        found = runtime.detect(batch["images"], sizes)
+        if runtime.raw:
+            scores, labels, boxes = jax.device_get(read(*found, original))
+        else:
+            scores, labels, boxes = found
+            scale = (original / sizes)[:, None, ::-1]
+            boxes = boxes * np.concatenate([scale, scale], -1)
         images = [dataset.image_id(int(i)) if i >= 0 else None for i in batch["image_index"]]
         results += to_coco_results(images, scores, labels, boxes, ids)
         show(f"{runtime.name}: evaluated", number, len(batches))

@@ -93,7 +93,9 @@ def test_the_text_has_a_line_a_model(timed):
     text = format_benchmark(timed)
     for row in timed["rows"]:
         assert re.search(rf"^{row['model']} +onnxruntime +{row['bits']} ", text, re.M)
-    assert re.search(r"left in float: 2 of 3 convolutions and products \(\w+_head, \w+_head\)", text)
+    assert re.search(
+        r"left in float: 2 of 3 convolutions and products \(\w+_head, \w+_head\)", text
+    )
 
 
 # --- our own models -------------------------------------------------------------------------------
