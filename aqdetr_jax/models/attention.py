@@ -205,10 +205,10 @@ class AttentionCore(nn.Module):
         rule = policy.rule_for(path)
         note = rule.note if rule else "no rule: float"
         macs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
-        product = functools.partial(OpRecord, path, heads=q.shape[1], macs=macs, note=note)
-        record(product("scores", activation=signed, other=signed))
+        row = functools.partial(OpRecord, path, heads=q.shape[1], macs=macs, note=note)
+        record(row("scores", activation=signed, other=signed))
         record(OpRecord(path, "softmax", note=FLOAT))
-        record(product("mix", activation=unsigned, other=signed))
+        record(row("mix", activation=unsigned, other=signed))
         mixed = merge_heads(mixed)
         return mixed, AttentionMaps(scores, probabilities, mixed)
 
