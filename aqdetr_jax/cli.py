@@ -195,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(overrides=True)
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="configs/NAME.py")
-    what.add_argument("--model", metavar="DIR", help="a run or its model folder")
+    what.add_argument("--model", metavar="DIR", help="a run, its model folder, a packed model")
     sub.add_argument("--height", type=int, metavar="N", help="of an image, pixels")
     sub.add_argument("--width", type=int, metavar="N", help="default: the largest in evaluation")
     sub.add_argument("--operations", action="store_true", help="list every operation too")

@@ -14,12 +14,19 @@ from typing import Any
 
 from flax import traverse_util
 
-from aqdetr_jax.checkpoint.model_folder import InputRule, load_model
+from aqdetr_jax.checkpoint.model_folder import InputRule
 from aqdetr_jax.config_types import ConfigError
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.deploy import published
+from aqdetr_jax.deploy.archive import is_archive
+from aqdetr_jax.deploy.load import open_model
 from aqdetr_jax.models.config import DetrConfig
-from aqdetr_jax.models.detector import deployed_ops, level_strides, record_first_ops, record_ops
+from aqdetr_jax.models.detector import (
+    build_detector,
+    deployed_ops,
+    level_strides,
+    record_first_ops,
+)
 from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.record import OpRecord
 from aqdetr_jax.quant.report import PACKED_PARTS, bit_report, columns
@@ -132,23 +139,29 @@ def complexity_of_model(folder: str | Path, size: tuple[int, int] | None = None)
     """What the model of a folder costs; see ``count``.
 
     Args:
-      folder: a run or its model folder.
+      folder: a run, its model folder, or a packed model.
       size: height and width of an image, pixels; None = the largest that its input rule makes.
 
     Raises:
       FileNotFoundError: there is no model.
       ValueError: it is a backbone, or a size cannot be.
     """
-    bundle = load_model(folder)
+    bundle = open_model(folder)
     size = size or _largest(bundle.input)
     try:
-        module = bundle.module()
+        bundle.module()
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     check_size(bundle.config, size)
-    rows = deployed_ops(record_ops(module, bundle.variables, size), bundle.config)
-    made = count(bundle.config, bundle.quant, rows, bundle.variables, size)
-    return {"name": bundle.info.get("name", str(folder)), **made, "notes": []}
+    # By its configuration: a packed model is no longer what its operations are traced in.
+    module = build_detector(bundle.config, bundle.quant.build())
+    rows, variables = record_first_ops(module, size)
+    made = count(bundle.config, bundle.quant, deployed_ops(rows, bundle.config), variables, size)
+    notes = []
+    if is_archive(folder):
+        files = sum(file.stat().st_size for file in Path(folder).iterdir())
+        notes.append(f"packed: its folder has {files:,} bytes, headers and manifest included")
+    return {"name": bundle.info.get("name", str(folder)), **made, "notes": notes}
 
 
 def count(
@@ -309,7 +322,7 @@ def format_complexity(made: Mapping[str, Any]) -> str:
         [
             f"{made['name']}: {made['policy']}, one image of {made['height']} x {made['width']} "
             "(height x width)",
-            *(f"assumed: {note}" for note in made["notes"]),
+            *(f"({note})" for note in made["notes"]),
             "",
             *table,
             "",

@@ -110,9 +110,9 @@ def packed_parts(row: OpRecord) -> dict[str, int]:
     Returns:
       ``PACKED_PARTS`` -> bytes: "codes", weights at their bits; "scales", a float32 for each of
       their output channels, a folded norm's factor in it; "biases", int32 of integer layers, whose
-      norms fold into them; "grids", the float32 step (and int32 zero) of every site, shift and
-      scale of every centred input channel; "floats", all else, float32. A convolution has a bias
-      whether the model's has one or not: that of the norm that folds into it.
+      norms fold into them; "grids", the float32 step of every site, shift and scale of every
+      centred input channel; "floats", all else, float32. A convolution has a bias whether the
+      model's has one or not: that of the norm that folds into it.
     """
     parts = dict.fromkeys(PACKED_PARTS, 0)
     steps = sum(_steps(spec, row) for spec in (row.activation, row.other))
@@ -133,10 +133,10 @@ def packed_parts(row: OpRecord) -> dict[str, int]:
 
 
 def _steps(spec: QuantSpec | None, row: OpRecord) -> int:
-    """Numbers of a grid."""
+    """Steps of a grid; its bits and zero points stand in the manifest."""
     if spec is None:
         return 0
-    return (row.heads if spec.granularity == "head" else 1) * (1 + spec.zero_point)
+    return row.heads if spec.granularity == "head" else 1
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

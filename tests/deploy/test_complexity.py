@@ -6,25 +6,27 @@ import dataclasses
 import functools
 import json
 
+import numpy as np
 import pytest
 import tiny
-from flax import traverse_util
+from test_packed import CASES, deployed
 
 from aqdetr_jax.cli import main
+from aqdetr_jax.deploy.archive import read_archive
+from aqdetr_jax.deploy.bits import Codes
 from aqdetr_jax.deploy.complexity import (
     GROUPS,
     complexity_of_config,
     complexity_of_model,
     format_complexity,
 )
+from aqdetr_jax.deploy.packed import write_packed
 from aqdetr_jax.deploy.published import MEAN_SIZE, Q_DETR_R50, as_papers_count
 from aqdetr_jax.models.config import DeformableConfig, DetrConfig
 from aqdetr_jax.models.detector import build_detector, deployed_ops, record_ops
-from aqdetr_jax.quant.config import QuantConfig
-from aqdetr_jax.quant.policy import Rule
 from aqdetr_jax.quant.record import OpRecord
-from aqdetr_jax.quant.report import PACKED_PARTS, bit_report, packed_parts
-from aqdetr_jax.quant.spec import QuantSpec
+from aqdetr_jax.quant.report import PACKED_PARTS, packed_parts
+from aqdetr_jax.quant.spec import QuantSpec, packed_size
 from aqdetr_jax.training.assemble import variables_of
 from aqdetr_jax.training.experiment import load_experiment
 
@@ -157,55 +159,32 @@ def test_printed_sizes_are_multiples():
 
 # --- packed bytes --------------------------------------------------------------------------------
 
-RULES = (
-    Rule("encoder/.*/q_proj|value_proj", 3, None, None),
-    Rule("decoder/.*/linear1", None, 5, None),
-    Rule("decoder/.*/core", None, None, 2),
-    Rule("input_proj", None, None, None),
-)
 SMALL = dataclasses.replace(tiny.MODEL, num_classes=5)
 
 
-@pytest.mark.parametrize("options", [{}, {"zero_point": True}, {"center": True}])
-@pytest.mark.parametrize("family", ["detr", "deformable", "refined"])
-def test_packed_parts_are_what_the_parameters_become(family, options):
-    """Counted from the variables instead of the records: each array goes where the file has it."""
-    config = dataclasses.replace(SMALL, num_auxiliary=0)
-    if family != "detr":
-        deformable = DeformableConfig(
-            levels=2, norm_groups=4, box_refine=family == "refined", two_stage=family == "refined"
-        )
-        config = dataclasses.replace(config, family="deformable", deformable=deformable)
-    quant = QuantConfig("w4a4", rules=RULES, **options)
-    module = build_detector(config, quant.build())
-    variables = variables_of(module, (64, 64))
-    report = bit_report(deployed_ops(record_ops(module, variables, (64, 64)), config))
-
-    params = traverse_util.flatten_dict(variables["params"], sep="/")
-    idle = [f"class_head_{i}/" for i in range(config.decoder_layers - 1)]
+@pytest.mark.parametrize("case", CASES)
+def test_packed_parts_are_those_of_the_file(case, tmp_path):
+    """Counted from the arrays that a packed model holds, each by what it is."""
+    model = deployed(case)
+    write_packed(tmp_path / "model", model)
+    arrays, _ = read_archive(tmp_path / "model")
     expected = dict.fromkeys(PACKED_PARTS, 0)
-    for path, leaf in params.items():
-        parent, _, name = path.rpartition("/")
-        if path.startswith(tuple(idle)) or parent in norms_of(variables):
-            continue
-        coded, coarse = f"{parent}/kernel_step" in params, f"{parent}/input_step" in params
-        if name == "kernel":
-            bits = int(quant.build().weight_spec(parent).bits) if coded else 32
-            expected["codes" if coded else "floats"] += -(-leaf.size * bits // 8)
-            expected["biases" if coded and coarse else "floats"] += 4 * leaf.shape[-1]
-        elif name == "kernel_step":
-            expected["scales"] += 4 * leaf.size
-        elif name.endswith(("_step", "_zero", "_shift", "_scale")):
-            expected["grids"] += 4 * leaf.size
-        elif not (name == "bias" and f"{parent}/kernel" in params):  # counted with its kernel
-            expected["floats"] += 4 * leaf.size
-    assert report["packed_parts"] == expected
-    assert report["packed_bytes"] == sum(expected.values())
-
-
-def norms_of(variables) -> set[str]:
-    flat = traverse_util.flatten_dict(variables["batch_stats"], sep="/")
-    return {path.rpartition("/")[0] for path in flat}
+    for name, array in arrays.items():
+        if isinstance(array, Codes):
+            expected["codes"] += packed_size(array.values.size, array.bits)
+        elif name.endswith("/scale") and isinstance(arrays.get(name[:-5] + "kernel"), Codes):
+            expected["scales"] += array.nbytes
+        elif array.dtype == np.int32:
+            expected["biases"] += array.nbytes
+        elif name.endswith(("_step", "/shift", "/spread")):
+            expected["grids"] += array.nbytes
+        else:
+            expected["floats"] += array.nbytes
+    made = complexity_of_model(tmp_path / "model")
+    assert made["packed_parts"] == expected
+    assert made["packed_bytes"] == sum(expected.values())
+    files = sum(file.stat().st_size for file in (tmp_path / "model").iterdir())
+    assert f"{files:,} bytes" in format_complexity(made)
 
 
 def test_parts_of_single_operations_by_hand():
@@ -219,7 +198,7 @@ def test_parts_of_single_operations_by_hand():
     assert packed_parts(inputs) == dict(codes=0, scales=0, biases=0, grids=60, floats=160)
     heads = QuantSpec(4, signed=False, granularity="head", zero_point=True)
     core = OpRecord("c", "scores", activation=heads, other=grid, heads=8, macs=5)
-    assert packed_parts(core) == dict(codes=0, scales=0, biases=0, grids=4 * (16 + 1), floats=0)
+    assert packed_parts(core) == dict(codes=0, scales=0, biases=0, grids=4 * (8 + 1), floats=0)
     norm = OpRecord("n", "norm", parameters=20, folds=True)
     assert sum(packed_parts(norm).values()) == 0
 
