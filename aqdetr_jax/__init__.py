@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def load(path: str) -> Detector:
-    """Loads a model folder (or the model of a run's work directory), ready to detect.
+    """Loads a model folder, the model of a run's work directory or a packed model, ready to detect.
 
     Args:
-      path: ``RUN`` or ``RUN/model``.
+      path: ``RUN``, ``RUN/model`` or the folder of a packed model.
 
     Returns:
       A detector: ``load(path).predict(image)`` with a path, PIL image or array.
     """
     # Imported on demand: configuration tools must not pay for JAX and Flax.
-    from aqdetr_jax.evaluation.predict import load as load_detector
+    from aqdetr_jax.deploy.load import load as load_detector
 
     return load_detector(path)

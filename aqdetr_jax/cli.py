@@ -64,10 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name, run, text, *, config=False, workdir=False, computes=True):
+    def verb(name, run, text, *, config=False, workdir=False, computes=True, overrides=False):
         sub = verbs.add_parser(name, help=text, description=text)
-        takes = config or name in ("quickstart", "finetune")
-        sub.set_defaults(run=run, overrides=takes, computes=computes)
+        sub.set_defaults(run=run, overrides=config or overrides, computes=computes)
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         if config:
             sub.add_argument("--config", required=True, metavar="configs/NAME.py")
@@ -103,21 +102,65 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="the backbone is (not) dilated (DC5), where the source does not say",
     )
-    sub = verb("export", _export, "a model for another library: Hugging Face transformers")
+    sub = verb("export", _export, "a model for devices, or for another library", overrides=True)
     sub.add_argument("--model", required=True, metavar="DIR", help="a run or its model folder")
     sub.add_argument("--to", required=True, metavar="DIR", help="the folder to write")
-    sub.add_argument("--format", choices=("huggingface",), default="huggingface")
+    sub.add_argument(
+        "--format",
+        choices=("packed", "onnx", "stablehlo", "huggingface"),
+        required=True,
+        help="packed: low-bit integers at their size; onnx: for ONNX Runtime on CPUs; stablehlo: "
+        "for XLA; huggingface: transformers' float weights",
+    )
+    sub.add_argument(
+        "--config",
+        metavar="configs/NAME.py",
+        help="whose evaluation images the export is judged on",
+    )
+    sub.add_argument(
+        "--images", type=int, default=200, metavar="N", help="of those, the first N (200)"
+    )
+    sub.add_argument("--batch", type=int, metavar="N", help="onnx: images at once (1)")
+    sub.add_argument(
+        "--activations",
+        choices=("uint8", "int8"),
+        help="onnx: uint8 (x86), int8 (ARM)",
+    )
+    sub.add_argument(
+        "--detections", action="store_true", help="onnx: boxes and scores come out, no logits"
+    )
+    sub.add_argument(
+        "--force", action="store_true", help="export even what differs from the trained model"
+    )
     sub.add_argument(
         "--fake-quantized",
         action="store_true",
         help="weights of a low-bit model as the values on their grids; the rest is float",
     )
-    sub = verb("quickstart", _quickstart, "a float detector becomes a 4-bit one, in minutes")
+    text = "latency, memory and size of models side by side"
+    sub = verb("benchmark", _benchmark, text, computes=False)
+    sub.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="a run or its model folder, a packed model, an ONNX file or a folder of such",
+    )
+    sub.add_argument("--height", type=int, metavar="H", help="of the images; default: the model's")
+    sub.add_argument("--width", type=int, metavar="W")
+    sub.add_argument("--threads", default="", metavar="1,2", help="default: one a core")
+    sub.add_argument("--seconds", type=float, default=10.0, help="for each model (10)")
+    sub.add_argument("--runs", type=int, metavar="N", help="timed runs of each model instead")
+    sub.add_argument("--image", metavar="FILE", help="default: one of the embedded set")
+    sub.add_argument("--openvino", action="store_true", help="ONNX files in OpenVINO too")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="where rows and raw figures go")
+    text = "a float detector becomes a 4-bit one, in minutes"
+    sub = verb("quickstart", _quickstart, text, overrides=True)
     sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
     sub.add_argument("--model", choices=("detr", "deformable"), default="detr")
     sub.add_argument("--from-scratch", action="store_true", help="train the float teacher too")
     sub.add_argument("--baseline", action="store_true", help="also train plain LSQ as long")
-    sub = verb("finetune", _finetune, "a folder of your own images becomes a low-bit detector")
+    text = "a folder of your own images becomes a low-bit detector"
+    sub = verb("finetune", _finetune, text, overrides=True)
     sub.add_argument("data", metavar="DIR", help="COCO, Roboflow, Pascal VOC, YOLO or prepared")
     sub.add_argument("--workdir", metavar="DIR", help="default: runs/finetune-NAME")
     sub.add_argument("--model", choices=("detr", "deformable"), help="default: deformable")
@@ -147,6 +190,26 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--fast", action="store_true", help="stop before code is generated")
     sub.add_argument("--search", action="store_true", help="find the largest batch that fits")
     sub.add_argument("--out", type=Path, metavar="FILE.json", help="where the plan is written too")
+    text = "parameters, multiply-adds, bits, and bytes of the packed file"
+    sub = verb("complexity", _complexity, text, computes=False)
+    sub.set_defaults(overrides=True)
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="configs/NAME.py")
+    what.add_argument("--model", metavar="DIR", help="a run or its model folder")
+    sub.add_argument("--height", type=int, metavar="N", help="of an image, pixels")
+    sub.add_argument("--width", type=int, metavar="N", help="default: the largest in evaluation")
+    sub.add_argument("--operations", action="store_true", help="list every operation too")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="where all of it is written too")
+    sub = verb("sensitivity", _sensitivity, "which operations can do with few bits", config=True)
+    sub.add_argument("--model", required=True, metavar="DIR", help="the float model")
+    sub.add_argument("--out", required=True, metavar="DIR", help="where measurements are kept")
+    sub.add_argument("--images", type=int, default=200, metavar="N", help="of the evaluation set")
+    sub.add_argument("--bits", default="8,4,3,2", metavar="8,4,3,2", help="to choose from")
+    sub.add_argument(
+        "--budget",
+        metavar="900KiB|0.02AP",
+        help="bytes of the packed model, or AP lost by calibration; default: the policy's bytes",
+    )
     verb("config", _config, "print a resolved configuration", config=True, computes=False)
     return parser
 
@@ -173,7 +236,7 @@ def _pretrain(arguments, overrides) -> None:
 
 
 def _eval(arguments, overrides) -> None:
-    from aqdetr_jax.checkpoint.model_folder import load_model
+    from aqdetr_jax.deploy.load import open_model
     from aqdetr_jax.evaluation.coco import format_results
     from aqdetr_jax.evaluation.models import INPUT_KEYS, evaluate_bundle, input_rule
     from aqdetr_jax.io import write_json_atomic
@@ -187,7 +250,7 @@ def _eval(arguments, overrides) -> None:
     config = _experiment(arguments, overrides)
     if arguments.out:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
-    bundle = load_model(arguments.model)
+    bundle = open_model(arguments.model)
     rule = input_rule(bundle, config.data, given)
     block, detections = evaluate_bundle(
         bundle,
@@ -250,13 +313,99 @@ def _convert(arguments, overrides) -> None:
 
 
 def _export(arguments, overrides) -> None:
+    if arguments.format != "huggingface":
+        _export_to_devices(arguments, overrides)
+        return
     from aqdetr_jax.interop.export import REPORT, export
 
+    if arguments.config or overrides:
+        raise ValueError(
+            "--format=huggingface looks at no images: leave --config and its overrides out"
+        )
     made = export(arguments.model, arguments.to, fake_quantized=arguments.fake_quantized)
     print(made.summary())
     for note in made.report["notes"]:
         print(f"note: {note}")
     print(f"written to {arguments.to} ({REPORT} says what was left out)")
+
+
+def _export_to_devices(arguments, overrides) -> None:
+    from aqdetr_jax.deploy.export import REPORT, export_model
+    from aqdetr_jax.deploy.gate import GateData, format_report
+    from aqdetr_jax.training.effects import check_evaluation_keys
+    from aqdetr_jax.training.sizing import eval_batch_size
+
+    if arguments.fake_quantized:
+        raise ValueError("--fake-quantized is of --format=huggingface: here integers are integers")
+    if not arguments.config:
+        raise ValueError(
+            f"--format={arguments.format} is judged on real images: name a configuration whose "
+            "evaluation images it is tried on, --config=configs/NAME.py (data.root=DIR for yours)"
+        )
+    options = {
+        name: value
+        for name, value in (
+            ("batch", arguments.batch),
+            ("activations", arguments.activations),
+            ("outputs", "detections" if arguments.detections else None),
+        )
+        if value is not None
+    }
+    if options and arguments.format != "onnx":
+        raise ValueError("--batch, --activations and --detections are of --format=onnx")
+    check_evaluation_keys(overrides)
+    config = _experiment(arguments, overrides)
+    report = export_model(
+        arguments.model,
+        arguments.to,
+        arguments.format,
+        GateData(config.data, arguments.images, eval_batch_size(config), config.name),
+        force=arguments.force,
+        progress=_stages(),
+        **options,
+    )
+    print(format_report(report))
+    for failure in report["failures"]:
+        print(f"note: {failure}")
+    print(f"written to {arguments.to}, {report['bytes'] / 1024:.0f} KiB ({REPORT} has the numbers)")
+
+
+def _benchmark(arguments, overrides) -> None:
+    from aqdetr_jax.deploy.benchmark import benchmark, format_benchmark, parse_threads
+    from aqdetr_jax.io import write_json_atomic
+
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("--height and --width go together")
+    if arguments.json:  # not found out after all the timing
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    result = benchmark(
+        arguments.models,
+        size=None if arguments.height is None else (arguments.height, arguments.width),
+        threads=parse_threads(arguments.threads),
+        seconds=arguments.seconds,
+        runs=arguments.runs,
+        image=arguments.image,
+        openvino=arguments.openvino,
+        progress=_line,
+    )
+    print(format_benchmark(result))
+    if arguments.json:
+        print(f"written to {write_json_atomic(arguments.json, result)}")
+
+
+def _line(text: str) -> None:
+    """Shows what is being done on a terminal, rewritten."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
+
+
+def _stages() -> Callable[[str, int, int], None]:
+    """Shows "THINGS done 3/20", rewritten on a terminal, else once at the end of each."""
+
+    def show(things: str, done: int, total: int) -> None:
+        _counter(things, "batches")(done, total)
+
+    return show
 
 
 def _quickstart(arguments, overrides) -> None:
@@ -355,6 +504,42 @@ def _plan(arguments, overrides) -> int:
     if arguments.out:
         print(f"written to {write_json_atomic(arguments.out, as_json(plan))}")
     return int(not plan.fits)
+
+
+def _complexity(arguments, overrides) -> None:
+    from aqdetr_jax.deploy import complexity
+    from aqdetr_jax.io import write_json_atomic
+    from aqdetr_jax.quant.report import format_bit_report
+
+    host.use_cpu()
+    size = complexity.given_size(arguments.height, arguments.width)
+    complexity.check_complexity_keys(overrides, model=arguments.model)
+    if arguments.model:
+        made = complexity.complexity_of_model(arguments.model, size)
+    else:
+        made = complexity.complexity_of_config(_experiment(arguments, overrides), size)
+    if arguments.operations:
+        print(format_bit_report({**made, "rows": made["operations"]}), end="\n\n")
+    print(complexity.format_complexity(made))
+    if arguments.json:
+        print(f"written to {write_json_atomic(arguments.json, made)}")
+
+
+def _sensitivity(arguments, overrides) -> None:
+    from aqdetr_jax.deploy.ranking import as_text
+    from aqdetr_jax.deploy.sensitivity import parse_bits, sensitivity
+    from aqdetr_jax.reporting import report_sensitivity
+
+    result = sensitivity(
+        _experiment(arguments, overrides),
+        arguments.model,
+        arguments.out,
+        images=arguments.images,
+        candidates=parse_bits(arguments.bits),
+        budget=arguments.budget,
+    )
+    print(as_text(result))
+    report_sensitivity(result, arguments.out)
 
 
 def _config(arguments, overrides) -> None:

@@ -12,15 +12,20 @@ from typing import Any
 
 from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.data.open import open_dataset
+from aqdetr_jax.deploy.export import deployed_bundle
+from aqdetr_jax.deploy.packed import write_packed
 from aqdetr_jax.evaluation.coco import format_results
 from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.evaluation.models import evaluate_bundle
-from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.io import folder_bytes, read_json, write_json_atomic
 from aqdetr_jax.reporting import write_run_report
 from aqdetr_jax.training.bundles import calibrated_bundle
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.loop import train
 from aqdetr_jax.training.sizing import eval_batch_size
+
+PACKED = "packed"
+"""Folder of the student as it is deployed, see ``deploy.packed``."""
 
 _FOUND_NOTHING = 0.01
 """AP of a teacher below which its students' share of it says nothing."""
@@ -91,6 +96,8 @@ def compress(
         assert lsq.block is not None
         blocks["baseline"] = lsq.block
 
+    packed = workdir / PACKED
+    write_packed(packed, deployed_bundle(student.bundle, str(workdir / runs["student"])))
     write_json_atomic(workdir / "results.json", blocks)
     report = write_run_report(
         workdir,
@@ -109,11 +116,14 @@ def compress(
         student=student.bundle,
         bits=workdir / runs["student"] / "bit_report.json",
         manifest=workdir / runs["student"] / "manifest.json",
+        packed=packed,
     )
     for name, block in blocks.items():
         print(f"\n{name}\n{format_results(block)}")
     where = f"report: {report}" if report else f"results: {workdir / 'results.json'}"
-    print(f"\n{verdict(blocks, bits)}; {where}")
+    size = folder_bytes(packed) / 1024
+    print(f"\nas integers: {packed}, {size:.0f} KiB (aqdetr predict --model={packed} IMAGE)")
+    print(f"{verdict(blocks, bits)}; {where}")
     return blocks
 
 

@@ -105,6 +105,11 @@ def is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
+def folder_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes of all files of a folder and of those in it."""
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+
+
 def check_folder(path: str | os.PathLike[str], mark: str) -> Path:
     """Whether a folder may be written, as an absolute path.
 

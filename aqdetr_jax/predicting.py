@@ -10,7 +10,8 @@ from pathlib import Path
 from aqdetr_jax.checkpoint.model_folder import TEACHERS
 from aqdetr_jax.data.dataset import ImageReadError
 from aqdetr_jax.data.images import MAX_PIXELS, as_array
-from aqdetr_jax.evaluation.predict import Detector, Prediction, check_threshold, load
+from aqdetr_jax.deploy.load import load
+from aqdetr_jax.evaluation.predict import Detector, Prediction, check_threshold
 from aqdetr_jax.io import printable, write_json_atomic
 from aqdetr_jax.viz.detections import draw_boxes
 from aqdetr_jax.viz.fonts import note_of_numbers

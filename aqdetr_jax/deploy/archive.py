@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from aqdetr_jax.checkpoint.checksums import find_damage, read_manifest, write_manifest
-from aqdetr_jax.deploy.bits import Codes, pack, packed_size, unpack
+from aqdetr_jax.deploy.bits import Codes, pack, unpack
 from aqdetr_jax.io import whole_folder
-from aqdetr_jax.quant.spec import SUPPORTED_BITS
+from aqdetr_jax.quant.spec import SUPPORTED_BITS, packed_size
 
 FORMAT = "aqdetr-packed"
 VERSION = 1
@@ -67,7 +67,7 @@ def write_archive(
                 "shape": list(array.values.shape),
             }
             continue
-        stored[name] = np.ascontiguousarray(array)
+        stored[name] = np.asarray(array, order="C")  # (keeps scalars scalars)
         reason = _unusable(name, stored[name])
         if reason:
             raise ValueError(f"{name} {reason}: it would be no model")

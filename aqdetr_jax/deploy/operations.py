@@ -19,8 +19,6 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from aqdetr_jax.deploy.parts import Grid, Layer, Norm
 
 Tensor = Any
@@ -52,8 +50,10 @@ class Operations(abc.ABC):
 
     @abc.abstractmethod
     def convolve(self, x: Tensor, layer: Layer) -> Tensor:
-        """Convolution and bias of a map: sums of an integer layer (whose input is quantized first,
-        see ``quantize``), else a float map."""
+        """Convolution and bias of a map: sums of an integer layer, else a float map.
+
+        The input of a layer with a grid is quantized first, see ``quantize``.
+        """
 
     @abc.abstractmethod
     def max_pool(self, x: Tensor) -> Tensor:
@@ -71,7 +71,11 @@ class Operations(abc.ABC):
     def tokens(self, x: Tensor) -> Tensor:
         """A map's cells in a row, [B, H * W, C]; floats (sums become floats)."""
 
-    # --- grids -------------------------------------------------------------------------------------
+    @abc.abstractmethod
+    def to_map(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Floats [B, h * w, C] as a map again."""
+
+    # --- grids ------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def quantize(self, x: Tensor, grid: Grid) -> Tensor:
@@ -87,7 +91,7 @@ class Operations(abc.ABC):
     def dequantize(self, x: Tensor) -> Tensor:
         """Codes as floats, ``code * step``."""
 
-    # --- products ------------------------------------------------------------------------------------
+    # --- products ---------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def dense(self, x: Tensor, layer: Layer) -> Tensor:
@@ -107,7 +111,7 @@ class Operations(abc.ABC):
 
     @abc.abstractmethod
     def mix(self, weights: Tensor, values: Tensor) -> Tensor:
-        """``weights . values``, [B, H, Q, K] x [B, H, K, D] -> floats [B, H, Q, D]; as ``scores``."""
+        """``weights . values``, [B, H, Q, K] x [B, H, K, D] -> [B, H, Q, D]; as ``scores``."""
 
     @abc.abstractmethod
     def mix_samples(self, weights: Tensor, samples: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ class Operations(abc.ABC):
           floats [B, H, Q, L * K, D].
         """
 
-    # --- floats ---------------------------------------------------------------------------------------
+    # --- floats -----------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def normalize(self, x: Tensor, norm: Norm) -> Tensor:
@@ -208,7 +212,15 @@ class Operations(abc.ABC):
     def rows(self, x: Tensor, indices: Tensor) -> Tensor:
         """[B, S, C] and [B, N] -> [B, N, C], the rows of those indices."""
 
-    # --- shapes: of floats, truth values, whole numbers, codes (sums become floats) ------------------
+    @abc.abstractmethod
+    def greatest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(the largest of the last axis, its index, the first one's if there are several)."""
+
+    @abc.abstractmethod
+    def divided(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """(whole quotient, remainder) of whole numbers that are not negative."""
+
+    # --- shapes: of floats, truth values, whole numbers, codes (sums become floats) ---------------
 
     @abc.abstractmethod
     def shape(self, x: Tensor) -> tuple[Any, ...]:
@@ -231,5 +243,5 @@ class Operations(abc.ABC):
         """``x[start:stop:step]`` along an axis."""
 
     @abc.abstractmethod
-    def repeat_batch(self, x: np.ndarray, like: Tensor) -> Tensor:
+    def repeat_batch(self, x: Any, like: Tensor) -> Tensor:
         """A constant [...] as floats [B, ...], B the first dimension of ``like``."""

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from aqdetr_jax.data.batching import PipelineStats
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
+from aqdetr_jax.data.remedies import smaller_images
 from aqdetr_jax.evaluation.coco import evaluate_detections, postprocess, to_coco_results
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.models.detector import Detector
@@ -54,30 +55,38 @@ class Detections(NamedTuple):
         return cls(results, seconds, images)
 
 
-def make_predict_fn(module: Detector, mesh: Mesh, num_classes: int) -> Callable:
+Outputs = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+"""Takes a batch's dataset indices [B] (-1 = filler), logits [B, Q, C] and boxes [B, Q, 4]."""
+
+
+def make_predict_fn(
+    module: Detector, mesh: Mesh, num_classes: int, *, raw: bool = False
+) -> Callable:
     """The jitted inference function.
 
     Args:
       module: the model.
       mesh: devices; the batch is split over "data".
       num_classes: classes that count (the head may have columns for more).
+      raw: the last layer's logits and boxes come too.
 
     Returns:
-      ``f(variables, images, mask, original_size) -> (scores, labels, boxes)``; one compilation for
-      each image bucket.
+      ``f(variables, images, mask, original_size) -> (scores, labels, boxes)``, or with ``raw``
+      ``(scores, labels, boxes, logits, boxes)``; one compilation for each image bucket.
     """
 
     def predict(variables, images, mask, original_size):
         # Known to the sampling kernel, which is split by hand.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             output: Any = module.apply(variables, images, mask)
-        return postprocess(
+        found = postprocess(
             output.logits[-1],
             output.boxes[-1],
             original_size,
             kind=module.config.class_loss,
             num_classes=num_classes,
         )
+        return (*found, output.logits[-1], output.boxes[-1]) if raw else found
 
     whole, split = replicated(mesh), batch_sharding(mesh)
     return jax.jit(predict, in_shardings=(whole, split, split, split), out_shardings=split)
@@ -94,6 +103,8 @@ class Evaluator:
       category_ids: the set's category id of each of the model's classes, None for a class that the
         set has not (it is detected and left out, as COCO does); the set's own by default.
       reserved: bytes on each device that other things take meanwhile.
+      outputs: is given what the network says of every batch, before it becomes detections.
+      last_remedy: what helps where one image a device does not fit, a sentence.
     """
 
     def __init__(
@@ -104,8 +115,10 @@ class Evaluator:
         mesh: Mesh,
         category_ids: Sequence[int | None] | None = None,
         reserved: int = 0,
+        outputs: Outputs | None = None,
+        last_remedy: str = smaller_images("eval_buckets"),
     ):
-        self._dataset = dataset
+        self._dataset, self._outputs = dataset, outputs
         self._category_ids = dataset.category_ids if category_ids is None else category_ids
         # The last batch is filled up anyway, so any batch size can be made to fit the devices.
         unit = (
@@ -119,7 +132,7 @@ class Evaluator:
         self._mesh = mesh
         split = batch_sharding(mesh)
         self._programs = Programs(
-            make_predict_fn(module, mesh, len(self._category_ids)),
+            make_predict_fn(module, mesh, len(self._category_ids), raw=outputs is not None),
             [
                 tuple(
                     jax.ShapeDtypeStruct((size, *shape), dtype, sharding=split)
@@ -128,10 +141,9 @@ class Evaluator:
                 for b in self._batches.buckets
             ],
             name="evaluation",
-            remedies="lower config.train.eval_batch_size"
+            remedies=f"try config.train.eval_batch_size={size // unit // 2 * unit}"
             if size > unit
-            else "the model and one image a device are too large; use smaller config.data.buckets, "
-            "or another device",
+            else last_remedy,
             reserved=reserved,
         )
 
@@ -175,7 +187,9 @@ class Evaluator:
             placed = put_batch(arrays, self._mesh)
             inputs = placed["images"], placed["mask"], placed["original_size"]
             out = self._programs((variables,), inputs)(variables, *inputs)
-            index, scores, labels, boxes = _to_host((placed["image_index"], *out))
+            index, scores, labels, boxes, *raw = _to_host((placed["image_index"], *out))
+            if self._outputs is not None:
+                self._outputs(index, *raw)
             ids = [self._dataset.image_id(int(i)) if i >= 0 else None for i in index]
             results += to_coco_results(ids, scores, labels, boxes, self._category_ids)
             if progress is not None:

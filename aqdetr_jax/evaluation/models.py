@@ -8,13 +8,15 @@ from typing import Any
 
 from aqdetr_jax.checkpoint.model_folder import InputRule, ModelBundle
 from aqdetr_jax.data.config import DataConfig
+from aqdetr_jax.data.dataset import DetectionDataset
+from aqdetr_jax.data.first import FirstImages
 from aqdetr_jax.data.fit import fitted
 from aqdetr_jax.data.notices import say_findings
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import PipelineConfig
 from aqdetr_jax.data.suspicious import check_pixel_boxes
 from aqdetr_jax.evaluation.coco import results_block
-from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
+from aqdetr_jax.evaluation.evaluator import Detections, Evaluator, Outputs
 from aqdetr_jax.interop.labels import placeholders
 from aqdetr_jax.parallel.hosts import say
 from aqdetr_jax.parallel.mesh import make_mesh
@@ -50,6 +52,43 @@ def evaluate_bundle(
         normalised.
     """
     dataset = open_dataset(data, train=False)
+    evaluator = bundle_evaluator(bundle, dataset, data, batch_size=batch_size, rule=rule)
+    metrics, detections = evaluator.evaluate(bundle.variables, progress)
+    block = results_block(
+        metrics,
+        images=len(dataset),
+        config=name,
+        seed=int(bundle.info.get("seed", seed)),
+        commit=git_commit(),
+        seconds=detections.seconds,
+    )
+    return block, detections
+
+
+def bundle_evaluator(
+    bundle: ModelBundle,
+    dataset: DetectionDataset,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    rule: InputRule | None = None,
+    first: int | None = None,
+    outputs: Outputs | None = None,
+) -> Evaluator:
+    """The evaluator of a model, whose classes are the set's by name.
+
+    Args:
+      bundle: the model; its variables are not looked at.
+      dataset: the evaluation set.
+      data: how it is read.
+      batch_size: images a batch, over all devices.
+      rule: how images become network input; the model's own when None.
+      first: images of the set that are evaluated; None = all.
+      outputs: see ``Evaluator``.
+
+    Raises:
+      ValueError: see :func:`evaluate_bundle`.
+    """
     known = set(bundle.class_names)
     unknown = tuple(name for name in dataset.class_names if name not in known)
     if unknown:
@@ -72,26 +111,17 @@ def evaluate_bundle(
         )
     check_pixel_boxes(dataset)
     say_findings(dataset)
-    evaluator = Evaluator(
+    return Evaluator(
         bundle.module(),
-        dataset,
+        dataset if first is None else FirstImages(dataset, first),
         dataclasses.replace(
             PipelineConfig.from_data(data, train=False, batch_size=batch_size),
             **(rule or bundle.input).pipeline(),
         ),
         make_mesh(),
         [ids.get(name) for name in bundle.class_names],
+        outputs=outputs,
     )
-    metrics, detections = evaluator.evaluate(bundle.variables, progress)
-    block = results_block(
-        metrics,
-        images=len(dataset),
-        config=name,
-        seed=int(bundle.info.get("seed", seed)),
-        commit=git_commit(),
-        seconds=detections.seconds,
-    )
-    return block, detections
 
 
 INPUT_KEYS = {

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from aqdetr_jax.checkpoint.model_folder import ModelBundle, load_model
+from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.data.dataset import DetectionDataset, Example
 from aqdetr_jax.data.images import MAX_PIXELS, ImageLike, as_array
 from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
@@ -134,15 +133,6 @@ class Detector:
         return Prediction(
             np.clip(boxes[order], 0, limit), scores[order], labels[order], names, size
         )
-
-
-def load(path: str | Path) -> Detector:
-    """Loads a model folder, or the model of a run's work directory, ready to detect.
-
-    Args:
-      path: ``RUN`` or ``RUN/model``.
-    """
-    return Detector(load_model(path))
 
 
 def check_threshold(threshold: float) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -125,8 +126,22 @@ def input_gradient(
             gaps.append((0, shape[1 + i] - reach, stride - 1))
         return lax.pad(rows, jnp.zeros((), dtype), (*gaps, (0, 0, 0)))
 
+    def scattered(cotangent, kernel):
+        total = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
+        for i, j in itertools.product(*(range(n) for n in kernel.shape[:2])):
+            gaps = [(0, 0, 0)]
+            for axis, tap in enumerate((i, j)):
+                stride = window.strides[axis]
+                first = window.dilation[axis] * tap - window.padding[axis][0]
+                reach = stride * (cotangent.shape[1 + axis] - 1) + 1
+                gaps.append((first, shape[1 + axis] - reach - first, stride - 1))
+            rows = _rows_product(cotangent, kernel[i, j], 1, total.dtype)
+            total += lax.pad(rows, jnp.zeros((), total.dtype), (*gaps, (0, 0, 0)))
+        return total.astype(dtype)
+
     if not _is_pointwise(window, kernel.shape):
-        return general(cotangent, kernel)
+        small = math.prod(cotangent.shape[1:3]) <= math.prod(kernel.shape[:2])
+        return (scattered if small else general)(cotangent, kernel)
     return lax.platform_dependent(cotangent, kernel, cpu=pointwise, default=general)
 
 

@@ -14,6 +14,7 @@ from aqdetr_jax.viz import curves, html, palette
 from aqdetr_jax.viz.bits_table import bits_section
 from aqdetr_jax.viz.html import MISSING, Markup, element, join
 from aqdetr_jax.viz.records import read_metrics
+from aqdetr_jax.viz.sensitivity import sensitivity_section
 
 CONTEXT_KEYS = (
     "title",
@@ -25,6 +26,7 @@ CONTEXT_KEYS = (
     "detections",
     "attention",
     "query_capacity",
+    "sensitivity",
     "bit_report",
     "notes",
 )
@@ -47,7 +49,9 @@ def write_report(workdir: str | os.PathLike[str], context: Mapping[str, Any]) ->
     - detections, attention: lists of pictures; each a PIL image, a path, or a dict with "image" and
       optional "title" and "caption".
     - query_capacity: rows for ``curves.capacity_curves``; other columns appear in the table only.
-    - bit_report: {"rows": [...], "packed_bytes": int, "float_bytes": int}, the sizes optional. A
+    - sensitivity: see ``sensitivity.sensitivity_section``.
+    - bit_report: {"rows": [...], "packed_bytes": int, "float_bytes": int, "measured": bool}, the
+      sizes optional ("measured": they are a file's). A
       row has "path", "kind", "weight_bits", "activation_bits", "attention_bits" (an integer;
       "float" or 32 for float; None where the operation has no such operand), "parameters" and
       "note".
@@ -79,6 +83,7 @@ def render_report(context: Mapping[str, Any]) -> str:
         ("detections", "Detections", _pictures, "detections"),
         ("attention", "Encoder attention", _attention, "attention"),
         ("queries", "Query capacity", _capacity, "query_capacity"),
+        ("sensitivity", "Sensitivity", sensitivity_section, "sensitivity"),
         ("bits", "Bits", bits_section, "bit_report"),
         ("run", "How it was run", lambda _: _run(context), ""),
         ("notes", "Notes and limits", _notes, "notes"),
@@ -139,10 +144,10 @@ def _tiles(context: Mapping[str, Any]) -> Markup:
         hint = f"{others[0]}: {_percent(results[others[0]]['AP'])}"
         tiles.append((f"over the {others[0]}", gain, "AP", hint))
     if bits.get("packed_bytes"):
-        hint = "weights as stored"
+        hint = "as written" if bits.get("measured") else "weights as stored"
         if bits.get("float_bytes"):
             ratio = bits["float_bytes"] / bits["packed_bytes"]
-            hint = f"{ratio:.1f}× below float32"
+            hint = f"{hint}, {ratio:.1f}× below float32"
         number, unit = html.size(bits["packed_bytes"]).split()
         tiles.append(("model size", number, unit, hint))
     if not tiles:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from aqdetr_jax.checkpoint.model_folder import InputRule, load_model
 from aqdetr_jax.data.dataset import ImageReadError
-from aqdetr_jax.evaluation.predict import Detector, load
+from aqdetr_jax.deploy.load import load
+from aqdetr_jax.evaluation.predict import Detector
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

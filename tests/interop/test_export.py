@@ -83,7 +83,10 @@ def test_there_and_back(name, tmp_path, capsys):
     (source / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING))
     convert(source, tmp_path / "ours")
     folder = tmp_path / "back"
-    assert main(["export", f"--model={tmp_path / 'ours'}", f"--to={folder}"]) == 0
+    assert (
+        main(["export", "--format=huggingface", f"--model={tmp_path / 'ours'}", f"--to={folder}"])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "float, as they are" in printed
     assert f"written to {folder} (export_report.json" in printed
@@ -203,7 +206,12 @@ def test_fake_quantized_weights(name, tmp_path, monkeypatch, capsys):
     quant = STUDENTS[name]
     student = random_bundle(parity_cases.TINY[name], quant)
     save_model(tmp_path / "student", student)
-    command = ["export", f"--model={tmp_path / 'student'}", f"--to={tmp_path / 'out' / 'theirs'}"]
+    command = [
+        "export",
+        "--format=huggingface",
+        f"--model={tmp_path / 'student'}",
+        f"--to={tmp_path / 'out' / 'theirs'}",
+    ]
     assert main(command) == 1
     message = capsys.readouterr().err.splitlines()[0]
     assert f"is quantized (quant.policy={quant.policy!r})" in message
@@ -326,7 +334,17 @@ def test_models_that_transformers_has_not(converted, tmp_path, capsys, change, r
     bundle = load_model(converted)
     source = tmp_path / "model"
     save_model(source, dataclasses.replace(bundle, config=change(bundle.config)))
-    assert main(["export", f"--model={source}", f"--to={tmp_path / 'out' / 'x'}"]) == 1
+    assert (
+        main(
+            [
+                "export",
+                "--format=huggingface",
+                f"--model={source}",
+                f"--to={tmp_path / 'out' / 'x'}",
+            ]
+        )
+        == 1
+    )
     message, hint = capsys.readouterr().err.splitlines()
     assert hint.startswith("(--traceback")
     for reason in (str(source), *reasons):
@@ -336,7 +354,18 @@ def test_models_that_transformers_has_not(converted, tmp_path, capsys, change, r
 
 def test_other_things_that_cannot_be_exported(converted, tiny_teacher, tmp_path, capsys):
     def refuse(model, *options, reason):
-        assert main(["export", f"--model={model}", f"--to={tmp_path / 'out'}", *options]) == 1
+        assert (
+            main(
+                [
+                    "export",
+                    "--format=huggingface",
+                    f"--model={model}",
+                    f"--to={tmp_path / 'out'}",
+                    *options,
+                ]
+            )
+            == 1
+        )
         assert reason in capsys.readouterr().err.splitlines()[0]
         assert not (tmp_path / "out").exists()
 

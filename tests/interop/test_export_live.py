@@ -64,7 +64,17 @@ def exported(tmp_path_factory, quick_compile):
         rows = parity_cases.table_of(config)
         bundle = parity_export.bundle_of(config, batch(), state, rows)
         save_model(folder / "ours", bundle)
-        assert main(["export", f"--model={folder / 'ours'}", f"--to={folder / 'theirs'}"]) == 0
+        assert (
+            main(
+                [
+                    "export",
+                    "--format=huggingface",
+                    f"--model={folder / 'ours'}",
+                    f"--to={folder / 'theirs'}",
+                ]
+            )
+            == 0
+        )
         return bundle, folder / "ours", folder / "theirs", theirs
 
     return make
@@ -125,7 +135,12 @@ def test_fake_quantized_models_run_equal(exported, name, tmp_path):
     bundle = exported(name)[0]
     student = parity_export.with_four_bits(bundle)
     save_model(tmp_path / "ours", student)
-    command = ["export", f"--model={tmp_path / 'ours'}", f"--to={tmp_path / 'theirs'}"]
+    command = [
+        "export",
+        "--format=huggingface",
+        f"--model={tmp_path / 'ours'}",
+        f"--to={tmp_path / 'theirs'}",
+    ]
     assert main([*command, "--fake-quantized"]) == 0
     found = parity_export.outputs(parity_export.load(tmp_path / "theirs"), batch())
     want = parity_export.our_outputs(student, batch())

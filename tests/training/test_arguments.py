@@ -55,7 +55,7 @@ def test_other_words_are_refused(capsys):
     train = ("train", "--config=a", "--workdir=d")
     assert "unrecognized arguments: seed" in refused(capsys, *train, "seed")
     assert "unrecognized arguments: --sed=3 (an override is" in refused(capsys, *train, "--sed=3")
-    for argv in (("convert", "a.pth", "--to=d"), ("export", "--model=m", "--to=d")):
+    for argv in (("convert", "a.pth", "--to=d"), ("predict", "a.png", "--out=d")):
         for word in ("train.steps=2", "--config.train.steps=2"):
             assert refused(capsys, *argv, word).strip().endswith(f"arguments: {word}")
 

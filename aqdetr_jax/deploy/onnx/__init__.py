@@ -1,0 +1,1 @@
+"""Deployed networks as ONNX graphs, for ONNX Runtime on CPUs (extra ``onnx``)."""

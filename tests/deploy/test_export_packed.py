@@ -1,0 +1,94 @@
+"""``aqdetr export --format=packed``: written, judged, loaded; or refused, with nothing left."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+import aqdetr_jax
+from aqdetr_jax.checkpoint.model_folder import save_model
+from aqdetr_jax.cli import main
+from aqdetr_jax.data.open import open_dataset
+from aqdetr_jax.deploy import export
+from aqdetr_jax.deploy.bits import Codes
+from aqdetr_jax.deploy.parts import Layer
+from aqdetr_jax.quant.config import QuantConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+CONFIG = dataclasses.replace(tiny.FLOAT, quant=QuantConfig(policy="w4a4"))
+
+
+@pytest.fixture
+def command(tmp_path):
+    """An export of a low-bit model, ready to run."""
+    save_model(tmp_path / "run", tiny.bundle(CONFIG, drawn=False))
+    config = tiny.write_config(CONFIG, tmp_path / "tiny.json")
+    return [
+        "export",
+        "--format=packed",
+        f"--model={tmp_path / 'run'}",
+        f"--to={tmp_path / 'out/model'}",
+        f"--config={config}",
+        "--images=5",
+    ]
+
+
+def test_an_export_detects_as_its_model_does(command, tmp_path, capsys):
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "out/model/report.json").read_text())
+    assert report["set"]["images"] == 5
+    assert report["failures"] == []
+    assert report["ap"]["trained"] == report["ap"]["deployed"]
+    codes = report["codes"]["trained, deployed"]
+    assert codes["codes"] > 1e5
+    assert f"{codes['different']} of {codes['codes']} codes differ" in said
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model"]
+
+    trained, packed = (aqdetr_jax.load(tmp_path / name) for name in ("run", "out/model"))
+    images = open_dataset(CONFIG.data, train=False)
+    found = [
+        [model.predict(images[i].image, threshold=0.0) for i in range(2)]
+        for model in (trained, packed)
+    ]
+    for theirs, mine in zip(*found, strict=True):
+        np.testing.assert_allclose(mine.scores, theirs.scores, atol=1e-4)
+        np.testing.assert_allclose(mine.boxes, theirs.boxes, atol=1e-2)
+    assert packed.class_names == trained.class_names
+    assert main(["eval", f"--model={tmp_path / 'out/model'}", command[4]]) == 0
+
+
+def test_what_is_not_the_trained_network_is_refused(command, tmp_path, monkeypatch, capsys):
+    whole = export.freeze
+
+    def wrong(bundle):
+        network = whole(bundle)
+        name = "encoder/layer_0/feed_forward/linear1"
+        layer: Layer = network.layers[name]
+        codes = Codes(np.roll(layer.kernel.values, 1, axis=1), layer.kernel.bits)
+        layers = {**network.layers, name: dataclasses.replace(layer, kernel=codes)}
+        return dataclasses.replace(network, layers=layers)
+
+    monkeypatch.setattr(export, "freeze", wrong)
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "not exported" in said
+    assert "linear2/input" in said  # where the wrong codes are seen
+    assert list((tmp_path / "out").iterdir()) == []
+    assert main([*command, "--force"]) == 0
+    report = json.loads((tmp_path / "out/model/report.json").read_text())
+    assert report["failures"]
+
+
+def test_an_export_needs_images_to_be_judged_on(command, tmp_path, capsys):
+    assert main([word for word in command if not word.startswith("--config")]) == 1
+    assert "--config=configs/NAME.py" in capsys.readouterr().err
+    assert main([*command, "--fake-quantized"]) == 1
+    assert "--format=huggingface" in capsys.readouterr().err
+    assert main([*command, "data.augment.crop_probability=0.5"]) == 1
+    assert not (tmp_path / "out").exists()
