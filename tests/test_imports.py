@@ -100,6 +100,8 @@ def test_outside_systems_have_one_door():
     assert users("pycocotools") == {"evaluation/coco.py"}
     assert {part(Path(p)) for p in users("grain")} == {"data"}
     assert users("tensorflow_datasets") == {"data/tfds_builder.py"}
+    for package in ("onnx", "onnxruntime"):
+        assert {str(Path(p).parent) for p in users(package)} == {"deploy/onnx"}
     assert users("safetensors") == {"interop/checkpoints.py"}
 
 
