@@ -19,6 +19,7 @@ class AttentionOperations(LayerOperations):
         In floats, with the unit in the queries: sums are short and many, so that a product of bytes
         gains nothing, and a multiplication of all scores costs a third of their product.
         """
+        k = self.transpose(k, (0, 1, 3, 2))  # as bytes, where it is codes
         if isinstance(q, Coded) and isinstance(k, Coded):
             unit = np.float32(q.grid.step) * np.float32(k.grid.step) * np.float32(factor)
             x, y = (self._operand(v, whole=True) for v in (q, k))
@@ -26,7 +27,6 @@ class AttentionOperations(LayerOperations):
         else:
             x, y = (self._operand(v, whole=False) for v in (q, k))
             x = self.multiply(x, np.float32(factor))
-        y = self.transposed(y, (0, 1, 3, 2))
         return self._floats_product(x, y)
 
     def _floats_product(self, x: Value, y: Value) -> Value:

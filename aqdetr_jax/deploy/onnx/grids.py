@@ -7,6 +7,8 @@ fused operator computes the rule of ``deploy.parts`` bit for bit:
 
 * Operands are dequantized with step 1 and quantizers have step 1; the weights' scale is the whole
   factor that sums are multiplied with, unit or unit / step, rounded to float32 by us.
+* Reshapes and transposes are of bytes: between a dequantizer and what it feeds a runtime would put
+  another pair.
 * A byte's own end is one end of a grid; the other is cut off on the bytes, after the quantizer. A
   float ``Clip`` before it would keep the runtime from fusing.
 * Weights are signed bytes where two products of bytes fit in 16 bits: x86 without VNNI adds pairs

@@ -78,21 +78,18 @@ class SamplingOperations(AttentionOperations):
         """See ``Operations``."""
         batch, heads, queries, points, width = samples.shape
         coded = isinstance(weights, Coded) and samples.coded is not None
-        whole = np.float32(1)
         w = weights.value if isinstance(weights, Coded) else self.value(weights)
-        # [B, H, P, Q] and, of a level, [B, H, 1, K, Q]
-        w = self.transposed(w, (0, 1, 3, 2))
-        if isinstance(weights, Coded):
-            w = self.dequantized(w, whole if coded else weights.grid.step, weights.carrier)
+        w = self.transposed(w, (0, 1, 3, 2))  # [B, H, P, Q]
         each = points // len(samples.levels)
         total: Value | None = None
         for i, level in enumerate(samples.levels):
-            if samples.coded is not None:
-                step = whole if coded else samples.coded.grid.step
-                level = self.dequantized(level, step, samples.coded.carrier)
-            level = self._reshaped(level, (batch, heads, width, each, queries))
             part = self.sliced(w, 2, i * each, (i + 1) * each)
             part = self._reshaped(part, (batch, heads, 1, each, queries))
+            level = self._reshaped(level, (batch, heads, width, each, queries))
+            if isinstance(weights, Coded):
+                part = self._operand(dataclasses.replace(weights, value=part), whole=coded)
+            if samples.coded is not None:
+                level = self._operand(dataclasses.replace(samples.coded, value=level), whole=coded)
             mixed = self.reduced("ReduceSum", self.multiply(level, part), 3, keep=False)
             total = mixed if total is None else self.add(total, mixed)
         assert total is not None
