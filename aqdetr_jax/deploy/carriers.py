@@ -26,6 +26,7 @@ import logging
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -143,6 +144,12 @@ def chip_of(device: Any) -> str:
     raise ValueError(f"no carriers are known for a device of platform {device.platform!r}")
 
 
+def local_tpu() -> str:
+    """The kind of TPU that this process computes on; where it has none, that of an unknown one."""
+    device = jax.local_devices()[0]
+    return chip_of(device) if device.platform == "tpu" else UNKNOWN_TPU
+
+
 class Choice(NamedTuple):
     """How a product is computed.
 
@@ -166,6 +173,7 @@ def choose(
     b_shape: tuple[int, ...],
     a_range: Range,
     b_range: Range,
+    reach: int | None = None,
 ) -> Choice:
     """The first carrier of a chip that holds the codes of a product.
 
@@ -176,6 +184,7 @@ def choose(
       b_shape: of the right one.
       a_range: smallest and largest code of the left operand.
       b_range: of the right one.
+      reach: the largest magnitude of a sum, where more is known than the ranges.
 
     Raises:
       ValueError: the chip has none, or a sum could exceed int32.
@@ -184,10 +193,10 @@ def choose(
         raise ValueError(f"unknown chip {chip!r}; known ones are {', '.join(CHIPS)}")
     terms = _taps(contraction, b_shape) * a_shape[-1]
     described = f"{terms} products of codes in {_span(a_range)} and {_span(b_range)}"
-    if terms * _largest(a_range) * _largest(b_range) >= 1 << 31:
+    if (reach or terms * _largest(a_range) * _largest(b_range)) >= 1 << 31:
         raise ValueError(f"a sum of {described} can exceed int32")
     for carrier in _carriers(chip, contraction, b_shape):
-        choice = choice_of(carrier, contraction, a_shape, b_shape, a_range, b_range)
+        choice = choice_of(carrier, contraction, a_shape, b_shape, a_range, b_range, reach)
         if choice is not None:
             return choice
     raise ValueError(f"{chip} has no carrier for {described}")
@@ -206,13 +215,15 @@ def choice_of(
     b_shape: tuple[int, ...],
     a_range: Range,
     b_range: Range,
+    reach: int | None = None,
 ) -> Choice | None:
     """How a product is computed in a carrier, None where it cannot be; see ``choose``."""
     s, t = carrier.shift(a_range), carrier.shift(b_range)
     if s is None or t is None or (isinstance(contraction, Conv) and np.any(t)):
         return None  # a kernel with a shift would need sums of windows; kernels are signed
     length = a_shape[-1]
-    if carrier.integer:
+    known = reach is not None and reach <= EXACT_FLOAT and not np.any(s) and not np.any(t)
+    if carrier.integer or known:
         return Choice(carrier, s, t, length)
     largest = _largest(_minus(a_range, s)) * _largest(_minus(b_range, t))
     most = EXACT_FLOAT // max(_taps(contraction, b_shape) * largest, 1)
@@ -229,6 +240,7 @@ def integer_product(
     a_range: Range,
     b_range: Range,
     tpu: str = UNKNOWN_TPU,
+    reach: int | None = None,
 ) -> Array:
     """The product of two arrays of codes, the same integers on every platform.
 
@@ -241,6 +253,7 @@ def integer_product(
       a_range: smallest and largest code of the grid of ``a``.
       b_range: of ``b``.
       tpu: kind of TPU (``chip_of``), should it be one.
+      reach: the largest magnitude of a sum, where more is known than the ranges.
 
     Returns:
       The sums, int32.
@@ -250,7 +263,7 @@ def integer_product(
     """
 
     def form(chip: str) -> Any:
-        choice = choose(chip, contraction, a.shape, b.shape, a_range, b_range)
+        choice = choose(chip, contraction, a.shape, b.shape, a_range, b_range, reach)
         taps = chip in ("cpu", "gpu")
         return functools.partial(carried, contraction, choice, taps=taps, b_sums=b_sums)
 
