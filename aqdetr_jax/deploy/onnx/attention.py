@@ -21,7 +21,8 @@ class AttentionOperations(LayerOperations):
         """
         if isinstance(q, Coded) and isinstance(k, Coded):
             unit = np.float32(q.grid.step) * np.float32(k.grid.step) * np.float32(factor)
-            x, y = self.dequantized(q.value, unit, q.carrier), self._operand(k, whole=True)
+            x, y = (self._operand(v, whole=True) for v in (q, k))
+            x = self.multiply(x, unit.reshape(-1, 1, 1) if unit.ndim else unit)
         else:
             x, y = (self._operand(v, whole=False) for v in (q, k))
             x = self.multiply(x, np.float32(factor))
