@@ -20,6 +20,7 @@ LAYERS = (
     ("reporting", "predicting", "planning"),
     ("compress",),
     ("quickstart", "finetune"),
+    ("verbs",),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -100,7 +101,9 @@ def test_outside_systems_have_one_door():
     assert users("pycocotools") == {"evaluation/coco.py"}
     assert {part(Path(p)) for p in users("grain")} == {"data"}
     assert users("tensorflow_datasets") == {"data/tfds_builder.py"}
-    assert users("safetensors") == {"interop/checkpoints.py"}
+    # Other libraries' weights, and our packed ones.
+    assert users("safetensors") == {"interop/checkpoints.py", "deploy/archive.py"}
+    assert all(p.startswith("deploy/onnx/") for p in users("onnx") | users("onnxruntime"))
 
 
 def test_pictures_are_opened_by_one_reader():

@@ -80,7 +80,8 @@ class ModelBundle:
       input: image rule.
       class_names: names of the contiguous labels 0..C-1.
       category_ids: the data's ids of those labels.
-      variables: {"params": ..., "batch_stats": ...}, nested dicts of arrays.
+      variables: what ``module()`` is applied to: {"params": ..., "batch_stats": ...}, nested dicts
+        of arrays.
       info: facts for people: configuration name, seed, commit, results.
     """
 
@@ -89,7 +90,7 @@ class ModelBundle:
     input: InputRule
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    variables: dict[str, Any]
+    variables: Any
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def module(self) -> Detector:

@@ -48,6 +48,7 @@ def export_model(
     *,
     force: bool = False,
     progress: gate.Progress | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Writes a trained model for devices, judged by the gate.
 
@@ -58,6 +59,7 @@ def export_model(
       given: what it is judged on.
       force: write it even if it does not pass.
       progress: see ``gate``.
+      **options: of the kind: for "onnx" those of ``onnx.folder.OnnxOptions``.
 
     Returns:
       The gate's report.
@@ -69,7 +71,7 @@ def export_model(
     bundle = load_model(model)
     mark, write = KINDS[kind]
     with _staged(to, mark) as stage:
-        deployed, runtime = write(stage, deployed_bundle(bundle, str(model)))
+        deployed, runtime = write(stage, deployed_bundle(bundle, str(model)), **options)
         report = gate.judge(
             bundle, deployed, given, runtime, most_lost=MOST_LOST[kind], progress=progress
         )
@@ -82,8 +84,19 @@ def _packed(stage: Path, bundle: DeployedBundle) -> tuple[DeployedBundle, None]:
     return read_packed(stage), None
 
 
-KINDS: dict[str, tuple[str, Callable[[Path, DeployedBundle], Any]]] = {
+def _onnx(stage: Path, bundle: DeployedBundle, **options: Any) -> tuple[DeployedBundle, Any]:
+    try:
+        from aqdetr_jax.deploy.onnx.folder import OnnxOptions, write_folder
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--format=onnx needs the package {error.name}: pip install 'aqdetr-jax[onnx]'"
+        ) from None
+    return bundle, write_folder(stage, bundle, OnnxOptions(**options))
+
+
+KINDS: dict[str, tuple[str, Callable[..., tuple[DeployedBundle, Any]]]] = {
     "packed": (archive.WEIGHTS, _packed),
+    "onnx": (REPORT, _onnx),
 }
 """By name: the file that every folder of the kind holds, and what writes one: it returns the
 deployed network to compare with, and what runs the file (None: our integers do)."""

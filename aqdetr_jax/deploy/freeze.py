@@ -135,7 +135,7 @@ def _with_whole_bias(layer: Layer) -> Layer:
             scale=np.where(dead, fine, layer.scale).astype(np.float32),
         )
         unit = layer.unit
-    whole = np.asarray(lsq.bias_codes(layer.bias, unit), np.float64)
+    whole = np.asarray(lsq.bias_codes(jnp.asarray(layer.bias), jnp.asarray(unit)), np.float64)
     if not np.abs(whole).max(initial=0) <= INT32:
         channel = int(np.abs(whole).argmax())
         raise ValueError(

@@ -173,6 +173,7 @@ class JaxOperations(Operations):
 
     def _sums(self, contraction: Contraction, codes: Array, layer: Layer) -> Array:
         """Sums of an integer layer and its bias."""
+        assert isinstance(layer.kernel, Codes)
         weights = layer.kernel.values
         if layer.reach < EXACT:
             return contraction.floats(codes, _constant(weights)) + _constant(layer.bias)

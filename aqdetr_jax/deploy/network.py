@@ -71,8 +71,8 @@ class Network:
 
 def _heads(ops: Operations, x: Tensor, heads: int, grid: Grid | None, layer: Layer) -> Tensor:
     """A projection [B, S, H * D] as [B, H, S, D], on its grid if there is one."""
-    early = grid is not None and layer.integer  # the sums go to the grid as they are
-    if early:
+    early = layer.integer  # the sums go to the grid as they are
+    if grid is not None and early:
         x = ops.quantize(x, grid)
     batch, length, width = ops.shape(x)
     x = ops.transpose(ops.reshape(x, (batch, length, heads, width // heads)), (0, 2, 1, 3))
