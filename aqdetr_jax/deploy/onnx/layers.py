@@ -98,10 +98,9 @@ class LayerOperations(GridOperations):
         layer, kind = x.layer, x.source.carrier
         if kind.dtype.kind == "f":
             return self._float_times(x, factor)
-        x_hat = self.dequantized(x.source.value, np.float32(1), kind)
         bias = self._constant_codes(layer.bias, factor, 0)
         if not x.source.is_map:
-            rows = self.rows_of(x_hat)
+            rows = self.dequantized(self.rows_of(x.source.value), np.float32(1), kind)
             weights = self._weights(layer, factor, 1)
             shape = (rows.shape[0], len(factor))
             attributes = {"alpha": 1.0, "beta": 1.0}  # the runtime's fusion looks for beta
@@ -109,6 +108,7 @@ class LayerOperations(GridOperations):
                 "Gemm", [rows, weights, bias], shape, "f4", name=layer.name, **attributes
             )
             return self.of_rows(y, x.shape)
+        x_hat = self.dequantized(x.source.value, np.float32(1), kind)
         weights = self._weights(layer, factor, 0)
         shape = convolved_shape(x.source.value.shape, layer)
         return self.graph.add(
@@ -244,7 +244,7 @@ class LayerOperations(GridOperations):
             cells = np.arange(count, dtype=np.int32).reshape(1, 1, *shape)
             before = self.less(cells, end)
             inside = before if inside is None else self.both(inside, before)
-        return Map(self.where(inside, x, np.float32(0)))
+        return Map(self.where(inside, x, 0.0))
 
     # --- sums as floats ---------------------------------------------------------------------------
 
@@ -253,7 +253,10 @@ class LayerOperations(GridOperations):
         if x.source.is_map:
             x = self._as_rows(x)
         y = self.times(x, x.layer.unit)
-        return self.elementwise("Relu", y) if x.rectified else y
+        if x.rectified:
+            y = self.elementwise("Relu", y)
+        # Not as rows: a runtime would not fuse a product whose result goes to a quantizer, too.
+        return dataclasses.replace(y, rows=None)
 
     def _as_rows(self, x: Sums) -> Sums:
         """A convolution as a dense layer of every window's cells: floats want no convolution.

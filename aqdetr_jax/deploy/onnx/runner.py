@@ -86,17 +86,39 @@ class OnnxDetector:
         return json.loads(Path(self._session.end_profiling()).read_text())
 
 
-def operators(model: onnx.ModelProto) -> dict[str, int]:
-    """How many operators of each kind ONNX Runtime makes of a model, after its optimisations.
-
-    Its own kinds have their domain before their name, ``com.microsoft:QGemm``.
-    """
+def optimized(model: onnx.ModelProto) -> onnx.ModelProto:
+    """What ONNX Runtime makes of a model before it runs it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         _session(model, 1, optimized=path)
-        nodes = onnx.load(path).graph.node
-    kinds = (f"{node.domain}:{node.op_type}" if node.domain else node.op_type for node in nodes)
-    return dict(collections.Counter(kinds))
+        return onnx.load(path)
+
+
+def operators(model: onnx.ModelProto) -> dict[str, int]:
+    """How many nodes of each kind a model has; ``com.microsoft:QGemm`` is a kind of a domain."""
+    return dict(collections.Counter(kind_of(node) for node in model.graph.node))
+
+
+def kind_of(node: onnx.NodeProto) -> str:
+    """A node's kind with its domain."""
+    return f"{node.domain}:{node.op_type}" if node.domain else node.op_type
+
+
+def unfused(model: onnx.ModelProto) -> list[str]:
+    """Names of the products in an optimised model whose operands are dequantized first.
+
+    They are computed with floats where integers were meant. (The stem of a backbone that pools is
+    meant so.)
+    """
+    made = {name: node.op_type for node in model.graph.node for name in node.output}
+    products = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add")
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in products
+        and len(node.input) > 1
+        and all(made.get(name) == "DequantizeLinear" for name in node.input)
+    ]
 
 
 def _session(
