@@ -53,7 +53,7 @@ export class Detector {
       if (!session.outputNames.includes(name))
         throw new Error(
           `the model gives ${session.outputNames.join(", ")}, and no ${name}: export it with ` +
-            "its final detections"
+            "--detections"
         );
     const detector = new Detector(ort, session, facts);
     const nothing = { data: new Uint8ClampedArray(4), width: 1, height: 1 };
