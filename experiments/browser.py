@@ -58,7 +58,7 @@ class Page:
     """
 
     def __init__(self, browser: str, size: tuple[int, int] = (1000, 800)):
-        self._profile = tempfile.TemporaryDirectory()
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
         options = [
             *("--headless", "--remote-debugging-pipe", "--disable-gpu", "--no-first-run"),
@@ -88,7 +88,11 @@ class Page:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends the browser."""
+        """Ends the browser, by itself if it can: its helpers still write into the profile."""
+        self._tab = None
+        with contextlib.suppress(RuntimeError, OSError, subprocess.TimeoutExpired):
+            self.ask("Browser.close")
+            self._process.wait(timeout=30)
         self._process.kill()
         self._process.wait()
         os.close(self._out)

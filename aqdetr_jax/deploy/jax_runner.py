@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from aqdetr_jax import host
 from aqdetr_jax.checkpoint.model_folder import ModelBundle, model_folder
 from aqdetr_jax.deploy.archive import MANIFEST, WEIGHTS
-from aqdetr_jax.deploy.bits import Codes
 from aqdetr_jax.deploy.load import open_model
 from aqdetr_jax.deploy.network import Network
 from aqdetr_jax.evaluation.evaluator import make_predict_fn
@@ -67,12 +66,10 @@ class JaxRunner:
 
 def weight_bits(bundle: ModelBundle) -> int:
     """Bits of most of a model's weights, 32 of a float model."""
-    counts: Counter[int] = Counter()
     if isinstance(bundle.variables, Network):
-        for layer in bundle.variables.layers.values():
-            if isinstance(layer.kernel, Codes):
-                counts[layer.kernel.bits] += layer.kernel.values.size
-    elif bundle.quant.quantized:
+        return bundle.variables.weight_bits
+    counts: Counter[int] = Counter()
+    if bundle.quant.quantized:
         with recording() as rows:
             jax.eval_shape(
                 bundle.module().apply, bundle.variables, *example_input(bundle.input.buckets[0])

@@ -46,11 +46,14 @@ export class Detector {
   static async create(ort, bytes) {
     const facts = readFacts(bytes);
     const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+    const [batch, ...canvas] = session.inputMetadata.find(({ name }) => name === "images").shape;
+    if (batch !== 1) throw new Error(`the model takes ${batch} images at once: export it for one`);
+    facts.canvas = canvas.slice(0, 2);
     for (const name of ["scores", "labels", "boxes"])
       if (!session.outputNames.includes(name))
         throw new Error(
           `the model gives ${session.outputNames.join(", ")}, and no ${name}: export it with ` +
-            "its final detections"
+            "--detections"
         );
     const detector = new Detector(ort, session, facts);
     const nothing = { data: new Uint8ClampedArray(4), width: 1, height: 1 };
@@ -87,25 +90,23 @@ export class Detector {
 
 // --- the model's own facts ----------------------------------------------------------------------
 
-/** What the exporter wrote into the file: {canvas, shortSide, maxSize, names, bits, title}. */
+/** What the exporter wrote into the file: {shortSide, maxSize, names, bits, title}. */
 export function readFacts(bytes) {
-  let written;
+  let stored;
   try {
-    written = readMetadata(bytes);
+    stored = readMetadata(bytes);
   } catch {
-    throw new Error("this is no ONNX file");
+    throw new Error("this is no ONNX file, or not all of one");
   }
-  for (const key of ["input", "class_names", "canvas"])
-    if (!(key in written))
-      throw new Error(`the ONNX file says nothing of its ${key}: it is no export of aqdetr`);
-  const rule = JSON.parse(written.input);
+  const written = JSON.parse(stored.aqdetr ?? "{}");
+  if (written.format !== "aqdetr-onnx" || written.version !== 1)
+    throw new Error("this ONNX file was not written by aqdetr export --format=onnx of this version");
   return {
-    canvas: JSON.parse(written.canvas),
-    shortSide: rule.short_side ?? null,
-    maxSize: rule.max_size ?? null,
-    names: JSON.parse(written.class_names),
-    bits: Number(written.bits ?? 32),
-    title: written.name ?? "",
+    shortSide: written.input.short_side ?? null,
+    maxSize: written.input.max_size ?? null,
+    names: written.class_names,
+    bits: written.bits,
+    title: written.info.name ?? "",
   };
 }
 
@@ -196,8 +197,9 @@ function roundEven(x) {
 }
 
 /**
- * Bilinear with area support, byte for byte as Pillow does it: RGB bytes of h x w to H x W, rows
- * first, each pass in whole numbers of 22 bits and rounded to bytes.
+ * Bilinear with area support, byte for byte as Pillow does it (but for pictures more than twice as
+ * tall as wide, where newer versions take columns first and a byte can be another by one): RGB bytes
+ * of h x w to H x W, rows first, each pass in whole numbers of 22 bits and rounded to bytes.
  */
 export function resize(rgb, h, w, H, W) {
   if (W !== w) rgb = pass(rgb, h, weights(w, W), { line: w * 3, step: 3 }, { line: W * 3, step: 3 });

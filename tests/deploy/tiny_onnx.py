@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper, save
 
+from aqdetr_jax.deploy.onnx.facts import FACTS, FORMAT, VERSION
+
 QUERIES, CLASSES, CHANNELS = 3, 4, 8
-INPUTS = ("images", "sizes")
 
 
-def write(
-    path: Path, *, integer, size=(32, 48), names=INPUTS, detections=False, **metadata
-) -> Path:
-    """One convolution (of codes, if ``integer``) whose channel means give logits and boxes.
-
-    With ``detections`` they become final ones: scores, labels, and boxes around a quarter of the
-    real image.
-    """
+def write(path: Path, *, integer, size=(32, 48)) -> Path:
+    """One convolution (of codes, if ``integer``) whose channel means give logits and boxes."""
     rng = np.random.default_rng(0)
     height, width = size
     constants = {
@@ -31,12 +27,9 @@ def write(
         "step": np.float32(0.5),
         "zero": np.uint8(0),
         "kernel_zero": np.int8(0),
-        "last": np.array([2]),
-        "picked": np.array([1, 0, 1, 0]),
-        "offsets": np.float32([-0.5, 0.5, 0.5, 1.5]),
     }
     pads = {"pads": [1, 1, 1, 1]}
-    nodes = [helper.make_node("Transpose", [names[0]], ["pixels"], perm=[0, 3, 1, 2])]
+    nodes = [helper.make_node("Transpose", ["images"], ["pixels"], perm=[0, 3, 1, 2])]
     if integer:
         grid = ["step", "zero"]
         operands = ["pixels", *grid, "kernel", "step", "kernel_zero", *grid]
@@ -51,40 +44,35 @@ def write(
             helper.make_node("Relu", ["sums"], ["map"]),
         ]
     nodes += [helper.make_node("ReduceMean", ["map", "axes"], ["mean"], keepdims=0)]
-    for name, given in (("logits", "logits"), ("boxes", "raw" if detections else "boxes")):
+    for name in ("logits", "boxes"):
         nodes += [
             helper.make_node("MatMul", ["mean", f"to_{name}"], [f"flat_{name}"], f"{name}_head"),
-            helper.make_node("Reshape", [f"flat_{name}", f"{name}_shape"], [given]),
+            helper.make_node("Reshape", [f"flat_{name}", f"{name}_shape"], [name]),
         ]
-    outputs = {"logits": (TensorProto.FLOAT, [1, QUERIES, CLASSES])}
-    if detections:
-        nodes += [
-            helper.make_node("Sigmoid", ["logits"], ["probabilities"]),
-            helper.make_node("ReduceMax", ["probabilities", "last"], ["scores"], keepdims=0),
-            helper.make_node("ArgMax", ["probabilities"], ["labels"], axis=2, keepdims=0),
-            helper.make_node("Cast", [names[1]], ["sides"], to=TensorProto.FLOAT),
-            helper.make_node("Gather", ["sides", "picked"], ["scale"], axis=1),
-            helper.make_node("Sigmoid", ["raw"], ["shares"]),
-            helper.make_node("Add", ["shares", "offsets"], ["placed"]),
-            helper.make_node("Mul", ["placed", "scale"], ["boxes"]),
-        ]
-        outputs = {
-            "scores": (TensorProto.FLOAT, [1, QUERIES]),
-            "labels": (TensorProto.INT64, [1, QUERIES]),
-        }
-    outputs["boxes"] = (TensorProto.FLOAT, [1, QUERIES, 4])
     used = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
         nodes,
         "tiny",
         [
-            helper.make_tensor_value_info(names[0], TensorProto.UINT8, [1, height, width, 3]),
-            helper.make_tensor_value_info(names[1], TensorProto.INT32, [1, 2]),
+            helper.make_tensor_value_info("images", TensorProto.UINT8, [1, height, width, 3]),
+            helper.make_tensor_value_info("sizes", TensorProto.INT32, [1, 2]),
         ],
-        [helper.make_tensor_value_info(name, *kind) for name, kind in outputs.items()],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, QUERIES, CLASSES]),
+            helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, QUERIES, 4]),
+        ],
         [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items() if k in used],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    helper.set_model_props(model, {key: str(value) for key, value in metadata.items()})
+    facts = {
+        "format": FORMAT,
+        "version": VERSION,
+        "bits": 4 if integer else 32,
+        "model": {"family": "detr"},
+        "input": {"buckets": [list(size)], "short_side": None, "max_size": None},
+        "class_names": [],
+        "info": {"name": "tiny"},
+    }
+    helper.set_model_props(model, {FACTS: json.dumps(facts), "empty": "", "kéy": "välue"})
     save(model, path)
     return path

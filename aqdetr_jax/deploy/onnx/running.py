@@ -1,4 +1,7 @@
-"""ONNX Runtime with a stated number of threads, timed, and asked where its time goes."""
+"""ONNX Runtime with a stated number of threads, timed, and asked where its time goes.
+
+It opens files itself: what else is loaded would be in the memory that it is said to take.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+
+from aqdetr_jax.deploy.onnx.facts import read_facts
 
 
 class OnnxRunner:
@@ -24,7 +29,7 @@ class OnnxRunner:
       facts: see there.
 
     Raises:
-      ValueError: the file is for other inputs.
+      ValueError: the file is none of ours, or for other images.
     """
 
     def __init__(self, path: str, threads: int, size: tuple[int, int] | None):
@@ -65,28 +70,22 @@ def file_facts(
 
     Args:
       session: of the file.
-      path: for messages.
+      path: of the file.
       size: (height, width) that it must be for, or None.
 
     Raises:
-      ValueError: it has other inputs, or is for other images.
+      ValueError: it is none of ours, or for other images.
     """
-    inputs = {i.name: i.shape for i in session.get_inputs()}
-    shape = inputs.get("images")
-    if set(inputs) != {"images", "sizes"} or shape is None or len(shape) != 4:
-        raise ValueError(f"its inputs are {', '.join(inputs)}, not images and sizes")
-    if not all(isinstance(n, int) for n in shape):
-        raise ValueError(f"its images have the shape {shape}: a file of fixed sizes is needed")
-    batch, height, width, _ = shape
+    known = read_facts(session.get_modelmeta().custom_metadata_map, "it")
+    batch, height, width, _ = session.get_inputs()[0].shape
     if size is not None and size != (height, width):
         raise ValueError(f"it is for images of {height}x{width}, not of {size[0]}x{size[1]}")
-    known = session.get_modelmeta().custom_metadata_map
     return {
         "height": height,
         "width": width,
         "batch": batch,
-        "bits": int(known.get("bits", 32)),
-        "family": known.get("family", ""),
+        "bits": known["bits"],
+        "family": known["model"]["family"],
         "file_bytes": Path(path).stat().st_size,
     }
 
