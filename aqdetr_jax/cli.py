@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("uint8", "int8"),
         help="onnx: uint8 (x86), int8 (ARM)",
     )
+    sub.add_argument("--chip", metavar="v5e", help="stablehlo: the kind of TPU it is fastest on")
     sub.add_argument(
         "--detections", action="store_true", help="onnx: boxes and scores come out, no logits"
     )
