@@ -185,11 +185,13 @@ def _compare_model(model, deployed, dataset, given, show) -> Comparison:
 
 
 def _compare_runtime(runtime: Runtime, deployed, dataset, given, show) -> Comparison:
+    codes_of = runtime.codes
+    assert codes_of is not None
     comparer, comparison = NetworkComparer(deployed.network), Comparison()
     batches = make_eval_pipeline(dataset, _pipeline(deployed, given, runtime.batch))
     for number, batch in enumerate(batches, 1):
         images, mask, real = batch["images"], batch["mask"], batch["image_index"] >= 0
-        codes = runtime.codes(images, _sizes(mask))
+        codes = codes_of(images, _sizes(mask))
         outputs = runtime.detect(images, _sizes(mask)) if runtime.raw else ()
         comparer.add(comparison, images, mask, codes, outputs, real)
         show(f"{runtime.name}: codes compared", number, len(batches))
