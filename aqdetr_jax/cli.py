@@ -213,5 +213,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="900KiB|0.02AP",
         help="bytes of the packed model, or AP lost by calibration; default: the policy's bytes",
     )
+    sub.add_argument(
+        "--by", choices=("AP", "noise"), default="AP", help="what the choice keeps small"
+    )
     verb("config", verbs.config, "print a resolved configuration", config=True, computes=False)
     return parser

@@ -358,6 +358,7 @@ def sensitivity(arguments: argparse.Namespace, overrides: Sequence[str]) -> None
         images=arguments.images,
         candidates=parse_bits(arguments.bits),
         budget=arguments.budget,
+        by=arguments.by,
     )
     print(as_text(result))
     report_sensitivity(result, arguments.out)
