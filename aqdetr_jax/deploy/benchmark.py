@@ -366,8 +366,8 @@ def format_benchmark(result: dict[str, Any]) -> str:
         )
     for found in result["operators"]:
         lines.append(
-            f"{found['model']}, {found['threads']} threads: {found['milliseconds']:.2f} ms in "
-            f"operators"
+            f"{found['model']}, {found['threads']} thread{'s' if found['threads'] > 1 else ''}: "
+            f"{found['milliseconds']:.2f} ms in operators"
         )
         lines += operators.format_summary(found)
     lines += [f"note: {note}" for note in result["notes"]]

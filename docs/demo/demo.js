@@ -3,12 +3,14 @@
 import { Detector, RUNTIME, drawing, loadRuntime } from "./detector.js";
 
 const LONGEST = 4096; // pixels of a side; larger pictures are made smaller before anything else
+const DRAWN = 1088; // pixels of the longer side as it is drawn
+const LINE = 28; // pixels, of a name
 const options = new URLSearchParams(location.search);
 const part = (id) => document.getElementById(id);
 const canvas = part("picture");
 let runtime = null;
 let detector = null;
-let shown = null; // {image, bitmap} that is looked at
+let shown = null; // {image, bitmap}: pixels as they are looked at, picture as it is drawn
 
 function say(text, kind = "") {
   part("status").textContent = text;
@@ -50,11 +52,10 @@ const useImage = guarded(async (blob) => {
     throw new Error(`${blob.name ?? "this file"} is no picture that this browser can read`);
   }
   const factor = Math.min(1, LONGEST / Math.max(bitmap.width, bitmap.height));
-  canvas.width = Math.max(Math.round(bitmap.width * factor), 1);
-  canvas.height = Math.max(Math.round(bitmap.height * factor), 1);
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  shown = { image: context.getImageData(0, 0, canvas.width, canvas.height) };
+  const [width, height] = [bitmap.width, bitmap.height].map((n) => Math.max(Math.round(n * factor), 1));
+  const pixels = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  pixels.drawImage(bitmap, 0, 0, width, height);
+  shown = { image: pixels.getImageData(0, 0, width, height), bitmap };
   await look();
 });
 
@@ -79,21 +80,24 @@ async function look() {
 }
 
 function paint(detections) {
+  const { image, bitmap } = shown;
+  const zoom = DRAWN / Math.max(image.width, image.height); // lines and letters stay sharp
+  canvas.width = Math.max(Math.round(image.width * zoom), 1);
+  canvas.height = Math.max(Math.round(image.height * zoom), 1);
   const context = canvas.getContext("2d");
-  context.putImageData(shown.image, 0, 0);
-  const unit = Math.max(canvas.width, canvas.height) / 512;
-  context.lineWidth = Math.max(2 * unit, 1);
-  context.font = `${Math.max(14 * unit, 9)}px sans-serif`;
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  context.lineWidth = 4;
+  context.font = "24px sans-serif";
   context.textBaseline = "bottom";
   for (const { rectangle, text, colour } of drawing(detections)) {
-    const [x, y, width, height] = rectangle;
+    const [x, y, width, height] = rectangle.map((n) => n * zoom);
     context.strokeStyle = context.fillStyle = colour;
     context.strokeRect(x, y, width, height);
-    const line = Math.max(17 * unit, 11);
-    const top = Math.max(y, line);
-    context.fillRect(x, top - line, context.measureText(text).width + 4 * unit, line);
+    const wide = context.measureText(text).width + 8;
+    const [left, bottom] = [Math.min(x, canvas.width - wide), Math.max(y, LINE)];
+    context.fillRect(left, bottom - LINE, wide, LINE);
     context.fillStyle = "white";
-    context.fillText(text, x + 2 * unit, top - unit);
+    context.fillText(text, left + 4, bottom - 1);
   }
 }
 
