@@ -24,6 +24,9 @@ TINY = 1e-8
 ROUNDING = 1e-6
 """Of a value that should be constant, in parts of it."""
 
+CONSTANT = 0.01
+"""mean|v| by which an input that never moved gets a step, in parts of what it is."""
+
 
 def site_specs(rows: Sequence[OpRecord]) -> dict[str, QuantSpec]:
     """The grid of every activation site, ``path/site`` -> spec, from a recorded forward pass."""
@@ -187,6 +190,7 @@ def calibrated_parameters(
         if path not in samples:
             raise ValueError(f"calibration never reached the quantization site {path}")
         values = np.atleast_2d(samples[path])
+        size = 1.0
         if not np.isfinite(values).all():
             raise ValueError(f"calibration saw non-finite values at the quantization site {path}")
         if f"{path}_shift" in out:
@@ -194,7 +198,9 @@ def calibrated_parameters(
             out[f"{path}_shift"], out[f"{path}_scale"] = shift, scale
             moved = np.where(is_constant(values)[:, None], 0, values - shift[:, None])
             values = (moved / scale[:, None]).reshape(1, -1)
-        step, zero = first_step(values, spec, method)
+            # Of an input that never moves the bias is all there is, in units of its step.
+            size = max(CONSTANT * float(np.mean(np.abs(shift / scale))), TINY)
+        step, zero = first_step(values, spec, method, size)
         shape = np.shape(out[f"{path}_step"])
         out[f"{path}_step"] = step.reshape(shape).astype(np.float32)
         if spec.zero_point:
