@@ -197,6 +197,18 @@ def test_bad_files(tmp_path, file):
             OnnxDetector(path)
 
 
+def test_a_flipped_byte_is_found(file):
+    """Wherever it is: in a name, a weight, the facts or the checksum itself."""
+    path = file(written("detr", "w4a4"))
+    whole = path.read_bytes()
+    for place in (*np.random.default_rng(0).integers(0, len(whole), 40), len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(OnnxModelError, match=r"model\.onnx"):
+            read_onnx(path)
+    path.write_bytes(whole)
+    read_onnx(path)
+
+
 @pytest.mark.parametrize(
     ("facts", "said"),
     [

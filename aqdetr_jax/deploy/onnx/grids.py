@@ -163,7 +163,7 @@ class GridOperations(FloatOperations):
             self.graph.constant(a) for a in (step, np.full(step.shape, kind.zero, kind.dtype))
         ]
         source = x.rows if x.rows is not None and not step.ndim else x
-        attributes = {"axis": 1} if step.ndim else {}
+        attributes: dict[str, Any] = {"axis": 1} if step.ndim else {}
         y = self.graph.add(
             "DequantizeLinear", [source, *operands], source.shape, "f4", **attributes
         )
