@@ -8,7 +8,7 @@ PARITY_VENV ?= .venv-parity
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test test-parity lint typecheck check install lock clean
+.PHONY: quickstart test test-parity lint typecheck check install demo lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/aqdetr quickstart --workdir=$(WORKDIR)
@@ -44,6 +44,16 @@ $(PARITY_VENV)/.installed: requirements-parity.lock pyproject.toml
 	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-parity.lock
 	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
+
+# The runtime of the page in docs/demo beside it, so that it works offline and its test runs
+# (needs npm); the page checks the files' SHA-384.
+ORT_WEB := onnxruntime-web@1.30.0
+demo: docs/demo/ort/ort.wasm.bundle.min.mjs
+docs/demo/ort/ort.wasm.bundle.min.mjs:
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent $(ORT_WEB) && tar xzf onnxruntime-web-*.tgz --strip-components=2 \
+		package/dist/ort.wasm.bundle.min.mjs package/dist/ort-wasm-simd-threaded.wasm
+	rm $(@D)/onnxruntime-web-*.tgz
 
 # Resolves the newest versions for all supported Pythons (needs uv).
 LOCK := uv pip compile --universal --python-version 3.11 --no-emit-package aqdetr-jax --no-header --quiet pyproject.toml

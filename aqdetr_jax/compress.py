@@ -14,6 +14,7 @@ from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.deploy.export import deployed_bundle
 from aqdetr_jax.deploy.packed import write_packed
+from aqdetr_jax.deploy.speed import in_words, speed_of
 from aqdetr_jax.evaluation.coco import format_results
 from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.evaluation.models import evaluate_bundle
@@ -98,11 +99,13 @@ def compress(
 
     packed = workdir / PACKED
     write_packed(packed, deployed_bundle(student.bundle, str(workdir / runs["student"])))
+    speed = speed_of(student.bundle, teacher, workdir / "onnx")
+    spoken = in_words(speed) if speed else ""
     write_json_atomic(workdir / "results.json", blocks)
     report = write_run_report(
         workdir,
         title=title,
-        summary=_summary(blocks, bits, time.perf_counter() - start),
+        summary=_summary(blocks, bits, time.perf_counter() - start, spoken),
         blocks=blocks,
         curves={
             name: workdir / run / "metrics.jsonl"
@@ -123,6 +126,8 @@ def compress(
     where = f"report: {report}" if report else f"results: {workdir / 'results.json'}"
     size = folder_bytes(packed) / 1024
     print(f"\nas integers: {packed}, {size:.0f} KiB (aqdetr predict --model={packed} IMAGE)")
+    if spoken:
+        print(spoken)
     print(f"{verdict(blocks, bits)}; {where}")
     return blocks
 
@@ -138,7 +143,9 @@ def verdict(blocks: Mapping[str, Mapping[str, Any]], bits: str) -> str:
     return f"the {bits} student keeps {student / teacher:.1%} of the teacher's AP"
 
 
-def _summary(blocks: Mapping[str, Mapping[str, Any]], bits: str, seconds: float) -> list[str]:
+def _summary(
+    blocks: Mapping[str, Mapping[str, Any]], bits: str, seconds: float, speed: str
+) -> list[str]:
     text = (
         f"The float teacher reaches AP {blocks['teacher']['AP']:.3f} on "
         f"{blocks['teacher']['images']} images. With weights, activations and attention at {bits} "
@@ -150,5 +157,6 @@ def _summary(blocks: Mapping[str, Mapping[str, Any]], bits: str, seconds: float)
         text += f" Plain LSQ, trained as long, reaches {blocks['baseline']['AP']:.3f}."
     return [
         text,
+        *([speed] if speed else []),
         f"This command took {seconds / 60:.1f} minutes; what was finished is not done again.",
     ]

@@ -21,7 +21,9 @@ from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.data.dataset import DetectionDataset, Example, ImageReadError
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
-from aqdetr_jax.io import printable, read_json
+from aqdetr_jax.deploy import ranking
+from aqdetr_jax.deploy.sensitivity import POLICY
+from aqdetr_jax.io import folder_bytes, printable, read_json
 from aqdetr_jax.ops.boxes import cxcywh_to_xyxy, pairwise_giou
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.loop import RunResult
@@ -33,6 +35,7 @@ from aqdetr_jax.viz.png import save_png
 from aqdetr_jax.viz.records import read_metrics
 from aqdetr_jax.viz.report import write_report
 from aqdetr_jax.viz.sampling import Samples, sampling_grid, splat
+from aqdetr_jax.viz.sensitivity import sensitivity_figure
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -347,6 +350,28 @@ def report_training(result: RunResult, workdir: str | Path) -> None:
         )
         if report is not None:
             print(f"report: {report}")
+
+
+def report_sensitivity(result: Mapping[str, Any], out: str | Path) -> None:
+    """``sensitivity.png`` and ``report.html`` of a sensitivity study, and where all is.
+
+    Args:
+      result: content of ``sensitivity.json``.
+      out: its folder.
+    """
+    out = Path(out)
+    with spare("the picture of the study"):
+        save_figure(sensitivity_figure(result), out / "sensitivity.png")
+    headings, cells = ranking.table(result)
+    context = {
+        "title": f"Sensitivity of {result['measured']['config']}",
+        "summary": ranking.summary(result),
+        "sensitivity": {"result": result, "headings": headings, "cells": cells},
+        "run": {"commit": result["commit"], "images": result["measured"]["images"]},
+    }
+    with spare("the report"):
+        print(f"report: {write_report(out, context)}")
+    print(f"to train with the chosen bits: aqdetr train --config={out / POLICY} --workdir=DIR")
 
 
 def _run_facts(manifest: Mapping[str, Any], blocks: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,7 @@ float: DETR's own 300 epochs. Published by DETR, from an ImageNet backbone: R50 
 (500 epochs), DC5 43.3, R101 43.5, DC5-R101 44.9. Here: not run.
 low-bit: 50 epochs from the float checkpoint, learning rate dropped at 40, step sizes without decay,
 auxiliary queries M=300, K=3, encoder attention distilled from the float model. Here: not run
-(docs/results.md has the ledger). Cost: on the order of a day on a v5e-32 slice, estimated, not
-measured.
+(docs/results.md has the ledger). Cost: see docs/plan.md.
 """
 
 import dataclasses

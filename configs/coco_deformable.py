@@ -15,7 +15,7 @@ float: Deformable DETR's own 50 epochs. Published by it, from an ImageNet backbo
 44.5 AP, with refinement 46.2, with two stages 46.9. Here: not run.
 low-bit: as many epochs from the float checkpoint at its rates, step sizes without decay, auxiliary
 queries M=1500, K=6 (H-DETR's), encoder attention distilled. Here: not run (docs/results.md has the
-ledger). Cost: on the order of two days on a v5e-32 slice, estimated, not measured.
+ledger). Cost: see docs/plan.md.
 """
 
 from ml_collections import ConfigDict

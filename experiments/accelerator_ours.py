@@ -40,6 +40,7 @@ from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.arguments import parse_arguments
 from aqdetr_jax.training.assemble import TRAINED_KEYS
+from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.experiment import load_experiment
 
 CONFIGS = {"detr": "coco:r50,w4a4", "deformable": "coco_deformable:r50,w4a4"}
@@ -59,7 +60,9 @@ TOY = (
 )
 
 
-def experiment(family: str, variant: str, dtype: str, overrides: tuple[str, ...]):
+def experiment(
+    family: str, variant: str, dtype: str, overrides: tuple[str, ...]
+) -> ExperimentConfig:
     """The configuration of a row; a batch of it needs no data set."""
     given = ("model.num_classes=91", f"model.dtype={dtype}", *MEMORY[family], *overrides)
     config = variant_config(load_experiment(CONFIGS[family], given), VARIANTS[variant])
@@ -129,43 +132,18 @@ def matchers(config, module, params, batch) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def main() -> None:
-    """Compiles, waits for the device, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.set_defaults(overrides=True)
-    parser.add_argument("--family", choices=CONFIGS, required=True)
-    parser.add_argument("--variant", choices=VARIANTS, required=True)
-    parser.add_argument("--label", default="", help="added to the row's name")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--lock", default="runs/accelerator/device.lock")
-    parser.add_argument("--deadline", type=float, default=600.0, help="seconds for compiling")
-    parser.add_argument("--toy", action="store_true", help="a tiny model and image")
-    options, overrides = parse_arguments(parser, sys.argv[1:])
-    name = f"{options.family}/{options.variant}{options.label}"
-    bucket, batch_size = ((64, 96), 2) if options.toy else ((800, 1344), options.batch)
-    config = experiment(
-        options.family,
-        options.variant,
-        options.dtype,
-        (*(TOY if options.toy else ()), f"data.buckets=({bucket},)", *overrides),
-    )
-    row = {
-        "config": config.name,
-        "dtype": options.dtype,
-        "batch": batch_size,
-        "image": list(bucket),
-        "targets": 7,
-        "frozen": list(config.optimizer.frozen),
-        "auxiliary_queries": config.model.num_auxiliary,
-        "remat": config.model.remat,
-        "overrides": overrides,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "device": jax.devices()[0].device_kind,
-        "commit": git_commit(),
-        "versions": package_versions(),
-    }
+def measure(
+    config: ExperimentConfig, row: dict[str, Any], options: argparse.Namespace, name: str
+) -> None:
+    """Compiles, waits for the device, measures, fills the row and writes it.
+
+    Args:
+      config: of the row, with one bucket.
+      row: what is known of it already.
+      options: of the command line.
+      name: of the row.
+    """
+    (bucket,), batch_size = config.data.buckets, row["batch"]
 
     def late() -> None:
         add_row(options.out, name, {**row, "failed": f"not compiled in {options.deadline:.0f} s"})
@@ -213,15 +191,60 @@ def main() -> None:
         row |= timing(timed_rounds(step, finish), batch_size)
         statistics_of = jax.devices()[0].memory_stats() or {}
         row["peak_bytes"] = int(statistics_of.get("peak_bytes_in_use", 0))
-        row["losses"] = [float(loss) for loss in jax.device_get(losses)]
-        add_row(options.out, name, {**row, "losses": [str(x) for x in row["losses"]]})
+        values = [float(loss) for loss in jax.device_get(losses)]
+        row["finite"] = bool(np.isfinite(values).all())
+        row["losses"] = [str(round(x, 4)) for x in values]
+        add_row(options.out, name, row)
         row["matcher"] = {
             name: round(statistics.median(timed_rounds(call, jax.block_until_ready)), 6)
             for name, call in alone.items()
         }
-    row["finite"] = bool(np.isfinite(row["losses"]).all())
-    row["losses"] = [str(round(x, 4)) for x in row["losses"]]
     add_row(options.out, name, row)
+
+
+def main() -> None:
+    """Compiles, waits for the device, measures, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.set_defaults(overrides=True)
+    parser.add_argument("--family", choices=CONFIGS, required=True)
+    parser.add_argument("--variant", choices=VARIANTS, required=True)
+    parser.add_argument("--label", default="", help="added to the row's name")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--lock", default="runs/accelerator/device.lock")
+    parser.add_argument("--deadline", type=float, default=600.0, help="seconds for compiling")
+    parser.add_argument("--toy", action="store_true", help="a tiny model and image")
+    options, overrides = parse_arguments(parser, sys.argv[1:])
+    name = f"{options.family}/{options.variant}{options.label}"
+    bucket, batch_size = ((64, 96), 2) if options.toy else ((800, 1344), options.batch)
+    config = experiment(
+        options.family,
+        options.variant,
+        options.dtype,
+        (*(TOY if options.toy else ()), f"data.buckets=({bucket},)", *overrides),
+    )
+    row = {
+        "config": config.name,
+        "dtype": options.dtype,
+        "batch": batch_size,
+        "image": list(bucket),
+        "targets": 7,
+        "frozen": list(config.optimizer.frozen),
+        "auxiliary_queries": config.model.num_auxiliary,
+        "remat": config.model.remat,
+        "overrides": overrides,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "device": jax.devices()[0].device_kind,
+        "commit": git_commit(),
+        "versions": package_versions(),
+    }
+    try:
+        measure(config, row, options, name)
+    except Exception as error:  # whatever compiler or device raise, the file says so
+        row["failed"] = f"{type(error).__name__}: {str(error)[:600]}"
+        add_row(options.out, name, row)
+        raise
     print(f"{name}: {row['median_seconds'] * 1e3:.2f} ms, matcher {row['matcher']}")
 
 

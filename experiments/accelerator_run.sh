@@ -7,13 +7,15 @@
 #   tests.json                 the tests marked "accelerator", run on the device
 #   steps.json                 training steps at 800 x 1344, ours beside transformers', and the goals
 #   ablation_*.json            the embedded set's ablations, further seeds
-#   log.txt                    what was done when
+#   log.txt, logs.txt          what was done when, and the end of what each part printed
 # What is written stays when something fails or time runs out; run it again and the trainings go on.
-# Environment: PYTHON (with this package's requirements, and torch and transformers for their rows),
-# PLATFORM (cuda), BUDGET (seconds, 540), TESTS and STEPS (seconds of it at most, 120 and 340),
-# PARTS ("tests steps train"; "data" only draws the trainings' images), WORK (the trainings' folder, runs/accelerator), JOBS (trainings side
-# by side in each family), SEEDS (2,3,4), ROWS for other steps: "ours:FAMILY:VARIANT[:a.b=value]" and
-# "theirs:FAMILY:MODE" with commas between them and semicolons between groups.
+# Nothing is downloaded. Environment: PYTHON (with this package's requirements and those of its tests,
+# jax with its plug-in for PLATFORM, which is cuda), THEIR_PYTHON (with torch and transformers for their
+# rows, and numpy; PYTHON), BUDGET (seconds, 540), TESTS and STEPS (seconds of it at most, 120 and 340),
+# PARTS ("tests steps train"; "data" only draws the trainings' images), WORK (the trainings' folder,
+# runs/accelerator), JOBS (trainings side by side in each family), SEEDS (2,3,4), ROWS for other steps:
+# "ours:FAMILY:VARIANT[:a.b=value]" and "theirs:FAMILY:MODE" with commas between them and semicolons
+# between groups.
 # --toy: tiny models on whatever there is, to try the script itself.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -24,6 +26,7 @@ if [ "${1:-}" = --toy ]; then
 fi
 OUT=$(realpath -m "${1:-${OUT:-experiments/results/accelerator}}")
 PYTHON=${PYTHON:-python3}
+THEIR_PYTHON=${THEIR_PYTHON:-$PYTHON}
 PLATFORM=${PLATFORM:-cuda}
 BUDGET=${BUDGET:-540}
 TESTS=${TESTS:-120}
@@ -37,17 +40,24 @@ ROWS=${ROWS:-"ours:detr:float recipe,ours:detr:lsq,theirs:detr:compiled,theirs:d
 ours:detr:float,ours:detr:everything,theirs:deformable:eager,ours:deformable:float recipe;\
 ours:deformable:lsq,theirs:deformable:compiled,ours:deformable:float;ours:deformable:everything"}
 mkdir -p "$OUT" "$WORK/logs"
+rm -f "$WORK"/logs/*.txt # of an earlier run
 LOCK=$WORK/device.lock
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
+# A model hub would only be waited for.
+export HF_HUB_OFFLINE=1
+# Without its plug-in jax would take the CPU, and say little: then every row shall fail at once.
+[ -n "$TOY" ] || export JAX_PLATFORMS=$PLATFORM,cpu
 # Many processes share the card.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 # Compiling is most of the run: what was compiled once in WORK is not compiled again.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(realpath -m "$WORK")/compiled}
 START=$SECONDS
+GRACE=10
 failed=0
 
 say() { echo "$((SECONDS - START)) s: $*" | tee -a "$OUT/log.txt"; }
-left() { echo $((BUDGET - SECONDS + START)); }
+# Without what a command that is stopped may take to end.
+left() { echo $((BUDGET - GRACE - SECONDS + START)); }
 wants() { [[ " $PARTS " == *" $1 "* ]]; }
 
 # limited SECONDS NAME COMMAND...: its output to a log of its own; asked to stop, then killed.
@@ -58,12 +68,21 @@ limited() {
     say "$name: no time left"
     return 1
   fi
-  timeout -k 10 "$seconds" "$@" >"$WORK/logs/$name.txt" 2>&1
+  timeout -k $GRACE "$seconds" "$@" >"$WORK/logs/$name.txt" 2>&1
   local rc=$?
-  say "$name: exit $rc$([ $rc = 124 ] && echo ', out of time')"
+  say "$name: exit $rc$([[ $rc = 124 || $rc = 137 ]] && echo ', out of time')"
   [ $rc = 0 ] || grep -v '^\s*$' "$WORK/logs/$name.txt" | tail -n 3 | cut -c1-300 | tee -a "$OUT/log.txt"
   return $rc
 }
+
+# The end of every log in one file.
+keep_logs() {
+  local log
+  for log in "$WORK"/logs/*.txt; do
+    [ -f "$log" ] && printf '\n===== %s\n' "$(basename "$log")" && tail -n 60 "$log" | cut -c1-2000
+  done >"$OUT/logs.txt"
+}
+trap keep_logs EXIT
 
 run_tests() {
   # As one that compiles: nothing is measured meanwhile.
@@ -84,12 +103,14 @@ run_group() {
     IFS=: read -r whose family variant override <<<"$row"
     name=${row//[:= ]/_}
     options=(--family="$family" --out="$OUT/steps.json" --lock="$LOCK" --deadline=$((limit / 2)))
+    local python=$PYTHON
     if [ "$whose" = ours ]; then
       options+=(--variant="$variant" ${override:+"--label=, $override" "$override"})
     else
+      python=$THEIR_PYTHON
       options+=(--mode="$variant")
     fi
-    limited "$limit" "$name" "$PYTHON" "experiments/accelerator_$whose.py" "${options[@]}" $TOY &
+    limited "$limit" "$name" "$python" "experiments/accelerator_$whose.py" "${options[@]}" $TOY &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || rc=1; done
@@ -97,7 +118,8 @@ run_group() {
 }
 
 run_steps() {
-  local groups group end=$((SECONDS + STEPS)) rc=0
+  local groups group end rc=0
+  end=$((SECONDS + ($(left) < STEPS ? $(left) : STEPS)))
   IFS=';' read -ra groups <<<"$ROWS"
   for group in "${groups[@]}"; do run_group $((end - SECONDS)) "$group" || rc=1; done
   rm -f "$OUT/steps.lock"

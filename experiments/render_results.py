@@ -12,6 +12,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import render_complexity
+import render_sensitivity
 import render_tpu
 from outside.table import outside_table
 
@@ -396,6 +398,26 @@ def main() -> None:
     replace(plan, "tpu-plan", render_tpu.plan_table(load("plan.json")))
     sampling = render_tpu.sampling_table(load("deformable_tpu.json"))
     replace(ROOT / "docs" / "deformable.md", "tpu-sampling", sampling)
+    costs, document = load("complexity.json"), ROOT / "docs" / "complexity.md"
+    replace(document, "complexity-models", render_complexity.models_table(costs))
+    groups = render_complexity.groups_table(costs, "coco:r50,w4a4")
+    replace(document, "complexity-groups", groups)
+    replace(document, "complexity-papers", render_complexity.papers_table(costs))
+    study = "aqdetr sensitivity --config=configs/shapes_w4a4.py"
+    text = render_sensitivity.sensitivity_text(
+        {
+            "DETR": (
+                f"{study} --model=packaged:shapes_teacher --out=DIR",
+                load("sensitivity.json"),
+            ),
+            "Deformable DETR": (
+                f"{study}:deformable-aqdetr --model=packaged:shapes_deformable_teacher --out=DIR",
+                load("sensitivity_deformable.json"),
+            ),
+        }
+    )
+    replace(ROOT / "docs" / "sensitivity.md", "sensitivity", text)
+    render_sensitivity.write_picture(load("sensitivity.json"), ROOT / "docs" / "sensitivity.png")
     replace(ROOT / "docs" / "results.md", "ablation", "\n\n".join(parts))
 
 

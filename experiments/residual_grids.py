@@ -4,7 +4,7 @@ python experiments/residual_grids.py --out=FILE [--residual=0,8,6,4] [a.b=value 
 
 The teachers of the embedded set, calibrated without training by the quickstart's configurations and
 judged on its validation images; 0 bits are float sums. The file is written anew after every model;
-rows that it holds already of the same commit are kept.
+rows of the same command that it holds already are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from aqdetr_jax.training.experiment import load_experiment
 
 CONFIGS = {
     "detr": "shapes_quickstart",
-    "deformable": "shapes_quickstart:deformable",
+    "deformable": "shapes_quickstart:deformable-aqdetr",
 }
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
 
@@ -42,7 +42,7 @@ def main() -> None:
     rows = []
     if options.out.is_file():
         before = read_json(options.out)
-        rows = [r for r in before["rows"] if (before["command"], r["commit"]) == (command, commit)]
+        rows = before["rows"] if before["command"] == command else []
     done = {(row["config"], row["residual"]) for row in rows}
     for family, name in CONFIGS.items():
         for bits in map(int, options.residual.split(",")):

@@ -20,6 +20,7 @@ LAYERS = (
     ("reporting", "predicting", "planning"),
     ("compress",),
     ("quickstart", "finetune"),
+    ("verbs",),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -100,9 +101,10 @@ def test_outside_systems_have_one_door():
     assert users("pycocotools") == {"evaluation/coco.py"}
     assert {part(Path(p)) for p in users("grain")} == {"data"}
     assert users("tensorflow_datasets") == {"data/tfds_builder.py"}
+    # Other libraries' weights, and our packed ones.
+    assert users("safetensors") == {"interop/checkpoints.py", "deploy/archive.py"}
     for package in ("onnx", "onnxruntime"):
         assert {str(Path(p).parent) for p in users(package)} == {"deploy/onnx"}
-    assert users("safetensors") == {"interop/checkpoints.py"}
 
 
 def test_pictures_are_opened_by_one_reader():

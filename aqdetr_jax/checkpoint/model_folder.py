@@ -80,7 +80,8 @@ class ModelBundle:
       input: image rule.
       class_names: names of the contiguous labels 0..C-1.
       category_ids: the data's ids of those labels.
-      variables: {"params": ..., "batch_stats": ...}, nested dicts of arrays.
+      variables: what ``module()`` is applied to: {"params": ..., "batch_stats": ...}, nested dicts
+        of arrays.
       info: facts for people: configuration name, seed, commit, results.
     """
 
@@ -89,7 +90,7 @@ class ModelBundle:
     input: InputRule
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    variables: dict[str, Any]
+    variables: Any
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def module(self) -> Detector:
@@ -153,7 +154,7 @@ def save_model(
     save_params(path, variables, metadata, more)
 
 
-def _model_folder(path: str | Path) -> Path:
+def model_folder(path: str | Path) -> Path:
     """Where the model of a path is, see ``load_model``; whether there is one is not looked at."""
     if str(path).startswith(PACKAGED):
         path = Path(__file__).parents[1] / "assets" / str(path).removeprefix(PACKAGED)
@@ -176,7 +177,7 @@ def model_checksum(path: str | Path) -> str | None:
       The checksum, the same wherever a copy of the folder lies; None where there is no model.
     """
     try:
-        files = read_manifest(_model_folder(path) / "manifest.json")["files"]
+        files = read_manifest(model_folder(path) / "manifest.json")["files"]
     except (OSError, ValueError, KeyError):  # said when it is loaded
         return None
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
@@ -192,7 +193,7 @@ def load_model(path: str | Path) -> ModelBundle:
       FileNotFoundError: there is no model; the message says what the folder is instead.
       CheckpointError: a file is damaged.
     """
-    folder = _model_folder(path)
+    folder = model_folder(path)
     variables, metadata = load_params(folder)
     missing = {"model", "quant", "input", "class_names", "category_ids"} - set(metadata)
     if missing:

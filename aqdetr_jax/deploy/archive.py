@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from aqdetr_jax.checkpoint.checksums import find_damage, read_manifest, write_manifest
-from aqdetr_jax.deploy.bits import Codes, pack, packed_size, unpack
+from aqdetr_jax.deploy.bits import Codes, pack, unpack
 from aqdetr_jax.io import whole_folder
-from aqdetr_jax.quant.spec import SUPPORTED_BITS
+from aqdetr_jax.quant.spec import SUPPORTED_BITS, packed_size
 
 FORMAT = "aqdetr-packed"
 VERSION = 1

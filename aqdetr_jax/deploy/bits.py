@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from aqdetr_jax.quant.spec import SUPPORTED_BITS
+from aqdetr_jax.quant.spec import SUPPORTED_BITS, packed_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +32,6 @@ class Codes:
     def signed(self) -> bool:
         """Whether the grid is ``[-2^(b-1), 2^(b-1) - 1]``, else ``[0, 2^b - 1]``."""
         return self.values.dtype == np.int8
-
-
-def packed_size(count: int, bits: int) -> int:
-    """Bytes of ``count`` codes."""
-    return -(-count * bits // 8)
 
 
 def pack(codes: Codes) -> np.ndarray:

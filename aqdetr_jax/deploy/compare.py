@@ -10,13 +10,14 @@ and the single float product of a requantization, where training has two.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.deploy.detector import DeployedDetector
@@ -108,11 +109,10 @@ class NetworkComparer:
     def add(
         self,
         comparison: Comparison,
-        images: Array,
-        mask: Array,
-        codes: Mapping[str, Array],
-        logits: Array,
-        boxes: Array,
+        images: np.ndarray,
+        mask: np.ndarray,
+        codes: Mapping[str, ArrayLike],
+        outputs: Sequence[ArrayLike],
         real: np.ndarray | None = None,
     ) -> None:
         """Compares one batch.
@@ -122,8 +122,7 @@ class NetworkComparer:
           images: uint8 [B, H, W, 3].
           mask: bool [B, H, W].
           codes: of the other network, by site; of every site of this one.
-          logits: the other's last class scores [B, N, C].
-          boxes: the other's last boxes [B, N, 4].
+          outputs: the other's last class scores [B, N, C] and boxes [B, N, 4], or ().
           real: bool [B], which images count.
 
         Raises:
@@ -140,15 +139,20 @@ class NetworkComparer:
             entry = comparison.sites.setdefault(site, SiteCount())
             entry.add(int(each) * int(real.sum()), int(different), int(largest))
         comparison.images += int(real.sum())
-        gaps = np.abs(mine - np.asarray(logits))[real], np.abs(mine_boxes - np.asarray(boxes))[real]
-        comparison.logits = max(comparison.logits, float(gaps[0].max(initial=0)))
-        comparison.boxes = max(comparison.boxes, float(gaps[1].max(initial=0)))
+        if outputs:
+            logits, boxes = (np.asarray(x)[real] for x in outputs)
+            comparison.logits = max(comparison.logits, _gap(mine[real], logits))
+            comparison.boxes = max(comparison.boxes, _gap(mine_boxes[real], boxes))
 
     def sites(self, images: Any, mask: Any) -> set[str]:
         """The names of all quantizers."""
         module = DeployedDetector(self._network.config)
         one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in (images, mask)]
         return set(jax.eval_shape(module.apply_with_codes, self._network, *one)[1])
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max(initial=0))
 
 
 def model_codes(bundle: ModelBundle) -> Any:
@@ -168,7 +172,7 @@ def model_codes(bundle: ModelBundle) -> Any:
 
 
 def _by_site(tree: Mapping[str, Any], path: str = "") -> dict[str, Array]:
-    found = {}
+    found: dict[str, Array] = {}
     for key, value in tree.items():
         name = f"{path}/{key}" if path else key
         found.update(_by_site(value, name) if isinstance(value, Mapping) else {name: value})

@@ -225,7 +225,7 @@ def _cells(height: int, width: int) -> np.ndarray:
 
 
 def _on_levels(ops: Operations, reference: Tensor, ratios: Tensor) -> Tensor:
-    """Points or boxes [B, Q, 2 or 4] of the real image in units of each level, [B, Q, L, 2 or 4]."""
+    """Points or boxes [B, Q, n] of the real image in units of each level, [B, Q, L, n]."""
     batch, queries, numbers = ops.shape(reference)
     count = ops.shape(ratios)[1]
     if numbers == 4:

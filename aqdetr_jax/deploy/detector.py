@@ -1,10 +1,10 @@
-"""Deployed detectors: the networks of both families, computed in JAX, behind the model's own door."""
+"""Deployed detectors: the networks of both families in JAX, behind the model's own door."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax import Array
@@ -117,6 +117,11 @@ class DeployedDetector:
 @dataclasses.dataclass(frozen=True)
 class DeployedBundle(ModelBundle):
     """A model whose variables are a deployed ``Network``."""
+
+    @property
+    def network(self) -> Network:
+        """The variables."""
+        return cast(Network, self.variables)
 
     def module(self) -> Any:
         """What computes it."""

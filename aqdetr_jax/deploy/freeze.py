@@ -135,8 +135,8 @@ def _with_whole_bias(layer: Layer) -> Layer:
             scale=np.where(dead, fine, layer.scale).astype(np.float32),
         )
         unit = layer.unit
-    whole = np.asarray(lsq.bias_codes(layer.bias, unit), np.float64)
-    if not np.abs(whole).max(initial=0) <= INT32:
+    whole = np.asarray(lsq.bias_codes(jnp.asarray(layer.bias), jnp.asarray(unit)), np.float64)
+    if not np.abs(whole).max(initial=0) < lsq.LARGEST_BIAS:  # what would be larger is that
         channel = int(np.abs(whole).argmax())
         raise ValueError(
             f"{layer.name}: the bias of channel {channel}, {layer.bias[channel]:.3g}, is no int32 "

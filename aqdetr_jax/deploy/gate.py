@@ -42,18 +42,26 @@ class ExportRefusedError(ValueError):
 
 
 class Runtime(Protocol):
-    """An exported model that another program computes."""
+    """An exported model that another program computes.
+
+    Attributes:
+      name: of the program.
+      batch: images at once.
+      raw: whether ``detect`` returns (logits [B, N, C], boxes [B, N, 4] as cxcywh in [0, 1]), else
+        (scores [B, K], labels [B, K], boxes [B, K, 4] as xyxy in pixels of the real image).
+    """
 
     name: str
+    batch: int
+    raw: bool
 
-    def detect(self, images: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [B, H, W, 3], int32 [B, 2] -> (logits [B, N, C], boxes [B, N, 4])."""
+    def detect(self, images: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of images uint8 [B, H, W, 3] and the (height, width) of the real ones, int32 [B, 2]."""
         ...
 
-    def detect_with_codes(
-        self, images: np.ndarray, sizes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """The same, and the codes of every quantizer by site."""
+    @property
+    def codes(self) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]] | None:
+        """The codes of every quantizer by site, of the same; None if they cannot be had."""
         ...
 
 
@@ -110,12 +118,12 @@ def judge(
     comparison = _compare_model(model, deployed, dataset, given, show)
     report["codes"]["trained, deployed"] = comparison.to_dict()
     failures += _failures(comparison, "the trained and the deployed network")
-    if runtime is not None:
+    if runtime is not None and runtime.codes is not None:
         comparison = _compare_runtime(runtime, deployed, dataset, given, show)
         report["codes"][f"deployed, {runtime.name}"] = comparison.to_dict()
         failures += _failures(comparison, f"the deployed network and {runtime.name}")
 
-    candidates: dict[str, Callable[[], dict[str, Any]]] = {
+    candidates: dict[str, Callable[[], Mapping[str, float]]] = {
         "trained": lambda: _evaluated(model, dataset, given, show, "trained"),
         "deployed": lambda: _evaluated(deployed, dataset, given, show, "deployed"),
     }
@@ -163,7 +171,7 @@ def _pipeline(bundle: ModelBundle, given: GateData, batch_size: int) -> Pipeline
 def _compare_model(model, deployed, dataset, given, show) -> Comparison:
     run, comparer, comparison = (
         model_codes(model),
-        NetworkComparer(deployed.variables),
+        NetworkComparer(deployed.network),
         Comparison(),
     )
     batches = make_eval_pipeline(dataset, _pipeline(model, given, given.batch_size))
@@ -171,23 +179,26 @@ def _compare_model(model, deployed, dataset, given, show) -> Comparison:
     for number, batch in enumerate(batches, 1):
         logits, boxes, codes = run(variables, batch["images"], batch["mask"])
         real = batch["image_index"] >= 0
-        comparer.add(comparison, batch["images"], batch["mask"], codes, logits, boxes, real)
+        comparer.add(comparison, batch["images"], batch["mask"], codes, (logits, boxes), real)
         show("codes compared", number, len(batches))
     return comparison
 
 
 def _compare_runtime(runtime: Runtime, deployed, dataset, given, show) -> Comparison:
-    comparer, comparison = NetworkComparer(deployed.variables), Comparison()
-    batches = make_eval_pipeline(dataset, _pipeline(deployed, given, 1))
+    codes_of = runtime.codes
+    assert codes_of is not None
+    comparer, comparison = NetworkComparer(deployed.network), Comparison()
+    batches = make_eval_pipeline(dataset, _pipeline(deployed, given, runtime.batch))
     for number, batch in enumerate(batches, 1):
-        logits, boxes, codes = runtime.detect_with_codes(batch["images"], _sizes(batch["mask"]))
-        real = batch["image_index"] >= 0
-        comparer.add(comparison, batch["images"], batch["mask"], codes, logits, boxes, real)
+        images, mask, real = batch["images"], batch["mask"], batch["image_index"] >= 0
+        codes = codes_of(images, _sizes(mask))
+        outputs = runtime.detect(images, _sizes(mask)) if runtime.raw else ()
+        comparer.add(comparison, images, mask, codes, outputs, real)
         show(f"{runtime.name}: codes compared", number, len(batches))
     return comparison
 
 
-def _evaluated(bundle, dataset, given, show, name) -> Mapping[str, Any]:
+def _evaluated(bundle, dataset, given, show, name) -> Mapping[str, float]:
     evaluator = bundle_evaluator(bundle, dataset, given.data, batch_size=given.batch_size)
     metrics, _ = evaluator.evaluate(
         bundle.variables, lambda done, all_: show(f"{name}: evaluated", done, all_)
@@ -195,7 +206,7 @@ def _evaluated(bundle, dataset, given, show, name) -> Mapping[str, Any]:
     return _numbers(metrics)
 
 
-def _runtime_metrics(runtime: Runtime, bundle, dataset, given, show) -> Mapping[str, Any]:
+def _runtime_metrics(runtime: Runtime, bundle, dataset, given, show) -> Mapping[str, float]:
     """COCO numbers of what another program detects."""
     known = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
     ids = [known.get(name) for name in bundle.class_names]
@@ -205,10 +216,16 @@ def _runtime_metrics(runtime: Runtime, bundle, dataset, given, show) -> Mapping[
         )
     )
     results: list[dict[str, Any]] = []
-    batches = make_eval_pipeline(dataset, _pipeline(bundle, given, 1))
+    batches = make_eval_pipeline(dataset, _pipeline(bundle, given, runtime.batch))
     for number, batch in enumerate(batches, 1):
-        logits, boxes = runtime.detect(batch["images"], _sizes(batch["mask"]))
-        scores, labels, boxes = jax.device_get(read(logits, boxes, batch["original_size"]))
+        sizes, original = _sizes(batch["mask"]), batch["original_size"]
+        found = runtime.detect(batch["images"], sizes)
+        if runtime.raw:
+            scores, labels, boxes = jax.device_get(read(*found, original))
+        else:
+            scores, labels, boxes = found
+            scale = (original / sizes)[:, None, ::-1]
+            boxes = boxes * np.concatenate([scale, scale], -1)
         images = [dataset.image_id(int(i)) if i >= 0 else None for i in batch["image_index"]]
         results += to_coco_results(images, scores, labels, boxes, ids)
         show(f"{runtime.name}: evaluated", number, len(batches))

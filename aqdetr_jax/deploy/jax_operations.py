@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from aqdetr_jax.deploy.bits import Codes
+from aqdetr_jax.deploy.carriers import Range, integer_product, local_tpu
 from aqdetr_jax.deploy.operations import Operations, Shapes
 from aqdetr_jax.deploy.parts import Grid, Layer, Norm
 from aqdetr_jax.models.layers import NORM_EPS
@@ -19,9 +20,6 @@ from aqdetr_jax.ops import deformable
 from aqdetr_jax.ops.activations import softmax
 from aqdetr_jax.ops.pooling import max_pool
 from aqdetr_jax.quant.product import Contraction, Conv, Dense, Mix, MixSamples, Scores
-
-EXACT = 2**24
-"""Whole numbers up to this are float32 numbers, and so are their sums."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Sums:
     """Sums of a product of codes, bias included.
 
     Attributes:
-      values: whole numbers, in float32 where they are exact in it, else int32.
+      values: int32.
       layer: whose unit they have.
       rectified: a ReLU follows.
     """
@@ -67,13 +65,16 @@ class JaxOperations(Operations):
     Args:
       given: codes by site: where there are some, they go on instead of those that are computed, so
         that one different code does not make others different (``codes`` has the computed ones).
+      tpu: the kind of TPU that the carriers of the codes are chosen for, if it is compiled for one;
+        None = this process's.
 
     Attributes:
       codes: what every grid was given, by site; whole numbers in float32.
     """
 
-    def __init__(self, given: Mapping[str, Array] | None = None):
+    def __init__(self, given: Mapping[str, Array] | None = None, tpu: str | None = None):
         self._given = given or {}
+        self._tpu = tpu or local_tpu()
         self.codes: dict[str, Array] = {}
 
     # --- images and maps --------------------------------------------------------------------------
@@ -173,10 +174,18 @@ class JaxOperations(Operations):
 
     def _sums(self, contraction: Contraction, codes: Array, layer: Layer) -> Array:
         """Sums of an integer layer and its bias."""
-        weights = layer.kernel.values
-        if layer.reach < EXACT:
-            return contraction.floats(codes, _constant(weights)) + _constant(layer.bias)
-        total = contraction.integers(codes.astype(jnp.int32), jnp.asarray(weights, jnp.int32))
+        assert isinstance(layer.kernel, Codes)
+        assert layer.grid is not None
+        half = 1 << layer.kernel.bits - 1
+        total = integer_product(
+            contraction,
+            codes,
+            layer.kernel.values,
+            _range(layer.grid),
+            (-half, half - 1),
+            self._tpu,
+            layer.reach,
+        )
         return total + jnp.asarray(layer.bias, jnp.int32)
 
     def scores(self, q, k, factor):
@@ -201,12 +210,9 @@ class JaxOperations(Operations):
             a, b = (self.dequantize(x) if isinstance(x, Coded) else x for x in (a, b))
             product = contraction.floats(a, b)
             return product * np.float32(factor) if factor != 1 else product
-        if a.values.shape[-1] * a.grid.reach * b.grid.reach < EXACT:
-            total = contraction.floats(a.values, b.values)
-        else:
-            total = contraction.integers(
-                a.values.astype(jnp.int32), b.values.astype(jnp.int32)
-            ).astype(jnp.float32)
+        total = integer_product(
+            contraction, a.values, b.values, _range(a.grid), _range(b.grid), self._tpu
+        ).astype(jnp.float32)
         unit = _constant(a.grid.step) * _constant(b.grid.step) * np.float32(factor)
         return total * (unit.reshape(-1, 1, 1) if unit.ndim else unit)
 
@@ -372,6 +378,12 @@ def aligned(codes: Array, shape: tuple[int, ...]) -> Array:
     if codes.ndim == 3 and len(shape) == 4 and codes.shape[1] == shape[2]:
         return codes.reshape(shape[0], shape[2], shape[1], shape[3]).transpose(0, 2, 1, 3)
     return codes.reshape(shape)
+
+
+def _range(grid: Grid) -> Range:
+    """Smallest and largest code, of each head where heads have their own."""
+    low, high = grid.lowest, grid.highest
+    return (low.reshape(-1, 1, 1), high.reshape(-1, 1, 1)) if low.ndim else (int(low), int(high))
 
 
 def _constant(x: Any) -> Array:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from aqdetr_jax.deploy.bits import Codes
 from aqdetr_jax.deploy.operations import Operations, Tensor
 from aqdetr_jax.deploy.parts import Grid, Layer, Norm
 from aqdetr_jax.models.attention import MASKED
@@ -44,6 +46,15 @@ class Network:
     arrays: Mapping[str, np.ndarray]
     renormalize: bool = False
 
+    @property
+    def weight_bits(self) -> int:
+        """Bits of most of the weights, 32 of a float network."""
+        counts: Counter[int] = Counter()
+        for layer in self.layers.values():
+            if isinstance(layer.kernel, Codes):
+                counts[layer.kernel.bits] += layer.kernel.values.size
+        return counts.most_common(1)[0][0] if counts else 32
+
     def convolution(self, path: str, size: int, stride: int = 1, dilation: int = 1) -> Layer:
         """A convolution with its window, padded as torch's layers are."""
         pad = dilation * (size - 1) // 2
@@ -60,8 +71,8 @@ class Network:
 
 def _heads(ops: Operations, x: Tensor, heads: int, grid: Grid | None, layer: Layer) -> Tensor:
     """A projection [B, S, H * D] as [B, H, S, D], on its grid if there is one."""
-    early = grid is not None and layer.integer  # the sums go to the grid as they are
-    if early:
+    early = layer.integer  # the sums go to the grid as they are
+    if grid is not None and early:
         x = ops.quantize(x, grid)
     batch, length, width = ops.shape(x)
     x = ops.transpose(ops.reshape(x, (batch, length, heads, width // heads)), (0, 2, 1, 3))

@@ -38,7 +38,7 @@ def write_packed(folder: str | Path, bundle: DeployedBundle) -> None:
       folder: an earlier packed model of that name is replaced, nothing else is.
       bundle: a deployed model.
     """
-    arrays, parts = _arrays(bundle.variables)
+    arrays, parts = _arrays(bundle.network)
     facts = {
         "model": from_dataclass(bundle.config),
         "quant": from_dataclass(bundle.quant),
@@ -89,13 +89,11 @@ def used(network: Network, bucket: tuple[int, int]) -> Network:
         jax.ShapeDtypeStruct((1, *bucket, 3), jnp.uint8),
         jax.ShapeDtypeStruct((1, 2), jnp.int32),
     )
-    return dataclasses.replace(
-        network,
-        **{
-            name: {key: value for key, value in getattr(network, name).items() if key in keys}
-            for name, keys in reads.keys.items()
-        },
-    )
+    kept: dict[str, Any] = {
+        name: {key: value for key, value in getattr(network, name).items() if key in keys}
+        for name, keys in reads.keys.items()
+    }
+    return dataclasses.replace(network, **kept)
 
 
 class _Reads:
@@ -103,13 +101,11 @@ class _Reads:
 
     def __init__(self, network: Network):
         self.keys: dict[str, set[str]] = {}
-        self.network = dataclasses.replace(
-            network,
-            **{
-                name: _Watched(getattr(network, name), self.keys.setdefault(name, set()))
-                for name in ("layers", "norms", "grids", "arrays")
-            },
-        )
+        watched: dict[str, Any] = {
+            name: _Watched(getattr(network, name), self.keys.setdefault(name, set()))
+            for name in ("layers", "norms", "grids", "arrays")
+        }
+        self.network = dataclasses.replace(network, **watched)
 
 
 class _Watched(dict):
@@ -186,7 +182,7 @@ def _network(arrays: Arrays, facts: Mapping[str, Any], config: DetrConfig, where
     for path, described in facts["layers"].items():
         kernel = left.pop(f"{path}/kernel", None)
         coded = isinstance(kernel, Codes)
-        if not coded and (kernel is None or kernel.dtype != np.float32):
+        if not isinstance(kernel, Codes) and (kernel is None or kernel.dtype != np.float32):
             raise PackedModelError(f"{where}: {path}/kernel should be codes or float32")
         on_grid = None if described is None else grid(described)
         bias = take(f"{path}/bias", "int32" if coded and on_grid is not None else "float32")
@@ -230,7 +226,7 @@ def _check(bundle: DeployedBundle, where: str) -> None:
     """That the network computes: all parts are there and their shapes fit."""
     try:
         jax.eval_shape(
-            lambda images, sizes: detect(JaxOperations(), bundle.variables, images, sizes),
+            lambda images, sizes: detect(JaxOperations(), bundle.network, images, sizes),
             jax.ShapeDtypeStruct((1, *bundle.input.buckets[0], 3), jnp.uint8),
             jax.ShapeDtypeStruct((1, 2), jnp.int32),
         )

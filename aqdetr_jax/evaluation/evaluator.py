@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from aqdetr_jax.data.batching import PipelineStats
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
+from aqdetr_jax.data.remedies import smaller_images
 from aqdetr_jax.evaluation.coco import evaluate_detections, postprocess, to_coco_results
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.models.detector import Detector
@@ -103,6 +104,7 @@ class Evaluator:
         set has not (it is detected and left out, as COCO does); the set's own by default.
       reserved: bytes on each device that other things take meanwhile.
       outputs: is given what the network says of every batch, before it becomes detections.
+      last_remedy: what helps where one image a device does not fit, a sentence.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Evaluator:
         category_ids: Sequence[int | None] | None = None,
         reserved: int = 0,
         outputs: Outputs | None = None,
+        last_remedy: str = smaller_images("eval_buckets"),
     ):
         self._dataset, self._outputs = dataset, outputs
         self._category_ids = dataset.category_ids if category_ids is None else category_ids
@@ -138,10 +141,9 @@ class Evaluator:
                 for b in self._batches.buckets
             ],
             name="evaluation",
-            remedies="lower config.train.eval_batch_size"
+            remedies=f"try config.train.eval_batch_size={size // unit // 2 * unit}"
             if size > unit
-            else "the model and one image a device are too large; use smaller config.data.buckets, "
-            "or another device",
+            else last_remedy,
             reserved=reserved,
         )
 

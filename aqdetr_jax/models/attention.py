@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from aqdetr_jax.models.dropout import dropout
 from aqdetr_jax.models.layers import FLOAT
-from aqdetr_jax.models.quantized import QDense, activation_quantizer, module_path
+from aqdetr_jax.models.quantized import QDense, activation_quantizer, bits_of, module_path
 from aqdetr_jax.ops.activations import softmax
 from aqdetr_jax.quant.policy import Policy
 from aqdetr_jax.quant.product import Mix, Quantizer, Scores, quantized_product
@@ -188,7 +188,8 @@ class AttentionCore(nn.Module):
         unsigned = policy.attention_spec(path, unsigned=True)
         q_q = activation_quantizer(self, "q", q, signed, head_axis=1)
         q_k = activation_quantizer(self, "k", k, signed, head_axis=1)
-        scores = quantized_product(Scores(self.dtype), q, k, q_q, q_k, policy.arithmetic)
+        product = Scores(self.dtype, left_bits=bits_of(signed))
+        scores = quantized_product(product, q, k, q_q, q_k, policy.arithmetic)
         scores = (scores.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(self.dtype)
         if key_valid is not None:
             scores = jnp.where(key_valid[:, None, None, :], scores, MASKED)
@@ -197,15 +198,17 @@ class AttentionCore(nn.Module):
         weights = dropout(self, probabilities, self.dropout, train=train)
         q_p = activation_quantizer(self, "probs", weights, unsigned, head_axis=1)
         q_v = activation_quantizer(self, "v", v, signed, head_axis=1)
-        mixed = quantized_product(Mix(self.dtype), weights, v, q_p, q_v, policy.arithmetic)
+        mix = Mix(self.dtype, left_bits=bits_of(unsigned))
+        mixed = quantized_product(mix, weights, v, q_p, q_v, policy.arithmetic)
         if policy.renormalize and q_p is not None and policy.arithmetic != "observe":
             mixed = (mixed / row_sum(weights, q_p)).astype(self.dtype)
         rule = policy.rule_for(path)
         note = rule.note if rule else "no rule: float"
         macs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
-        record(OpRecord(path, "scores", None, signed, signed, macs=macs, note=note))
+        row = functools.partial(OpRecord, path, heads=q.shape[1], macs=macs, note=note)
+        record(row("scores", activation=signed, other=signed))
         record(OpRecord(path, "softmax", note=FLOAT))
-        record(OpRecord(path, "mix", None, unsigned, signed, macs=macs, note=note))
+        record(row("mix", activation=unsigned, other=signed))
         mixed = merge_heads(mixed)
         return mixed, AttentionMaps(scores, probabilities, mixed)
 

@@ -20,6 +20,7 @@ from aqdetr_jax.models.layers import FLOAT
 from aqdetr_jax.models.quantized import (
     QDense,
     activation_quantizer,
+    bits_of,
     capturing,
     module_path,
     observing,
@@ -192,7 +193,9 @@ class SamplingCore(nn.Module):
         q_p = activation_quantizer(self, "probs", probabilities, unsigned, head_axis=1)
         q_s = activation_quantizer(self, "samples", samples, signed, head_axis=1)
         product = functools.partial(
-            quantized_product, MixSamples(self.dtype), arithmetic=policy.arithmetic
+            quantized_product,
+            MixSamples(self.dtype, left_bits=bits_of(unsigned)),
+            arithmetic=policy.arithmetic,
         )
         if watched:
             mixed = product(probabilities, samples, q_p, q_s)
@@ -212,7 +215,10 @@ class SamplingCore(nn.Module):
         record(OpRecord(path, "softmax", note=FLOAT))
         # Four neighbours a sample; the multiply-adds are counted, as the papers do.
         record(OpRecord(path, "sampling", macs=4 * macs, note=FLOAT))
-        record(OpRecord(path, "mix_samples", None, unsigned, signed, macs=macs, note=note))
+        heads = values.shape[2]
+        record(
+            OpRecord(path, "mix_samples", None, unsigned, signed, heads=heads, macs=macs, note=note)
+        )
         mixed = merge_heads(mixed)
         sizes = jnp.array([(w, h) for h, w in shapes], jnp.float32)
         return mixed, DeformableMaps(scores, probabilities, locations, sizes, mixed)

@@ -113,7 +113,8 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         var = self.variable("batch_stats", "var", jnp.ones, shape)
         note = "affine, folds into the convolution's scale"
-        record(OpRecord(module_path(self), "norm", parameters=4 * x.shape[-1], note=note))
+        size = 4 * x.shape[-1]
+        record(OpRecord(module_path(self), "norm", parameters=size, folds=True, note=note))
         if self.frozen:
             scale, bias = lax.stop_gradient(scale), lax.stop_gradient(bias)
         if self.frozen or not train:

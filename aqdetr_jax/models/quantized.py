@@ -33,6 +33,11 @@ OBSERVED = "observed"
 CODES = "codes"
 """Variable collection of the codes of every site, see ``activation_quantizer``."""
 
+LIMITS = "limits"
+"""Variable collection that replaces the smallest and the largest code of sites, where it has them:
+[2] under the site's name ("kernel" of weights). So one program serves every number of bits; see
+``deploy.switchboard``."""
+
 SAMPLES_PER_SITE = 8192
 SAMPLES_PER_CHANNEL = 256
 
@@ -73,6 +78,11 @@ def channel_affine(
     return ((x - shift) / scale).astype(x.dtype), kernel * scale[:, None], bias + moved
 
 
+def bits_of(spec: QuantSpec | None) -> int | None:
+    """Bits of a grid, None of a float."""
+    return None if spec is None else spec.bits
+
+
 def activation_quantizer(
     module: nn.Module,
     name: str,
@@ -111,7 +121,7 @@ def activation_quantizer(
         module.variable(OBSERVED, name, lambda: sample).value = sample
     start = nn.initializers.constant(default_step(spec))
     step = module.param(f"{name}_step", start, shape, jnp.float32)
-    lower, upper = jnp.float32(spec.lower), jnp.float32(spec.upper)
+    lower, upper = _limits(module, name, spec)
     if spec.zero_point:
         zero = module.param(f"{name}_zero", nn.initializers.zeros, shape, jnp.float32)
         lower, upper = lower - zero, upper - zero
@@ -120,6 +130,14 @@ def activation_quantizer(
         module.variable(CODES, name, lambda: seen).value = seen
     count = math.prod(x.shape[1:]) // max(math.prod(shape), 1)
     return Quantizer(step, lower, upper, jnp.float32(lsq.gradient_scale(count, spec.upper)))
+
+
+def _limits(module: nn.Module, name: str, spec: QuantSpec) -> tuple[Array, Array]:
+    """The smallest and the largest code of a site, float32 []."""
+    if module.has_variable(LIMITS, name):
+        ends: Array = module.get_variable(LIMITS, name)
+        return ends[0], ends[1]
+    return jnp.float32(spec.lower), jnp.float32(spec.upper)
 
 
 def _sample(x: Array, axis: int | None, limit: int = SAMPLES_PER_SITE) -> Array:
@@ -163,8 +181,7 @@ def weight_quantizer(
     step = module.param(f"{name}_step", init)
     return Quantizer(
         step.reshape((1,) * (kernel.ndim - 1) + (channels,)),
-        jnp.float32(spec.lower),
-        jnp.float32(spec.upper),
+        *_limits(module, name, spec),
         jnp.float32(lsq.gradient_scale(count, spec.upper)),
     )
 
@@ -175,7 +192,10 @@ def sum_steps(
     """The steps of a layer whose sums are integers, else None."""
     if quantizer_x is None or quantizer_w is None or policy.arithmetic == "observe":
         return None
-    return SumSteps(quantizer_x.step, quantizer_w.step.reshape(-1))
+    # A grid without ends (``LIMITS``) makes no integers: in a unit of 0 a bias stays what it is.
+    endless = jnp.isinf(quantizer_x.upper) | jnp.isinf(quantizer_w.upper)
+    step = jnp.where(endless, 0.0, quantizer_x.step)
+    return SumSteps(step, quantizer_w.step.reshape(-1))
 
 
 class QDense(nn.Module):
@@ -222,7 +242,7 @@ class QDense(nn.Module):
         q_w = weight_quantizer(self, kernel, weight_spec)
         row = _row(path, "dense", self.policy, weight_spec, input_spec, kernel, bias, x.size)
         record(dataclasses.replace(row, centred=x.shape[-1] if centred else 0))
-        contraction = Dense(self.dtype, out_dtype=self.out_dtype)
+        contraction = Dense(self.dtype, out_dtype=self.out_dtype, left_bits=bits_of(input_spec))
         y = quantized_product(contraction, x, kernel, q_x, q_w, self.policy.arithmetic)
         steps = sum_steps(q_x, q_w, self.policy)
         if steps is not None:
@@ -297,6 +317,7 @@ class QConv(nn.Module):
             ((pads[0], pads[0]), (pads[1], pads[1])),
             (self.dilation, self.dilation),
             constant_left=self.constant_input,
+            left_bits=bits_of(input_spec),
         )
         y = quantized_product(contraction, x, kernel, q_x, q_w, self.policy.arithmetic)
         steps = sum_steps(q_x, q_w, self.policy)

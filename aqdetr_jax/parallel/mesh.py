@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -20,17 +20,26 @@ logger = logging.getLogger(__name__)
 AXES = ("data", "model")
 
 
+class Device(Protocol):
+    """What a mesh's shape depends on: a JAX device, or one of a slice that is planned for."""
+
+    @property
+    def platform(self) -> str:
+        """Such as "tpu"."""
+
+
 def mesh_shape(
     data: int | None = None,
     model: int = 1,
     *,
     batch_size: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
 ) -> tuple[int, int]:
     """The sizes of :func:`make_mesh`'s axes, which has the arguments and errors."""
-    known = jax.devices() if devices is None else devices
+    known: Sequence[Device] = jax.devices() if devices is None else devices
     count = len(known)
-    cores = jax.process_count() == 1 and known[0].platform == "cpu"
+    # Of a slice that is not here nothing is asked of this machine's devices.
+    cores = known[0].platform == "cpu" and jax.process_count() == 1
     if model < 1 or (data is not None and data < 1):
         raise ValueError(f"mesh sizes must be at least 1, found data={data}, model={model}")
     if data is None:

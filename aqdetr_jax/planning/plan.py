@@ -22,6 +22,7 @@ from aqdetr_jax.planning.search import largest_batch
 from aqdetr_jax.planning.work import image_flops
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.remedies import remedies as run_remedies
 
 Bucket = tuple[int, int]
 KINDS: tuple[Kind, ...] = ("train", "eval")
@@ -191,30 +192,14 @@ def remedies(sizes: Sizes, kind: Kind, rows: int) -> list[str]:
       kind: of it.
       rows: its images a replica.
     """
-    config, found = sizes.config, []
-    parts = config.train.accumulate if kind == "train" else 1
-    if rows > parts:
-        found.append(f"a smaller batch: --per_chip={rows // parts // 2 or 1}, or --search")
-    if kind == "train" and rows > parts and accumulates(config):
-        factor = next(n for n in range(2, rows + 1) if rows // parts % n == 0)
-        found.append(
-            f"the same batch in parts: --per_chip={rows // parts // factor} "
-            f"train.accumulate={parts * factor}"
-        )
-    if kind == "train" and config.model.remat is not True:
-        found.append("computing layers again: model.remat=True")
-    if config.model.dtype == "float32":
-        found.append("half the bytes between the layers: model.dtype=bfloat16")
+    parts = sizes.config.train.accumulate if kind == "train" else 1
+    found = []
+    for remedy in run_remedies(sizes.config, rows // parts, kind):
+        words = [] if remedy.rows is None else [f"--per_chip={remedy.rows}"]
+        words += [f"{key}={value}" for key, value in remedy.keys.items()]
+        search = "" if remedy.keys else ", or --search"
+        found.append(f"{remedy.what}: {' '.join(words)}{search}")
     return found or ["a kind of chip with more HBM: --topology=v5p:2x2x1"]
-
-
-def accumulates(config: ExperimentConfig) -> bool:
-    """Whether a configuration's step can be cut into micro-batches."""
-    try:
-        dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=2))
-    except ValueError:
-        return False
-    return True
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

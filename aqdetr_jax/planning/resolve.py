@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.planning.chips import Slice
 from aqdetr_jax.training import sizing
-from aqdetr_jax.training.config import ExperimentConfig, TrainConfig
-
-COCO_CLASSES = 91
-"""Outputs of the official heads: COCO's category ids reach to 90."""
+from aqdetr_jax.training.config import ExperimentConfig
 
 COCO_TRAIN, COCO_EVAL = 118_287, 5_000
 """Images of train2017 and val2017."""
@@ -41,24 +37,8 @@ class Sizes:
 
 
 def replicas_on(config: ExperimentConfig, place: Slice) -> int:
-    """Devices along "data" of the mesh that a run makes on a slice.
-
-    Raises:
-      ValueError: ``mesh.model`` does not divide the slice, or ``mesh.data`` is not what it leaves.
-    """
-    data, model, devices = config.mesh.data, config.mesh.model, place.devices
-    if model < 1 or devices % model:
-        fitting = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
-        raise ValueError(
-            f"config.mesh.model={model} does not divide the {devices} devices of {place.name}: "
-            f"{fitting} do"
-        )
-    if data > 0 and data * model != devices:
-        raise ValueError(
-            f"config.mesh.data={data} x config.mesh.model={model} is not the {devices} devices of "
-            f"{place.name}: mesh.data=-1 takes what mesh.model leaves ({devices // model})"
-        )
-    return devices // model
+    """Devices along "data" of the mesh that a run makes on a slice; errors are ``make_mesh``'s."""
+    return sizing.devices_along_data(config, devices=[place] * place.devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +72,10 @@ def read_facts(config: ExperimentConfig, place: Slice, images: int | None = None
     config = sizing.with_devices(config, place)
     given = config.train
     notes: list[str] = []
-    if _has_data(config):
+    if sizing.has_data(config.data):
         train_set = open_dataset(config.data, train=True)
-        # Of data and model alone; the batch, which --per_chip may replace, follows in ``resolve``.
-        any_batch = dataclasses.replace(config, train=TrainConfig(steps=1, batch_per_chip=1))
-        filled = sizing.with_data(any_batch, train_set, chips=1, device=place)
-        config = dataclasses.replace(config, data=filled.data, model=filled.model)
+        # The batch, which --per_chip may replace, follows in ``resolve``.
+        config = sizing.with_data_alone(config, train_set, place)
         found, eval_images = len(train_set), len(open_dataset(config.data, train=False))
     else:
         config = _without_data(config, notes)
@@ -161,14 +139,6 @@ def with_batch(
     return dataclasses.replace(config, train=train)
 
 
-def _has_data(config: ExperimentConfig) -> bool:
-    """Whether there is a data set to ask: a root that does not exist here is none."""
-    data = config.data
-    if data.kind == "shapes":
-        return True
-    return (bool(data.root) and Path(data.root).exists()) or bool(data.train_annotations)
-
-
 def _without_data(config: ExperimentConfig, notes: list[str]) -> ExperimentConfig:
     """What the data would say; COCO's number of classes where it is open."""
     data, model = config.data, config.model
@@ -188,8 +158,8 @@ def _without_data(config: ExperimentConfig, notes: list[str]) -> ExperimentConfi
         )
     if not model.num_classes:
         notes.append(
-            f"model.num_classes={COCO_CLASSES}: COCO's official head (no data are read; "
+            f"model.num_classes={sizing.COCO_CLASSES}: COCO's official head (no data are read; "
             "model.num_classes=N for others)"
         )
-        model = dataclasses.replace(model, num_classes=COCO_CLASSES)
+        model = dataclasses.replace(model, num_classes=sizing.COCO_CLASSES)
     return dataclasses.replace(config, model=model)

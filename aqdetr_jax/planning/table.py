@@ -8,20 +8,9 @@ from collections.abc import Sequence
 
 from aqdetr_jax.planning.plan import Plan, Step, remedies
 from aqdetr_jax.planning.traffic import Collective
+from aqdetr_jax.quant.report import columns
 
 _GIB = 2**30
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, the first column left, the others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def format_plan(plan: Plan) -> str:

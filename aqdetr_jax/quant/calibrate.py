@@ -21,6 +21,9 @@ CANDIDATES = 80
 PERCENTILE = 99.9
 TINY = 1e-8
 
+ROUNDING = 1e-6
+"""Of a value that should be constant, in parts of it."""
+
 
 def site_specs(rows: Sequence[OpRecord]) -> dict[str, QuantSpec]:
     """The grid of every activation site, ``path/site`` -> spec, from a recorded forward pass."""
@@ -127,6 +130,16 @@ def _error(values, step, lower, upper) -> np.ndarray:
     return np.square(values - grid).mean(1)
 
 
+def is_constant(values: np.ndarray) -> np.ndarray:
+    """Whether a channel has one value, but for what float32 adds to it: bool [K] of [K, n].
+
+    (The first decoder layer's queries attend to values that are all alike.) A grid for what is left
+    of it after its mean would be one for rounding errors.
+    """
+    largest = np.abs(values).max(axis=1)
+    return np.ptp(values, axis=1) <= ROUNDING * largest
+
+
 def channel_statistics(values: np.ndarray, exponent: float) -> tuple[np.ndarray, np.ndarray]:
     """Shift and scale of every channel of a centred input.
 
@@ -139,7 +152,7 @@ def channel_statistics(values: np.ndarray, exponent: float) -> tuple[np.ndarray,
       (means [K], scales [K] with a geometric mean of 1). A channel that hardly moves is not blown
       up: its spread counts as a tenth of the median one.
     """
-    spread = values.std(axis=1)
+    spread = np.where(is_constant(values), 0, values.std(axis=1))
     spread = np.maximum(spread, max(0.1 * float(np.median(spread)), TINY)) ** exponent
     scale = spread / np.exp(np.log(spread).mean())
     return values.mean(axis=1).astype(np.float32), scale.astype(np.float32)
@@ -179,7 +192,8 @@ def calibrated_parameters(
         if f"{path}_shift" in out:
             shift, scale = channel_statistics(values, equalize)
             out[f"{path}_shift"], out[f"{path}_scale"] = shift, scale
-            values = ((values - shift[:, None]) / scale[:, None]).reshape(1, -1)
+            moved = np.where(is_constant(values)[:, None], 0, values - shift[:, None])
+            values = (moved / scale[:, None]).reshape(1, -1)
         step, zero = first_step(values, spec, method)
         shape = np.shape(out[f"{path}_step"])
         out[f"{path}_step"] = step.reshape(shape).astype(np.float32)

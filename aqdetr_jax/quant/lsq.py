@@ -120,7 +120,9 @@ def vjp_of_total(
 
     Of eq. 3, ``s dv_hat/ds`` is ``v_hat - v`` inside the range and ``v_hat`` outside, where
     ``dL/dv = 0``: so ``dL/ds = g / s (total - sum dL/dv . v)``, from the gradient that is made
-    anyway, and what is made of ``dL/dv_hat`` need not be kept.
+    anyway, and what is made of ``dL/dv_hat`` need not be kept. The two sums nearly cancel: a
+    rounding error of a cotangent counts ``v / s`` times here, and ``round(v / s) - v / s`` times
+    in ``vjp``.
 
     Args:
       v: values.

@@ -31,6 +31,8 @@ class OpRecord:
       kernel_size: of those, the number of kernel weights (the rest stay float).
       channels: output channels of the kernel.
       centred: input channels with a shift and a scale of their own (0 = none).
+      heads: attention heads, each of which has its own step on a grid of one step a head.
+      folds: a norm that is part of the layer before it once deployed.
       macs: multiply-adds for the traced batch (0 for elementwise operations).
       note: the rule's note, or why the operation is float.
     """
@@ -44,6 +46,8 @@ class OpRecord:
     kernel_size: int = 0
     channels: int = 0
     centred: int = 0
+    heads: int = 1
+    folds: bool = False
     macs: int = 0
     note: str = ""
 

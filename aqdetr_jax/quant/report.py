@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from aqdetr_jax.quant.record import OpRecord
-from aqdetr_jax.quant.spec import QuantSpec
+from aqdetr_jax.quant.spec import QuantSpec, packed_size
 
 ATTENTION = ("scores", "mix", "mix_samples")
+
+PACKED_PARTS = ("codes", "scales", "biases", "grids", "floats")
+"""What a packed model consists of, see ``packed_parts``."""
 
 
 def bit_report(rows: Sequence[OpRecord], batch: int = 1) -> dict[str, Any]:
@@ -27,15 +30,16 @@ def bit_report(rows: Sequence[OpRecord], batch: int = 1) -> dict[str, Any]:
         ``rows``: one dict an operation with ``path``, ``kind``, ``weight_bits``,
         ``activation_bits``, ``attention_bits`` (int, "float", or None where it has no such
         operand), ``grids`` (text), ``parameters``, ``macs``, ``note``;
-        ``packed_bytes``: weights at their bits, one float32 step per channel, two float32 for
-        every centred input channel, all else float32;
+        ``packed_bytes``: of a packed model, see ``packed_parts``;
+        ``packed_parts``: the same by part;
         ``float_bytes``: everything in float32;
         ``macs``: per image, all products;
         ``macs_by_bits``: share of those by "WxA" bits, e.g. {"4x4": 0.93, "8x8": 0.05, ...}.
     """
-    table, packed, plain = [], 0.0, 0
+    table, plain = [], 0
+    parts = dict.fromkeys(PACKED_PARTS, 0)
     macs: dict[str, int] = {}
-    for row in _merged(rows):
+    for row in merged_rows(rows):
         attention = row.kind in ATTENTION
         activates = row.kind == "add" or (row.macs and not attention)
         table.append(
@@ -52,23 +56,24 @@ def bit_report(rows: Sequence[OpRecord], batch: int = 1) -> dict[str, Any]:
             }
         )
         plain += 4 * row.parameters
-        packed += _packed(row)
+        for part, size in packed_parts(row).items():
+            parts[part] += size
         if row.macs:
-            left = row.activation if attention else row.weight
-            right = row.other if attention else row.activation
+            left, right = operands(row)
             key = f"{_bits(left)}x{_bits(right)}"
             macs[key] = macs.get(key, 0) + row.macs // batch
     total = sum(macs.values())
     return {
         "rows": table,
-        "packed_bytes": round(packed),
+        "packed_bytes": sum(parts.values()),
+        "packed_parts": parts,
         "float_bytes": plain,
         "macs": total,
         "macs_by_bits": {key: value / total for key, value in sorted(macs.items())},
     }
 
 
-def _merged(rows: Sequence[OpRecord]) -> list[OpRecord]:
+def merged_rows(rows: Sequence[OpRecord]) -> list[OpRecord]:
     """One record per operation, in the order of first use."""
     merged: dict[tuple[str, str], OpRecord] = {}
     for row in rows:
@@ -89,13 +94,61 @@ def _grids(row: OpRecord) -> str:
     return f"{text} centred" if row.centred else text
 
 
-def _packed(row: OpRecord) -> float:
+def operands(row: OpRecord) -> tuple[QuantSpec | None, QuantSpec | None]:
+    """The grids of both operands of a product: the weight's first where there is one."""
+    if row.kind in ATTENTION:
+        return row.activation, row.other
+    return row.weight, row.activation
+
+
+def packed_parts(row: OpRecord) -> dict[str, int]:
+    """Bytes of an operation's arrays in a packed model (``deploy.parts``).
+
+    Args:
+      row: merged, see ``merged_rows``.
+
+    Returns:
+      ``PACKED_PARTS`` -> bytes: "codes", weights at their bits; "scales", a float32 for each of
+      their output channels, a folded norm's factor in it; "biases", int32 of integer layers, whose
+      norms fold into them; "grids", the float32 step of every site, shift and scale of every
+      centred input channel; "floats", all else, float32. A convolution has a bias whether the
+      model's has one or not: that of the norm that folds into it.
+    """
+    parts = dict.fromkeys(PACKED_PARTS, 0)
+    steps = sum(_steps(spec, row) for spec in (row.activation, row.other))
+    parts["grids"] = 4 * (steps + 2 * row.centred)
+    if row.folds:
+        return parts
+    if not row.kernel_size:
+        parts["floats"] = 4 * row.parameters
+        return parts
     if row.weight is None:
-        return 4.0 * row.parameters
-    # A row's parameters are the kernel, and per output channel a bias (where there is one).
-    kernel = row.kernel_size
-    floats = row.parameters - kernel + row.channels + 2 * row.centred
-    return kernel * row.weight.bits / 8 + 4.0 * floats
+        parts["floats"] += 4 * row.kernel_size
+    else:
+        parts["codes"] = packed_size(row.kernel_size, row.weight.bits)
+        parts["scales"] = 4 * row.channels
+    integer = row.weight is not None and row.activation is not None
+    parts["biases" if integer else "floats"] += 4 * row.channels
+    return parts
+
+
+def _steps(spec: QuantSpec | None, row: OpRecord) -> int:
+    """Steps of a grid; its bits and zero points stand in the manifest."""
+    if spec is None:
+        return 0
+    return row.heads if spec.granularity == "head" else 1
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, the first column left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def format_bit_report(report: dict[str, Any]) -> str:

@@ -63,6 +63,11 @@ class QuantSpec:
         return text + ("+z" if self.zero_point else "")
 
 
+def packed_size(count: int, bits: int) -> int:
+    """Bytes of ``count`` codes of ``bits`` bits each, one after the other."""
+    return -(-count * bits // 8)
+
+
 def default_step(spec: QuantSpec, size: float = 1.0) -> float:
     """A step where data say nothing (before calibration, or all zeros): LSQ's for mean|v| = size.
 

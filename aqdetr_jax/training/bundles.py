@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from aqdetr_jax.checkpoint.model_folder import InputRule, ModelBundle
 from aqdetr_jax.data.dataset import DetectionDataset
@@ -56,13 +58,35 @@ def run_bundle(
 def calibrated_bundle(config: ExperimentConfig, teacher: ModelBundle) -> ModelBundle:
     """The quantized model before any training: the teacher's weights, calibrated step sizes."""
     dataset = open_dataset(config.data, train=True)
-    config = sizing.with_data(config, dataset)
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1)
-    )
-    module = setup.build_module(config)
+    config = inference_config(config, dataset)
     with contextlib.closing(setup.calibration_pipeline(config, dataset)) as batches:
-        variables, report = initial.initial_variables(config, module, teacher, batches)
+        return quantized_bundle(config, teacher, batches)
+
+
+def inference_config(config: ExperimentConfig, train_set: DetectionDataset) -> ExperimentConfig:
+    """The configuration with the sizes of its data, and without auxiliary queries."""
+    config = sizing.with_data(config, train_set)
+    model = dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1)
+    return dataclasses.replace(config, model=model)
+
+
+def quantized_bundle(
+    config: ExperimentConfig,
+    teacher: ModelBundle,
+    batches: Iterable[Mapping[str, np.ndarray]] | None,
+) -> ModelBundle:
+    """The quantized model with the teacher's weights.
+
+    Args:
+      config: from :func:`inference_config`.
+      teacher: a float model.
+      batches: what sets the step sizes; None leaves them without a value.
+
+    Raises:
+      ValueError: the teacher is another model than the configuration's.
+    """
+    module = setup.build_module(config)
+    variables, report = initial.initial_variables(config, module, teacher, batches)
     assert report is not None  # there is a source
     new = [path for path in report.new if not path.endswith(GRID_PARAMETERS)]
     unknown = report.mismatched + new

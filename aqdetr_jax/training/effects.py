@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
-from aqdetr_jax.config_types import ConfigError
+from aqdetr_jax.config_types import ConfigError, from_dataclass
 from aqdetr_jax.training.config import ExperimentConfig
 
 _GENERATED = ("num_train", "num_eval", "image_size", "set_seed", "cache_dir")
@@ -62,6 +63,26 @@ def check_effects(config: ExperimentConfig, given: Iterable[str], where: str) ->
         for pattern, reason in rules:
             if fnmatchcase(key, pattern):
                 raise ConfigError(f"{where}: config.{key} has no effect: {reason}")
+
+
+def without_idle(config: ExperimentConfig) -> dict[str, Any]:
+    """The configuration as a file that holds no key without an effect.
+
+    Overrides may have made keys of its own file idle, which a new file must not give.
+    """
+    patterns = [pattern for pattern, _ in idle(config)]
+
+    def kept(node: Any, path: str) -> Any:
+        if not isinstance(node, dict):
+            return node
+        inner = {key: f"{path}.{key}" if path else key for key in node}
+        return {
+            key: kept(node[key], name)
+            for key, name in inner.items()
+            if not any(fnmatchcase(name, pattern) for pattern in patterns)
+        }
+
+    return kept(from_dataclass(config), "")
 
 
 _UNJUDGED = (

@@ -32,7 +32,7 @@ def initial_variables(
     config: ExperimentConfig,
     module: Detector | DensePretrainer,
     source: ModelBundle | None,
-    calibration: Iterable[Mapping[str, np.ndarray]],
+    calibration: Iterable[Mapping[str, np.ndarray]] | None,
 ) -> tuple[dict[str, Any], LoadReport | None]:
     """The first variables of a run: random, imported, calibrated.
 
@@ -41,7 +41,7 @@ def initial_variables(
       module: the model that is trained.
       source: parameters to start from, or None.
       calibration: training batches for the step sizes; read only if any step size is new or
-        ``source`` has another quantization policy.
+        ``source`` has another quantization policy. None leaves the step sizes without a value.
 
     Returns:
       (variables as numpy arrays, load report or None).
@@ -81,7 +81,7 @@ def initial_variables(
     if report is not None and path in report.new and config.auxiliary.start == "object":
         params[path] = _copied_queries(config, params["query_embed"], params[path])
     variables = _unflatten(params, stats)
-    if calibrated and isinstance(module, Detector):
+    if calibrated and calibration is not None and isinstance(module, Detector):
         variables = calibrate(config, module, variables, calibration)
     return variables, report
 
@@ -158,29 +158,44 @@ def calibrate(
     Returns:
       New variables.
     """
+    params = calibrated_parameters(
+        traverse_util.flatten_dict(variables["params"], sep="/"),
+        record_ops(module, variables, config.data.buckets[0]),
+        observe(config, module, variables, batches),
+        config.quant.calibration_method,
+        config.quant.equalize,
+    )
+    return {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
+
+
+def observe(
+    config: ExperimentConfig,
+    module: Detector,
+    variables: Mapping[str, Any],
+    batches: Iterable[Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """What every activation site sees in the float model, on a few training batches.
+
+    Args: as for :func:`calibrate`.
+
+    Returns:
+      ``path/site`` -> samples, as ``calibrated_parameters`` takes them.
+    """
     observer = module.clone(policy=dataclasses.replace(module.policy, arithmetic="observe"))
 
     @jax.jit
-    def observe(variables, images, mask):
+    def seen_in(variables, images, mask):
         _, seen = observer.apply(variables, images, mask, mutable=[OBSERVED])
         return seen[OBSERVED]
 
     samples = []
     for _, batch in zip(range(config.quant.calibration_batches), batches, strict=False):
         images = _without_padding(batch["images"][:CALIBRATION_ROWS], batch["size"])
-        seen = observe(variables, images, np.ones(images.shape[:3], bool))
+        seen = seen_in(variables, images, np.ones(images.shape[:3], bool))
         samples.append(traverse_util.flatten_dict(jax.device_get(seen), sep="/"))
     if not samples:
         raise ValueError("calibration needs at least one batch: config.quant.calibration_batches")
-    rows = record_ops(module, variables, config.data.buckets[0])
-    params = calibrated_parameters(
-        traverse_util.flatten_dict(variables["params"], sep="/"),
-        rows,
-        merge_samples(samples),
-        config.quant.calibration_method,
-        config.quant.equalize,
-    )
-    return {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
+    return merge_samples(samples)
 
 
 def _without_padding(images: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ from aqdetr_jax.parallel.mesh import (
 )
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.report import bit_report, format_bit_report
-from aqdetr_jax.training import initial, setup, sizing
+from aqdetr_jax.training import initial, remedies, setup, sizing
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.assemble import TRAINED_KEYS, Assembly, assemble
 from aqdetr_jax.training.bundles import run_bundle
@@ -106,11 +106,17 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     ):
         if folder.changes:
             say(f"{config.name}: changed since the last start: {'; '.join(folder.changes)}")
-        return _Run(config, folder.path, mesh, train_set, eval_set, clock).run()
+        run = _Run(given, config, folder.path, mesh, train_set, eval_set, clock)
+        try:
+            return run.run()
+        except StoppedError:  # when the progress line has ended
+            run.say_times()
+            raise
 
 
 class _Run:
-    def __init__(self, config, path, mesh, train_set, eval_set, clock):
+    def __init__(self, given, config, path, mesh, train_set, eval_set, clock):
+        self.given: ExperimentConfig = given
         self.config: ExperimentConfig = config
         self.path: Path = path
         self.mesh = mesh
@@ -119,6 +125,7 @@ class _Run:
         self.clock: RunClock = clock
         self.module = setup.build_module(config)
         self.evaluator: Evaluator | None = None
+        self.resumed = False
 
     def run(self) -> RunResult:
         config = self.config
@@ -138,12 +145,14 @@ class _Run:
         # --- state: restored, or made ---------------------------------------------------------
         with Checkpoints(self.path / "checkpoints", config.train.keep_checkpoints) as checkpoints:
             assembly, state, restored = self._state(checkpoints)
-            first = int(restored or 0)
+            first, self.resumed = int(restored or 0), restored is not None
             self._write_bits(state)
 
             # --- the step ---------------------------------------------------------------------
             step = assembly.step(self.module, teacher_module)
-            programs = step_programs(config, step, self.mesh, resumed=restored is not None)
+            devices = self.mesh.shape["data"]
+            helps = remedies.for_run(self.given.data, config, devices, resumed=self.resumed)
+            programs = step_programs(config, step, self.mesh, helps)
             if on_accelerators(self.mesh):
                 # All of them, so that what does not fit is found now and not when it first comes.
                 with self.clock.within("compile"):
@@ -192,11 +201,15 @@ class _Run:
         if block is not None and detections is not None and is_main():
             detections.write(self.path)
             write_json_atomic(self.path / "results.json", block)
-        self.clock.lap()
-        say(f"{config.name}: {self.clock.summary()}")
+        self.say_times()
         return RunResult(config, load_model(self.path), block, detections)
 
     # ------------------------------------------------------------------------------------------
+
+    def say_times(self) -> None:
+        """What the time went into."""
+        self.clock.lap()
+        say(f"{self.config.name}: {self.clock.summary()}")
 
     def _finished(self) -> RunResult | None:
         """What a finished run left in the work directory, else None."""
@@ -312,6 +325,7 @@ class _Run:
                 self.mesh,
                 # Beside the state, of which the evaluated part is an argument.
                 reserved=bytes_a_device(state) - bytes_a_device(state.evaluated),
+                last_remedy=remedies.of_images(self.given.data, "eval", resumed=self.resumed),
             )
         return self.evaluator
 

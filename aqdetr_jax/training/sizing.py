@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Protocol
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.fit import fitted, small_share
 from aqdetr_jax.parallel.hosts import say_once
-from aqdetr_jax.parallel.mesh import mesh_shape
+from aqdetr_jax.parallel.mesh import Device, mesh_shape
 from aqdetr_jax.training.config import ExperimentConfig, OptimizerConfig, TrainConfig
 from aqdetr_jax.training.effects import idle
 
@@ -28,6 +30,9 @@ BY_PLATFORM = "auto"
 
 BY_DATA = -1
 """Of ``model.num_auxiliary``: twice as many as object queries, and room for all repeats [ours]."""
+
+COCO_CLASSES = 91
+"""Outputs of the official heads: COCO's category ids reach to 90."""
 
 _MOST_QUERIES = 300
 _FEW_PIXELS = 0.75  # of the stride, below which the sides of boxes are worth a word
@@ -72,11 +77,15 @@ def with_batch(config: ExperimentConfig, chips: int | None = None) -> Experiment
     return dataclasses.replace(config, train=train, optimizer=_rates(config, batch))
 
 
-def devices_along_data(config: ExperimentConfig, batch_size: int | None = None) -> int:
-    """Devices of this machine that share a batch; see ``make_mesh`` for ``batch_size``."""
+def devices_along_data(
+    config: ExperimentConfig,
+    batch_size: int | None = None,
+    devices: Sequence[Device] | None = None,
+) -> int:
+    """Devices that share a batch; arguments and errors are ``make_mesh``'s."""
     mesh = config.mesh
     data = None if mesh.data < 0 else mesh.data
-    return mesh_shape(data, mesh.model, batch_size=batch_size)[0]
+    return mesh_shape(data, mesh.model, batch_size=batch_size, devices=devices)[0]
 
 
 def eval_batch_size(config: ExperimentConfig) -> int:
@@ -179,6 +188,31 @@ def with_data(
     return with_devices(config, jax.devices()[0] if device is None else device)
 
 
+def has_data(data: DataConfig) -> bool:
+    """Whether there is a data set to ask: a root that does not exist here is none."""
+    if data.kind == "shapes":
+        return True
+    return (bool(data.root) and Path(data.root).exists()) or bool(data.train_annotations)
+
+
+def with_data_alone(
+    config: ExperimentConfig, dataset: DetectionDataset, device: Device
+) -> ExperimentConfig:
+    """What of data and model follows from the training set; batch, rates and steps stay as given.
+
+    Args:
+      config: the experiment.
+      dataset: its training set.
+      device: see :func:`with_devices`.
+
+    Raises:
+      ValueError: see :func:`with_data`.
+    """
+    any_batch = dataclasses.replace(config, train=TrainConfig(steps=1, batch_per_chip=1))
+    filled = with_data(any_batch, dataset, chips=1, device=device)
+    return dataclasses.replace(config, data=filled.data, model=filled.model)
+
+
 def with_steps(train: TrainConfig, images: int) -> TrainConfig:
     """Fills in ``steps`` from ``epochs``.
 
@@ -195,14 +229,6 @@ def with_steps(train: TrainConfig, images: int) -> TrainConfig:
     if not train.steps:
         raise ValueError("config.train.steps and config.train.epochs are both 0: set one of them")
     return train
-
-
-class Device(Protocol):
-    """What a dtype depends on: a JAX device, or a slice that is planned for."""
-
-    @property
-    def platform(self) -> str:
-        """Such as "tpu"."""
 
 
 def with_devices(config: ExperimentConfig, device: Device) -> ExperimentConfig:

@@ -83,15 +83,15 @@ def training_curves(
         return None
     columns = _columns(len(panels))
     rows = -(-len(panels) // columns)
-    figure = _figure(columns, rows, title, theme)
+    figure = new_figure(columns, rows, title, theme)
     for index, (name, members) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        _style(axes, name, theme)
+        style_panel(axes, name, theme)
         _draw_panel(axes, runs, members, theme)
         handles, labels = axes.get_legend_handles_labels()
         # Runs keep their colours, so the first panel's legend serves all of them.
         if len(handles) > 1 and (len(runs) == 1 or index == 0):
-            _legend(axes, theme, handles, labels, columns=2 if len(handles) > 4 else 1)
+            add_legend(axes, theme, handles, labels, columns=2 if len(handles) > 4 else 1)
     return figure
 
 
@@ -116,9 +116,9 @@ def ap_bars(
         return None
     colors = palette.run_colors(list(blocks), theme)
     ink = palette.theme(theme)
-    figure = _figure(1, 1, "", theme, width=max(6.2, 1.9 * len(shown)), height=3.3)
+    figure = new_figure(1, 1, "", theme, width=max(6.2, 1.9 * len(shown)), height=3.3)
     axes = figure.add_subplot(1, 1, 1)
-    _style(axes, "", theme)
+    style_panel(axes, "", theme)
     width = 0.84 / len(blocks)
     top = 0.0
     for index, (name, block) in enumerate(blocks.items()):
@@ -150,7 +150,7 @@ def ap_bars(
     axes.set_ylabel("percent", color=ink.muted, fontsize=9)
     # Handles are built here so that a run whose first metric is undefined keeps its entry.
     handles = [axes.bar(0, 0, color=colors[name]) for name in blocks]
-    _legend(axes, theme, handles, list(blocks), columns=len(blocks))
+    add_legend(axes, theme, handles, list(blocks), columns=len(blocks))
     return figure
 
 
@@ -178,10 +178,10 @@ def capacity_curves(rows: Records, *, theme: str = "light") -> Figure | None:
     colors = palette.run_colors(names, theme)
     columns = _columns(len(measures))
     grid = -(-len(measures) // columns)
-    figure = _figure(columns, grid, "", theme)
+    figure = new_figure(columns, grid, "", theme)
     for index, measure in enumerate(measures):
         axes = figure.add_subplot(grid, columns, index + 1)
-        _style(axes, measure.replace("_", " "), theme)
+        style_panel(axes, measure.replace("_", " "), theme)
         for name in names:
             for style, kind in zip(_STYLES * len(sets), sets, strict=False):
                 line = sorted(
@@ -200,7 +200,7 @@ def capacity_curves(rows: Records, *, theme: str = "light") -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         handles, labels = axes.get_legend_handles_labels()
         if index == 0 and labels and labels != [""]:
-            _legend(axes, theme, handles, labels, columns=1)
+            add_legend(axes, theme, handles, labels, columns=1)
     return figure
 
 
@@ -289,7 +289,7 @@ def _columns(panels: int) -> int:
     return {1: 1, 2: 2, 4: 2}.get(panels, 3)
 
 
-def _figure(
+def new_figure(
     columns: int,
     rows: int,
     title: str,
@@ -298,6 +298,7 @@ def _figure(
     width: float = _PANEL_WIDTH,
     height: float = _PANEL_HEIGHT,
 ) -> Figure:
+    """An empty figure of ``columns`` x ``rows`` panels, whose sizes are in inches."""
     colors = palette.theme(theme)
     figure = Figure(
         figsize=(columns * width, rows * height), facecolor=colors.surface, layout="constrained"
@@ -309,7 +310,8 @@ def _figure(
     return figure
 
 
-def _style(axes: Axes, title: str, theme: str) -> None:
+def style_panel(axes: Axes, title: str, theme: str) -> None:
+    """Gives a panel its title and the look of all panels."""
     colors = palette.theme(theme)
     axes.set_facecolor(colors.surface)
     axes.set_title(title, loc="left", color=colors.ink, fontsize=10, fontweight="bold")
@@ -321,10 +323,11 @@ def _style(axes: Axes, title: str, theme: str) -> None:
     axes.tick_params(colors=colors.muted, labelsize=8, length=0)
 
 
-def _legend(
+def add_legend(
     axes: Axes, theme: str, handles: Sequence[Any], labels: Sequence[str], *, columns: int
 ) -> None:
-    legend = axes.legend(
+    """Adds a legend; of three columns and more above the panel."""
+    made = axes.legend(
         handles,
         labels,
         loc="best" if columns < 3 else "upper center",
@@ -337,7 +340,7 @@ def _legend(
         facecolor=palette.theme(theme).surface,
         handlelength=1.4,
     )
-    for text in legend.get_texts():
+    for text in made.get_texts():
         text.set_color(palette.theme(theme).ink)
 
 

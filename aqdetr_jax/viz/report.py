@@ -14,6 +14,7 @@ from aqdetr_jax.viz import curves, html, palette
 from aqdetr_jax.viz.bits_table import bits_section
 from aqdetr_jax.viz.html import MISSING, Markup, element, join
 from aqdetr_jax.viz.records import read_metrics
+from aqdetr_jax.viz.sensitivity import sensitivity_section
 
 CONTEXT_KEYS = (
     "title",
@@ -25,6 +26,7 @@ CONTEXT_KEYS = (
     "detections",
     "attention",
     "query_capacity",
+    "sensitivity",
     "bit_report",
     "notes",
 )
@@ -47,6 +49,7 @@ def write_report(workdir: str | os.PathLike[str], context: Mapping[str, Any]) ->
     - detections, attention: lists of pictures; each a PIL image, a path, or a dict with "image" and
       optional "title" and "caption".
     - query_capacity: rows for ``curves.capacity_curves``; other columns appear in the table only.
+    - sensitivity: see ``sensitivity.sensitivity_section``.
     - bit_report: {"rows": [...], "packed_bytes": int, "float_bytes": int, "measured": bool}, the
       sizes optional ("measured": they are a file's). A
       row has "path", "kind", "weight_bits", "activation_bits", "attention_bits" (an integer;
@@ -80,6 +83,7 @@ def render_report(context: Mapping[str, Any]) -> str:
         ("detections", "Detections", _pictures, "detections"),
         ("attention", "Encoder attention", _attention, "attention"),
         ("queries", "Query capacity", _capacity, "query_capacity"),
+        ("sensitivity", "Sensitivity", sensitivity_section, "sensitivity"),
         ("bits", "Bits", bits_section, "bit_report"),
         ("run", "How it was run", lambda _: _run(context), ""),
         ("notes", "Notes and limits", _notes, "notes"),

@@ -39,7 +39,7 @@ def test_it_is_one_line_and_no_search_in_a_trace(incomplete, capsys):
     picture.write_bytes(b"")
     command = ["predict", str(picture), f"--model={incomplete}", f"--out={incomplete / 'out'}"]
     assert main(command) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    line, _hint = capsys.readouterr().err.splitlines()
     assert re.search(
         r"\(w4a4\) lacks 4 parameters of its grids \(backbone/layer1_0/(branch|identity)_step, "
         r"\.\.\.\): .* --config.init_from=",

@@ -33,7 +33,7 @@ def test_codes_of_training_and_of_deployment(case):
     comparer, comparison = NetworkComparer(network), Comparison()
     # Every quantizer of the trained model is in the deployed network, and no other.
     assert comparer.sites(images, mask) == codes.keys()
-    comparer.add(comparison, images, mask, codes, logits, boxes)
+    comparer.add(comparison, images, mask, codes, (logits, boxes))
     spread = [len(np.unique(code)) for code in codes.values()]
     assert np.median(spread) > 2  # (dead codes would be equal whatever happens)
     different = {k: v for k, v in comparison.sites.items() if v.different}
@@ -53,7 +53,7 @@ def test_a_wrong_code_is_counted_where_it_arises():
     site = "encoder/layer_0/feed_forward/linear1/input"
     wrong = {**codes, site: codes[site].at[0, 0, :3].add(2)}
     comparer, comparison = NetworkComparer(network), Comparison()
-    comparer.add(comparison, images, mask, wrong, logits, boxes)
+    comparer.add(comparison, images, mask, wrong, (logits, boxes))
     assert comparison.sites[site].different >= 3
     assert comparison.sites[site].largest >= 2
     # Three inputs of a token's hidden units have moved, and only they see it.

@@ -11,6 +11,7 @@ from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.coco import METRIC_NAMES, evaluate_detections
 from aqdetr_jax.evaluation.evaluator import Evaluator
+from aqdetr_jax.parallel.compiled import DoesNotFitError
 from aqdetr_jax.parallel.mesh import make_mesh
 from aqdetr_jax.training import setup
 
@@ -103,6 +104,24 @@ def test_on_accelerators_every_bucket_in_use_is_compiled_first(evaluated, monkey
         assert len(compiled) == 1
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "remedy"),
+    [
+        (4, r": try config\.train\.eval_batch_size=2$"),
+        (1, r": one image a device is too large already: use smaller config\.data\.eval_buckets,"),
+    ],
+)
+def test_what_does_not_fit_says_what_helps(evaluated, monkeypatch, batch_size, remedy):
+    bundle, dataset, *_ = evaluated
+    monkeypatch.setattr("aqdetr_jax.evaluation.evaluator.on_accelerators", lambda mesh: True)
+    monkeypatch.setattr("aqdetr_jax.parallel.compiled.device_bytes", lambda: 2**10)
+    pipeline = dataclasses.replace(
+        setup.pipeline_config(tiny.FLOAT, train=False), batch_size=batch_size
+    )
+    with pytest.raises(DoesNotFitError, match=remedy):
+        Evaluator(bundle.module(), dataset, pipeline, make_mesh()).compile(bundle.variables)
 
 
 def test_non_finite_parameters_are_reported_with_the_image(evaluated):

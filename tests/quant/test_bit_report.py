@@ -71,8 +71,15 @@ def test_totals_of_two_layers_by_hand():
     with recording() as rows:
         jax.eval_shape(toy.init, jax.random.key(0), jnp.zeros((3, 7, 6)))
     report = bit_report(rows, batch=3)
-    # layer: 30 weights at 4 bits, 5 biases and 5 steps at 32; class_head: 12 numbers at 32.
-    assert report["packed_bytes"] == 15 + 4 * 5 + 4 * 5 + 4 * 12
+    # layer: 30 weights at 4 bits, 5 biases, 5 scales and the input's step; class_head: 12 floats.
+    assert report["packed_parts"] == {
+        "codes": 15,
+        "scales": 4 * 5,
+        "biases": 4 * 5,
+        "grids": 4,
+        "floats": 4 * 12,
+    }
+    assert report["packed_bytes"] == 15 + 4 * 5 + 4 * 5 + 4 + 4 * 12
     assert report["float_bytes"] == 4 * (35 + 12)
     assert report["macs"] == 7 * (30 + 10)
     assert report["macs_by_bits"] == {"4x8": 0.75, "floatxfloat": 0.25}
@@ -105,7 +112,7 @@ def test_convolution_by_hand():
         jax.eval_shape(conv.init, jax.random.key(0), jnp.zeros((2, 8, 6, 4)))
     report = bit_report(rows, batch=2)
     assert report["macs"] == 4 * 3 * 9 * 4 * 5
-    assert report["packed_bytes"] == 9 * 4 * 5 * 2 // 8 + 4 * 5 + 4 * 5
+    assert report["packed_bytes"] == 9 * 4 * 5 * 2 // 8 + 4 * 5 + 4 * 5 + 4
 
 
 def test_shared_operation_is_one_row():
@@ -160,7 +167,7 @@ def test_bits_of_the_rows_follow_the_policy():
     for (path, kind), row in table.items():
         bits = (row["weight_bits"], row["activation_bits"], row["attention_bits"])
         if kind == "add":
-            assert bits == (None, 8, None)
+            assert bits == (None, 8 if path.startswith("backbone") else "float", None)
         elif kind not in PRODUCTS:
             assert bits == (None, None, None)
         elif path.startswith(("class_head", "box_head")):

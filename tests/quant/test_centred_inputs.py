@@ -11,6 +11,7 @@ from aqdetr_jax.quant.calibrate import (
     calibrated_parameters,
     channel_statistics,
     first_step,
+    is_constant,
 )
 from aqdetr_jax.quant.policy import Policy, Rule
 from aqdetr_jax.quant.record import OpRecord, recording
@@ -95,3 +96,18 @@ def test_centring_pays_where_channels_are_unequal():
         errors[center] = float(np.mean((low - plain) ** 2) / np.var(plain))
     assert errors[True] < 0.03
     assert errors[True] < errors[False] / 4
+
+
+def test_rounding_errors_of_a_constant_are_no_spread():
+    """What attends to values that are all alike: a step for its rounding errors has no biases."""
+    rng = np.random.default_rng(0)
+    constant = rng.normal(size=(6, 1)).astype(np.float32)
+    noisy = (constant * (1 + rng.uniform(-2e-7, 2e-7, (6, 50)))).astype(np.float32)
+    assert np.ptp(noisy, axis=1).any()
+    assert is_constant(noisy).all()
+    shift, scale = channel_statistics(noisy, 1.0)
+    np.testing.assert_allclose(shift, constant[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(scale, 1, rtol=1e-5)
+    moving = noisy.copy()
+    moving[2] *= 1 + rng.normal(0, 1e-4, 50)
+    np.testing.assert_array_equal(is_constant(moving), np.arange(6) != 2)

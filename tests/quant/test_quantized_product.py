@@ -221,6 +221,33 @@ def test_bfloat16_weight_and_step_gradients_are_float32_sums(name):
         np.testing.assert_allclose(low, full, rtol=1e-3, atol=1e-3 * float(jnp.abs(full).max()))
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bfloat16_step_gradients_hold_on_fine_grids(bits, signed):
+    """The rounding of a cotangent must not be multiplied by codes of up to 255."""
+    a, b, qa, qb = operands("dense", bits=(bits, 4), signed=(signed, True))
+    rng = np.random.default_rng(8)
+    a = jnp.asarray(np.abs(rng.normal(size=(4096, 6))), jnp.bfloat16)
+    qa = qa._replace(step=np.float32(4.87) / qa.upper)  # nothing is clipped, no tie
+    qb = qb._replace(step=np.full_like(qb.step, 0.25))  # a grid that bfloat16 holds
+    cotangent = jnp.asarray(rng.normal(size=(4096, 5)), jnp.bfloat16)
+
+    def gradient(dtype, which, quantizer):
+        def loss(a, step):
+            q = quantizer and quantizer._replace(step=step)
+            out = quantized_product(Dense(dtype, left_bits=bits), a, b, q, qb)
+            return jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32))
+
+        return jax.jit(jax.grad(loss, which))(a.astype(dtype), qa.step)
+
+    low, full = (gradient(dtype, 1, qa) for dtype in (jnp.bfloat16, jnp.float32))
+    # What a sum of so many terms of either sign comes to.
+    slope = lsq.step_derivative(a.astype(jnp.float32), qa.step, qa.lower, qa.upper)
+    terms = gradient(jnp.float32, 0, None) * slope
+    size = float(qa.gradient_scale * jnp.sqrt(jnp.sum(terms**2)))
+    assert abs(float(low - full)) < 0.02 * size
+
+
 @pytest.mark.parametrize("which", ["both", "left", "right", "none"])
 @pytest.mark.parametrize("name", ["dense", "conv", "conv_strided_dilated"])
 def test_a_constant_operand_changes_no_other_gradient(name, which):

@@ -17,7 +17,7 @@ import tiny
 from aqdetr_jax.config_types import ConfigError
 from aqdetr_jax.data.pipeline import train_bucket
 from aqdetr_jax.parallel.compiled import DoesNotFitError
-from aqdetr_jax.training import assemble, loop, programs, resume, setup, sizing
+from aqdetr_jax.training import assemble, loop, remedies, resume, setup, sizing
 from aqdetr_jax.training import log as logs
 from aqdetr_jax.training import profile as profiles
 from aqdetr_jax.training.clock import PARTS, RunClock
@@ -213,7 +213,7 @@ def test_all_buckets_are_compiled_before_the_first_step_on_accelerators(tmp_path
     text = str(caught.value)
     assert text.startswith("the training step of 4 images of 64x64 does not fit the devices'")
     assert (
-        "config.model.dtype=bfloat16, or config.model.remat=true, or config.train.batch_size=2"
+        "config.model.dtype=bfloat16, or config.model.remat=True, or config.train.batch_size=2"
         in text
     )
 
@@ -237,42 +237,53 @@ def test_shapes_are_those_of_the_pipelines_batches(bucket):
     assert {key: (x.shape, x.dtype) for key, x in shapes.items()} == found
 
 
+def helps(config, devices, **options):
+    return remedies.for_run(config.data, config, devices, **options)
+
+
 def test_remedies_are_those_that_are_left():
     config = changed(tiny.FLOAT, "train", batch_size=36)
-    assert programs.remedies(config, 4) == (
+    assert helps(config, 4) == (
         "try config.model.dtype=bfloat16, or config.train.accumulate=3 with "
-        "config.train.batch_size=36, or config.model.remat=true, or config.train.batch_size=16"
+        "config.train.batch_size=36, or config.model.remat=True, or config.train.batch_size=16"
     )
     config = changed(config, "model", dtype="bfloat16", remat=True)
-    assert programs.remedies(config, 6) == (
+    assert helps(config, 6) == (
         "try config.train.accumulate=2 with config.train.batch_size=36, or "
         "config.train.batch_size=18"
     )
     config = changed(config, "train", accumulate=3)
-    assert programs.remedies(config, 6) == (
+    assert helps(config, 6) == (
         "try config.train.accumulate=6 with config.train.batch_size=36, or "
         "config.train.batch_size=18"
     )
-    assert "use smaller config.data.buckets" in programs.remedies(config, 12)
+    assert "use smaller config.data.buckets" in helps(config, 12)
+    # With buckets that follow from the images a given one would be refused.
+    fitted = dataclasses.replace(config.data, fit=640)
+    assert "use smaller config.data.fit," in remedies.for_run(fitted, config, 12)
+    assert "use smaller config.data.fit," in remedies.of_images(fitted, "eval")
+    # Evaluation's own buckets decide there, and stand for the others where none are given.
+    assert "use smaller config.data.eval_buckets," in remedies.of_images(config.data, "eval")
 
 
 def test_remedies_of_a_run_that_goes_on_are_those_that_it_may_change():
     config = changed(tiny.FLOAT, "train", batch_size=36)
-    text = programs.remedies(config, 4, resumed=True)
+    text = helps(config, 4, resumed=True)
     assert text == (
-        "try config.train.accumulate=3 with config.train.batch_size=36, or config.model.remat=true"
+        "try config.train.accumulate=3 with config.train.batch_size=36, or config.model.remat=True"
     )
     # (The batch is what it was.)
     assert {"train.accumulate", "model.remat"} < set(resume.CHANGEABLE)
     config = changed(config, "model", remat=True)
-    assert "keeps its batch" in programs.remedies(config, 36, resumed=True)
+    assert "keeps its batch" in helps(config, 36, resumed=True)
+    assert "devices of more memory" in remedies.of_images(config.data, "eval", resumed=True)
 
 
 def test_micro_batches_are_smaller_whatever_the_configuration_counts_in():
     """One in images a chip would take as many of them at a time, of a larger batch."""
     given = changed(tiny.FLOAT, "train", batch_per_chip=8)
     resolved = sizing.with_batch(given, 4)
-    words = re.findall(r"config\.(train\.\w+=\d+)", programs.remedies(resolved, 4))[:2]
+    words = re.findall(r"config\.(train\.\w+=\d+)", helps(resolved, 4))[:2]
     taken = sizing.with_batch(load_experiment("coco:r50,float", words), 4)
     train = taken.train
     assert (train.batch_size, train.batch_size // train.accumulate // 4) == (32, 4)
@@ -280,7 +291,7 @@ def test_micro_batches_are_smaller_whatever_the_configuration_counts_in():
 
 def test_a_batch_that_is_needed_whole_is_not_cut():
     """Norms learn in a pretraining."""
-    assert "accumulate" not in programs.remedies(changed(TWO, "train", batch_size=8), 1)
+    assert "accumulate" not in helps(changed(TWO, "train", batch_size=8), 1)
 
 
 # --- train.profile -------------------------------------------------------------------------------

@@ -230,7 +230,9 @@ def test_killed_and_stopped_and_resumed_equals_straight(
     monkeypatch.setattr(loop, "put_batch", stopped)
     assert main(command) == EXIT_STOPPED == 75
     assert len(placed) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr()
+    assert re.fullmatch(r"tiny_student: \w+: \d+% .*computing steps.*", said.out.splitlines()[-1])
+    error = said.err.splitlines()[-1]
     assert error.startswith("aqdetr: stopped at step 3")
     assert "run the same command to go on" in error
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handler is gone again

@@ -16,6 +16,7 @@ from onnx import ModelProto, helper
 from aqdetr_jax.config_types import from_dataclass
 from aqdetr_jax.deploy.detector import DeployedBundle, detect, read_out
 from aqdetr_jax.deploy.network import Network
+from aqdetr_jax.deploy.onnx.facts import FACTS, FORMAT, VERSION, OnnxModelError, read_facts
 from aqdetr_jax.deploy.onnx.graph import Graph, tensor_type
 from aqdetr_jax.deploy.onnx.operations import OnnxOperations
 from aqdetr_jax.deploy.onnx.tensors import Site
@@ -27,20 +28,11 @@ OPSET = 21
 IR_VERSION = 10
 """Of the file; what goes with the opset."""
 
-FORMAT, VERSION = "aqdetr-onnx", 1
-
-FACTS = "aqdetr"
-"""Key of the facts, JSON, in the file's metadata."""
-
 CHECKSUM = "aqdetr.sha256"
 """Key of the SHA-256 of all bytes before this entry, which is the file's last."""
 
 MOST_BYTES = 2**31 - 1
 """Of a protocol buffer."""
-
-
-class OnnxModelError(ValueError):
-    """An ONNX file that cannot be used; the message names the file and the reason."""
 
 
 def onnx_model(
@@ -90,6 +82,7 @@ def onnx_model(
         "format": FORMAT,
         "version": VERSION,
         "outputs": outputs,
+        "bits": network.weight_bits,
         "model": from_dataclass(bundle.config),
         "input": from_dataclass(bundle.input),
         "class_names": list(bundle.class_names),
@@ -171,20 +164,7 @@ def facts_of(model: ModelProto, path: str | Path = "") -> dict[str, Any]:
     Raises:
       OnnxModelError: it is none of ours.
     """
-    stored = {entry.key: entry.value for entry in model.metadata_props}
-    if FACTS not in stored:
-        raise OnnxModelError(f"{path} was not written by aqdetr export --format=onnx")
-    try:
-        facts = json.loads(stored[FACTS])
-        known = facts["format"] == FORMAT and facts["version"] == VERSION
-    except (ValueError, TypeError, KeyError):
-        raise OnnxModelError(f"{path}: what it says of itself cannot be read") from None
-    if not known:
-        raise OnnxModelError(
-            f"{path} is of version {facts['version']!r} of {facts['format']!r}, and this program "
-            f"reads version {VERSION} of {FORMAT!r}: export the model again"
-        )
-    return facts
+    return read_facts({entry.key: entry.value for entry in model.metadata_props}, path)
 
 
 def with_codes(model: ModelProto) -> ModelProto:

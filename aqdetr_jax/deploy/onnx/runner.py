@@ -69,19 +69,17 @@ class OnnxDetector:
         names = [x.name for x in session.get_outputs()]
         return dict(zip(names, session.run(names, given), strict=True))
 
-    def detect(self, images: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(logits [B, N, C], boxes [B, N, 4]) of a file with raw outputs."""
-        found = self.run(images, sizes)
-        return found["logits"], found["boxes"]
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        """(batch, height, width, 3) of its images."""
+        batch, height, width, channels = self._session.get_inputs()[0].shape
+        return batch, height, width, channels
 
-    def detect_with_codes(
-        self, images: np.ndarray, sizes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """The same, and the codes of every quantizer by site, int32."""
+    def codes(self, images: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
+        """The codes of every quantizer by site, int32."""
         if self._with_codes is None:
             self._with_codes = self._open(with_codes(self._model))
-        found = self._run(self._with_codes, images, sizes)
-        return found["logits"], found["boxes"], codes_of(self.facts, found)
+        return codes_of(self.facts, self._run(self._with_codes, images, sizes))
 
     def profiled(self) -> list[dict[str, Any]]:
         """Ends a profile: its events, one of every run of an operator and others."""
