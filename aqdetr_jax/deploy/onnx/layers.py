@@ -21,8 +21,8 @@ LARGEST_PAIR = 2**15 - 1
 LARGEST_SUM = 2**24
 """Below it whole numbers are exact in float32."""
 
-
 ONE = np.ones((), np.float32)
+"""The step of codes as whole numbers."""
 
 
 class LayerOperations(GridOperations):
@@ -101,9 +101,9 @@ class LayerOperations(GridOperations):
         Args:
           x: of a map or of rows.
           factor: [N].
-          fused: a quantizer follows, to bytes. Then rows are the columns of a map, for a pointwise
-            convolution: ONNX Runtime requantizes its sums while they are in a cache, those of a
-            matrix product after all are made.
+          fused: a quantizer follows, from bytes to bytes. Then rows are the columns of a map, for a
+            pointwise convolution: ONNX Runtime requantizes its sums while they are in a cache,
+            those of a matrix product after all are made.
 
         Returns:
           [..., N], of a map [B, N, H', W'], of fused rows [1, N, rows, 1].
@@ -198,8 +198,8 @@ class LayerOperations(GridOperations):
             return weights
         return self.elementwise("Mul", self.cast(weights, np.float32), np.float32(scale))
 
-    def max_pooled(self, x: Value, name: str | None = None) -> Value:
-        """[B, C, H, W] -> [B, C, ceil(H / 2), ceil(W / 2)], of floats or of bytes."""
+    def max_pooled(self, x: Value) -> Value:
+        """[B, C, H, W] -> [B, C, ceil(H / 2), ceil(W / 2)]."""
         batch, channels, height, width = x.shape
         shape = (batch, channels, (height + 1) // 2, (width + 1) // 2)
         return self.graph.add(
@@ -207,7 +207,6 @@ class LayerOperations(GridOperations):
             [x],
             shape,
             x.dtype,
-            name=name,
             kernel_shape=[3, 3],
             strides=[2, 2],
             pads=[1, 1, 1, 1],
@@ -232,13 +231,9 @@ class LayerOperations(GridOperations):
 
     def map_shape(self, x: Tensor) -> tuple[int, int]:
         """See ``Operations``."""
-        shape = (
-            x.shape
-            if isinstance(x, Sums)
-            else x.a.value.shape
-            if isinstance(x, MapSum)
-            else x.value.shape
-        )
+        if isinstance(x, MapSum):
+            x = x.a
+        shape = x.shape if isinstance(x, Sums) else x.value.shape
         return shape[2], shape[3]
 
     def tokens(self, x: Tensor) -> Tensor:
