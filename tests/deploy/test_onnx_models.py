@@ -74,6 +74,13 @@ def images_and_sizes():
     return images, mask, np.stack([mask[:, :, 0].sum(1), mask[:, 0].sum(1)], -1)
 
 
+def raw(detector):
+    """Class scores and boxes."""
+    images, _, sizes = images_and_sizes()
+    found = detector.run(images, sizes)
+    return found["logits"], found["boxes"]
+
+
 @functools.cache
 def comparer(name, policy):
     return NetworkComparer(deployed(name, policy).variables)
@@ -81,9 +88,9 @@ def comparer(name, policy):
 
 def compared(name, policy, detector):
     images, mask, sizes = images_and_sizes()
-    logits, boxes, codes = detector.detect_with_codes(images, sizes)
+    outputs, codes = raw(detector), detector.codes(images, sizes)
     comparison = Comparison()
-    comparer(name, policy).add(comparison, images, mask, codes, logits, boxes)
+    comparer(name, policy).add(comparison, images, mask, codes, outputs)
     return comparison
 
 
@@ -110,9 +117,9 @@ def test_other_bits(policy, file):
 @pytest.mark.parametrize("name", ["detr", "plain"])
 def test_signed_bytes_carry_the_same_codes(name, file):
     images, _, sizes = images_and_sizes()
-    *_, unsigned = OnnxDetector(file(written(name, "w4a4")), 1).detect_with_codes(images, sizes)
+    unsigned = OnnxDetector(file(written(name, "w4a4")), 1).codes(images, sizes)
     model = written(name, "w4a4", activations="int8")
-    *_, signed = OnnxDetector(file(model), 1).detect_with_codes(images, sizes)
+    signed = OnnxDetector(file(model), 1).codes(images, sizes)
     assert unsigned.keys() == signed.keys()
     different = sum(np.sum(unsigned[site] != signed[site]) for site in unsigned)
     assert different <= 5
@@ -139,12 +146,11 @@ def test_every_integer_layer_is_computed_with_integers(name):
     assert not any(kind.endswith(":MatMulNBits") for kind in kinds)
 
 
-def test_codes_as_outputs_change_nothing(file):
+def test_codes_are_on_their_grids(file):
     images, _, sizes = images_and_sizes()
     detector = OnnxDetector(file(written("plain", "w4a4")), threads=1)
-    *outputs, codes = detector.detect_with_codes(images, sizes)
-    for mine, theirs in zip(outputs, detector.detect(images, sizes), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    codes = detector.codes(images, sizes)
+    assert codes.keys() == {site["site"] for site in detector.facts["sites"]}
     for site in detector.facts["sites"]:
         found = codes[site["site"]]
         lower = np.min(site["lower"])
@@ -156,7 +162,7 @@ def test_codes_as_outputs_change_nothing(file):
 def test_detections_out_of_the_file(name, file):
     images, _, sizes = images_and_sizes()
     found = OnnxDetector(file(written(name, outputs="detections")), 1).run(images, sizes)
-    logits, boxes = OnnxDetector(file(written(name)), 1).detect(images, sizes)
+    logits, boxes = raw(OnnxDetector(file(written(name)), 1))
     if name == "detr":
         chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         chances = chances[..., :3]
@@ -197,6 +203,18 @@ def test_bad_files(tmp_path, file):
             OnnxDetector(path)
 
 
+def test_a_flipped_byte_is_found(file):
+    """Wherever it is: in a name, a weight, the facts or the checksum itself."""
+    path = file(written("detr", "w4a4"))
+    whole = path.read_bytes()
+    for place in (*np.random.default_rng(0).integers(0, len(whole), 40), len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(OnnxModelError, match=r"model\.onnx"):
+            read_onnx(path)
+    path.write_bytes(whole)
+    read_onnx(path)
+
+
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
@@ -228,7 +246,7 @@ def test_a_graph_that_the_runtime_refuses(file):
 def test_images_of_another_size(file):
     detector = OnnxDetector(file(written("detr")))
     with pytest.raises(ValueError, match=r"takes images \[2, 24, 32, 3\], got \[1, 24, 32, 3\]"):
-        detector.detect(np.zeros((1, 24, 32, 3), np.uint8), np.array([[24, 32]]))
+        detector.run(np.zeros((1, 24, 32, 3), np.uint8), np.array([[24, 32]]))
 
 
 def test_codes_are_arranged_as_the_vocabulary_has_them():

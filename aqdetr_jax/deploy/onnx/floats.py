@@ -23,7 +23,7 @@ SWALLOWS = -1e9
 
 
 LARGE, LONG = 1 << 18, 64
-"""A large result, and a run of it that is long enough for its broadcast."""
+"""Numbers of a result for which operands are made larger, and of a run that is long enough."""
 
 
 class FloatOperations(Operations):
@@ -35,6 +35,7 @@ class FloatOperations(Operations):
 
     def __init__(self, graph: Graph):
         self.graph = graph
+        self._floats_of: dict[Sums, Value] = {}
         self._repeated: dict[tuple[Value, tuple[int, ...]], Value] = {}
 
     def value(self, x: Tensor) -> Value:
@@ -42,7 +43,9 @@ class FloatOperations(Operations):
         if isinstance(x, Value):
             return x
         if isinstance(x, Sums):
-            return self.sums_as_floats(x)
+            if x not in self._floats_of:
+                self._floats_of[x] = self.sums_as_floats(x)
+            return self._floats_of[x]
         if isinstance(x, Coded) and not x.is_map:
             return self.dequantize(x)
         if isinstance(x, Map | Coded | MapSum):
@@ -58,30 +61,35 @@ class FloatOperations(Operations):
 
     def elementwise(self, kind: str, *xs: Tensor, dtype: Any = None) -> Value:
         """A node that works element by element, with broadcasting; on rows where it can."""
-        shape = np.broadcast_shapes(*(self.value(x).shape for x in xs))
-        values = [self._spread(x, shape) for x in xs]
+        constants = [not isinstance(x, Value | Sums | Coded) for x in xs]
+        values = [self.value(x) for x in xs]
+        shape = np.broadcast_shapes(*(v.shape for v in values))
+        values = [
+            self._spread(value, shape, np.asarray(x) if constant else None)
+            for x, value, constant in zip(xs, values, constants, strict=True)
+        ]
         rows = _on_rows(values, shape)
         if rows is not None:
             result = self.elementwise(kind, *rows, dtype=dtype)
             return self.of_rows(result, shape)
         return self.graph.add(kind, values, shape, dtype or values[-1].dtype)
 
-    def _spread(self, x: Tensor, shape: tuple[int, ...]) -> Value:
-        """An operand as it is, or repeated over inner axes.
+    def _spread(self, value: Value, shape: tuple[int, ...], array: np.ndarray | None) -> Value:
+        """An operand as it is, or repeated over inner axes; of a constant with its ``array``.
 
         ONNX Runtime broadcasts run by run. Where these are of a few numbers each it is ten times as
         slow as otherwise.
         """
-        value = self.value(x)
         given = (1,) * (len(shape) - len(value.shape)) + value.shape
-        if math.prod(shape) < LARGE or _run(given, shape) >= LONG:
+        large = LARGE if array is None else LONG
+        if math.prod(shape) <= large or _run(given, shape) >= LONG:
             return value
         first = len(shape)
         while first and math.prod(shape[first:]) < LONG:
             first -= 1
         spread = (*given[:first], *shape[first:])
-        if not isinstance(x, Value | Sums | Coded):
-            return self.value(np.broadcast_to(np.asarray(x), spread))
+        if array is not None:
+            return self.value(np.broadcast_to(array, spread))
         if (value, spread) not in self._repeated:
             to = self.graph.constant(spread, np.int64)
             self._repeated[value, spread] = self.graph.add(
@@ -261,8 +269,8 @@ class FloatOperations(Operations):
     def divided(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """See ``Operations``."""
         x = self.value(x)
-        n = self.graph.constant(n, x.dtype)
-        return self.elementwise("Div", x, n), self.elementwise("Mod", x, n)
+        by = self.graph.constant(n, x.dtype)
+        return self.elementwise("Div", x, by), self.elementwise("Mod", x, by)
 
     def rows(self, x: Tensor, indices: Tensor) -> Tensor:
         """See ``Operations``."""

@@ -65,14 +65,16 @@ class GridOperations(FloatOperations):
         steps, low, high = np.asarray(grid.step, np.float32), kind.low, kind.high
         if getattr(x, "rectified", False):
             low = np.maximum(low, kind.zero)
-        is_map = isinstance(x, Map | MapSum)
+        is_map, back = isinstance(x, Map | MapSum), None
         if isinstance(x, Sums):
+            is_map, fused = x.source.is_map, kind.is_bytes and x.source.carrier.is_bytes
+            back = x.shape if fused and not is_map else None
             channels = len(x.layer.bias)
             steps, low, high = (
                 np.repeat(a, channels // len(a)) if a.ndim else a for a in (steps, low, high)
             )
-            y = self.times(x, (x.layer.unit / steps).astype(np.float32), fused=kind.is_bytes)
-            is_map, steps = x.source.is_map, np.ones((), np.float32)
+            y = self.times(x, (x.layer.unit / steps).astype(np.float32), fused=fused)
+            steps = np.ones((), np.float32)
         elif isinstance(x, MapSum):
             y, steps = self._added(x, steps), np.ones((), np.float32)
         else:
@@ -82,8 +84,6 @@ class GridOperations(FloatOperations):
         if y.rows is not None and not steps.ndim:
             rows = self._codes(y.rows, steps, kind, low, high, name)
             return Coded(self.of_rows(rows, y.shape), grid, kind, is_map)
-        dense = isinstance(x, Sums) and not is_map and y.shape != x.shape
-        back = x.shape if dense else None
         return Coded(self._codes(y, steps, kind, low, high, name, back), grid, kind, is_map)
 
     def _codes(
@@ -163,7 +163,7 @@ class GridOperations(FloatOperations):
             self.graph.constant(a) for a in (step, np.full(step.shape, kind.zero, kind.dtype))
         ]
         source = x.rows if x.rows is not None and not step.ndim else x
-        attributes = {"axis": 1} if step.ndim else {}
+        attributes: dict[str, Any] = {"axis": 1} if step.ndim else {}
         y = self.graph.add(
             "DequantizeLinear", [source, *operands], source.shape, "f4", **attributes
         )

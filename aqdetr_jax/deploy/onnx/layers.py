@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ LARGEST_PAIR = 2**15 - 1
 LARGEST_SUM = 2**24
 """Below it whole numbers are exact in float32."""
 
-
 ONE = np.ones((), np.float32)
+"""The step of codes as whole numbers."""
 
 
 class LayerOperations(GridOperations):
@@ -73,14 +74,16 @@ class LayerOperations(GridOperations):
         """Floats; of codes the whole numbers or what they stand for."""
         if not isinstance(x, Coded):
             return self.value(x)
-        return self.dequantized(x.value, np.float32(1) if whole else x.grid.step, x.carrier)
+        return self.dequantized(x.value, ONE if whole else x.grid.step, x.carrier)
 
     def _whole(self, layer: Layer, sign: Any = 1) -> Layer:
         """An integer layer with its codes and whole biases as floats, times a channel's sign."""
         if layer.largest_sum() >= LARGEST_SUM:
             raise ValueError(f"{layer.name}: its sums are so large that no float32 holds them")
         return dataclasses.replace(
-            layer, kernel=np.float32(_values(layer) * sign), bias=np.float32(layer.bias * sign)
+            layer,
+            kernel=(_values(layer) * sign).astype("f4"),
+            bias=(layer.bias * sign).astype("f4"),
         )
 
     def add_maps(self, a: Tensor, b: Tensor) -> Tensor:
@@ -98,9 +101,9 @@ class LayerOperations(GridOperations):
         Args:
           x: of a map or of rows.
           factor: [N].
-          fused: a quantizer follows, to bytes. Then rows are the columns of a map, for a pointwise
-            convolution: ONNX Runtime requantizes its sums while they are in a cache, those of a
-            matrix product after all are made.
+          fused: a quantizer follows, from bytes to bytes. Then rows are the columns of a map, for a
+            pointwise convolution: ONNX Runtime requantizes its sums while they are in a cache,
+            those of a matrix product after all are made.
 
         Returns:
           [..., N], of a map [B, N, H', W'], of fused rows [1, N, rows, 1].
@@ -195,8 +198,8 @@ class LayerOperations(GridOperations):
             return weights
         return self.elementwise("Mul", self.cast(weights, np.float32), np.float32(scale))
 
-    def max_pooled(self, x: Value, name: str | None = None) -> Value:
-        """[B, C, H, W] -> [B, C, ceil(H / 2), ceil(W / 2)], of floats or of bytes."""
+    def max_pooled(self, x: Value) -> Value:
+        """[B, C, H, W] -> [B, C, ceil(H / 2), ceil(W / 2)]."""
         batch, channels, height, width = x.shape
         shape = (batch, channels, (height + 1) // 2, (width + 1) // 2)
         return self.graph.add(
@@ -204,7 +207,6 @@ class LayerOperations(GridOperations):
             [x],
             shape,
             x.dtype,
-            name=name,
             kernel_shape=[3, 3],
             strides=[2, 2],
             pads=[1, 1, 1, 1],
@@ -223,25 +225,21 @@ class LayerOperations(GridOperations):
             return self.elementwise("Relu", y) if x.rectified else y
         if isinstance(x, Sums):
             batch, channels, height, width = x.shape
-            cells = self.transposed(self.sums_as_floats(x), (0, 2, 1))
+            cells = self.transposed(self.value(x), (0, 2, 1))
             return self.reshaped(cells, (batch, channels, height, width))
         raise TypeError(f"{type(x).__name__} where a float map is expected")
 
     def map_shape(self, x: Tensor) -> tuple[int, int]:
         """See ``Operations``."""
-        shape = (
-            x.shape
-            if isinstance(x, Sums)
-            else x.a.value.shape
-            if isinstance(x, MapSum)
-            else x.value.shape
-        )
+        if isinstance(x, MapSum):
+            x = x.a
+        shape = x.shape if isinstance(x, Sums) else x.value.shape
         return shape[2], shape[3]
 
     def tokens(self, x: Tensor) -> Tensor:
         """See ``Operations``."""
         if isinstance(x, Sums):
-            return self.sums_as_floats(x)
+            return self.value(x)
         value = self.map_floats(x)
         batch, channels, height, width = value.shape
         cells = self.reshaped(value, (batch, channels, height * width))
@@ -253,20 +251,23 @@ class LayerOperations(GridOperations):
         batch, _, channels = x.shape
         return Map(self.reshaped(self.transposed(x, (0, 2, 1)), (batch, channels, *shape)))
 
-    def image_map(self, images: Tensor, sizes: Tensor, mean, std) -> Tensor:
+    def image_map(
+        self, images: Tensor, sizes: Tensor, mean: Sequence[float], std: Sequence[float]
+    ) -> Tensor:
         """See ``Operations``."""
-        batch, height, width, _ = images.shape
-        x = self.cast(self.transposed(images, (0, 3, 1, 2)), np.float32)
-        x = self.divide(x, np.float32(255))
-        x = self.subtract(x, np.float32(mean)[:, None, None])
-        x = self.divide(x, np.float32(std)[:, None, None])
-        inside = None
-        for i, (count, shape) in enumerate(((height, (-1, 1)), (width, (1, -1)))):
-            end = self.reshaped(self.sliced(sizes, 1, i, i + 1), (batch, 1, 1, 1))
-            cells = np.arange(count, dtype=np.int32).reshape(1, 1, *shape)
-            before = self.less(cells, end)
-            inside = before if inside is None else self.both(inside, before)
-        return Map(self.where(inside, x, 0.0))
+        batch, height, width, channels = images.shape
+        # Line by line, pixels beside channels: long runs, whatever a runtime does to layouts.
+        x = self.reshaped(images, (batch, height, width * channels))
+        x = self.divide(self.cast(x, np.float32), np.float32(255))
+        x = self.subtract(x, np.tile(np.array(mean, np.float32), width))
+        x = self.divide(x, np.tile(np.array(std, np.float32), width))
+        ends = [self.reshaped(self.sliced(sizes, 1, i, i + 1), (batch, 1, 1)) for i in range(2)]
+        lines = self.less(np.arange(height, dtype=np.int32)[None, :, None], ends[0])
+        columns = np.repeat(np.arange(width, dtype=np.int32), channels)[None, None]
+        inside = [self.floats(v) for v in (lines, self.less(columns, ends[1]))]
+        x = self.multiply(self.multiply(x, inside[0]), inside[1])
+        x = self.reshaped(x, (batch, height, width, channels))
+        return Map(self.transposed(x, (0, 3, 1, 2)))
 
     # --- sums as floats ---------------------------------------------------------------------------
 
@@ -308,8 +309,8 @@ class LayerOperations(GridOperations):
             shape = (batch, channels, height + top + bottom, width + left + right)
             value = self.graph.add("Pad", [value, pads, zero], shape, value.dtype)
         taps = []
-        for u in range(layer.kernel.values.shape[0]):
-            for v in range(layer.kernel.values.shape[1]):
+        for u in range(_values(layer).shape[0]):
+            for v in range(_values(layer).shape[1]):
                 tap = value
                 for axis, start in ((2, u * w.dilation[0]), (3, v * w.dilation[1])):
                     step = w.strides[axis - 2]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from onnx import ModelProto, helper
 
 from aqdetr_jax.config_types import from_dataclass
 from aqdetr_jax.deploy.detector import DeployedBundle, detect, read_out
+from aqdetr_jax.deploy.network import Network
 from aqdetr_jax.deploy.onnx.facts import FACTS, FORMAT, VERSION, OnnxModelError, read_facts
 from aqdetr_jax.deploy.onnx.graph import Graph, tensor_type
 from aqdetr_jax.deploy.onnx.operations import OnnxOperations
@@ -25,6 +27,9 @@ OPSET = 21
 
 IR_VERSION = 10
 """Of the file; what goes with the opset."""
+
+CHECKSUM = "aqdetr.sha256"
+"""Key of the SHA-256 of all bytes before this entry, which is the file's last."""
 
 MOST_BYTES = 2**31 - 1
 """Of a protocol buffer."""
@@ -56,7 +61,7 @@ def onnx_model(
       ValueError: the network cannot be a graph of this kind; the message says why.
     """
     height, width = size or bundle.input.buckets[0]
-    graph, network = Graph(), bundle.variables
+    graph, network = Graph(), cast(Network, bundle.variables)
     ops = OnnxOperations(graph, np.dtype(activations))
     images = graph.input("images", (batch, height, width, 3), np.uint8)
     sizes = graph.input("sizes", (batch, 2), np.int32)
@@ -106,13 +111,23 @@ def _described(site: Site) -> dict[str, Any]:
 def save_onnx(path: str | Path, model: ModelProto) -> None:
     """Writes a model; the file appears whole or not at all.
 
+    Its last entry is a checksum of all bytes before.
+
     Raises:
       ValueError: it is larger than the format can hold.
     """
-    size = model.ByteSize()
+    size = model.ByteSize() + len(_seal(b""))
     if size > MOST_BYTES:
         raise ValueError(f"{path} would have {size} bytes, and a file of its kind holds 2 GiB")
-    write_bytes_atomic(path, model.SerializeToString())
+    body = model.SerializeToString()
+    write_bytes_atomic(path, body + _seal(body))
+
+
+def _seal(body: bytes) -> bytes:
+    """An entry of the metadata, of a constant length; a reader joins it to those of the body."""
+    model = ModelProto()
+    helper.set_model_props(model, {CHECKSUM: hashlib.sha256(body).hexdigest()})
+    return model.SerializeToString()
 
 
 def read_onnx(path: str | Path) -> tuple[ModelProto, dict[str, Any]]:
@@ -123,16 +138,24 @@ def read_onnx(path: str | Path) -> tuple[ModelProto, dict[str, Any]]:
 
     Raises:
       FileNotFoundError: there is no file.
-      OnnxModelError: it is truncated, or no file of ours; the message says which.
+      OnnxModelError: it is truncated or was changed, or no file of ours; the message says which.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    content = path.read_bytes()
+    body = content[: -len(_seal(b""))]
     try:
-        model = onnx.load_model_from_string(path.read_bytes())
+        model = onnx.load_model_from_string(content)
+        facts = facts_of(model, path)
     except DecodeError:
         raise OnnxModelError(f"{path} is no ONNX file, or not all of one") from None
-    return model, facts_of(model, path)
+    if not content.endswith(_seal(body)):
+        raise OnnxModelError(
+            f"{path} is not what was written, its checksum is of other bytes: export the model "
+            "again, or copy it again"
+        )
+    return model, facts
 
 
 def facts_of(model: ModelProto, path: str | Path = "") -> dict[str, Any]:

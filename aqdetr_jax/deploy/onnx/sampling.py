@@ -1,9 +1,9 @@
 """Bilinear samples for deformable attention.
 
-ONNX Runtime's ``GridSample`` is several times as fast as gathers of neighbours' rows and their
-weighted sums (see docs/deploy.md), because it reads every channel's plane with the weights of a
-point at hand. Points lie along the last axis but one of its output, queries along the last: so all
-that follows runs along queries, without a sum over neighbours in memory.
+ONNX Runtime's ``GridSample`` is several times as fast as gathers of the neighbours' rows and their
+weighted sums: it reads every channel's plane with a point's weights at hand. Of its output, [batch,
+channels, height, width], points are the height and queries the width, so that all that follows runs
+along the queries.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Coded:
     is_map: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Sums:
     """An integer layer's sums, which no node computes before it is known what they become.
 
