@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("uint8", "int8"),
         help="onnx: uint8 (x86), int8 (ARM)",
     )
+    sub.add_argument("--chip", metavar="v5e", help="stablehlo: the kind of TPU it is fastest on")
     sub.add_argument(
         "--detections", action="store_true", help="onnx: boxes and scores come out, no logits"
     )
@@ -211,6 +212,9 @@ def _parser() -> argparse.ArgumentParser:
         "--budget",
         metavar="900KiB|0.02AP",
         help="bytes of the packed model, or AP lost by calibration; default: the policy's bytes",
+    )
+    sub.add_argument(
+        "--by", choices=("AP", "noise"), default="AP", help="what the choice keeps small"
     )
     verb("config", verbs.config, "print a resolved configuration", config=True, computes=False)
     return parser

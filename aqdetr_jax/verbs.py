@@ -152,17 +152,20 @@ def _export_to_devices(arguments, overrides) -> None:
             f"--format={arguments.format} is judged on real images: name a configuration whose "
             "evaluation images it is tried on, --config=configs/NAME.py (data.root=DIR for yours)"
         )
-    options = {
-        name: value
-        for name, value in (
-            ("batch", arguments.batch),
-            ("activations", arguments.activations),
-            ("outputs", "detections" if arguments.detections else None),
-        )
-        if value is not None
+    given = {
+        "onnx": {
+            "batch": arguments.batch,
+            "activations": arguments.activations,
+            "outputs": "detections" if arguments.detections else None,
+        },
+        "stablehlo": {"chip": arguments.chip},
     }
-    if options and arguments.format != "onnx":
-        raise ValueError("--batch, --activations and --detections are of --format=onnx")
+    options = {k: v for k, v in given.pop(arguments.format, {}).items() if v is not None}
+    for other, names in given.items():
+        if any(value is not None for value in names.values()):
+            words = {"outputs": "detections"}
+            listed = ", ".join(f"--{words.get(name, name)}" for name in names)
+            raise ValueError(f"of --format={other} alone: {listed}")
     check_evaluation_keys(overrides)
     config = _experiment(arguments, overrides)
     report = export_model(
@@ -355,6 +358,7 @@ def sensitivity(arguments: argparse.Namespace, overrides: Sequence[str]) -> None
         images=arguments.images,
         candidates=parse_bits(arguments.bits),
         budget=arguments.budget,
+        by=arguments.by,
     )
     print(as_text(result))
     report_sensitivity(result, arguments.out)

@@ -19,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ PRODUCTS = {
     "dense 850x256x2048": Product(Dense(), (1, 850, 256), (256, 2048)),
     "conv small": Product(Conv(padding=_SAME), (1, 8, 8, 64), (3, 3, 64, 64)),
     "conv 3x3 256": Product(Conv(padding=_SAME), (1, 50, 67, 256), (3, 3, 256, 256)),
+    "conv 3x3 256, 8 images": Product(Conv(padding=_SAME), (8, 50, 67, 256), (3, 3, 256, 256)),
     "conv 1x1 256 to 1024": Product(Conv(), (1, 50, 67, 256), (1, 1, 256, 1024)),
     "conv 3x3 128 stride 2": Product(
         Conv(strides=(2, 2), padding=_SAME), (1, 200, 267, 128), (3, 3, 128, 128)
@@ -180,19 +182,22 @@ def look(chip: str, name: str, bits: str, carrier: Carrier) -> dict[str, Any] | 
 
 def rows_of_chip(chip: str, product: str) -> Iterator[dict[str, Any]]:
     """Rows of the products that have ``product`` in their names, compiled in a child process."""
-    child = subprocess.Popen(
-        [sys.executable, __file__, f"--child={chip}", f"--product={product}"],
-        env={**os.environ, **LIBTPU},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdout is not None
-    assert child.stderr is not None
-    yield from map(json.loads, child.stdout)
-    if child.wait():
-        words = last_words(child.stderr.read())
-        raise RuntimeError(f"compiling for {chip} failed:\n{words}")
+    command = [sys.executable, __file__, f"--child={chip}", f"--product={product}"]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command,
+            env={**os.environ, **LIBTPU},
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as running,
+    ):
+        assert running.stdout is not None
+        yield from map(json.loads, running.stdout)
+        if running.wait():
+            log.seek(0)
+            raise RuntimeError(f"compiling for {chip} failed:\n{last_words(log.read())}")
 
 
 def child(chip: str, product: str) -> None:

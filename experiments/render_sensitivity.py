@@ -32,10 +32,12 @@ def _study(title: str, command: str, result: dict[str, Any] | None) -> str:
         lines[0] += f" Rank correlation of AP loss and noise: {agreement:.2f}."
     lines += ["", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in cells]
+    commit = result["commit"]
+    short = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
     seconds = sum(row["seconds"] for row in result["rows"])
     lines += [
         "",
-        f"`{command}`, commit `{result['commit'][:12]}`, {len(result['rows'])} measurements in "
+        f"`{command}`, commit `{short}`, {len(result['rows'])} measurements in "
         f"{seconds / 60:.0f} minutes.",
     ]
     return "\n".join(lines)

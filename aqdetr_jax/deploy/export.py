@@ -14,13 +14,14 @@ from aqdetr_jax.deploy import archive, gate
 from aqdetr_jax.deploy.detector import DeployedBundle
 from aqdetr_jax.deploy.freeze import freeze
 from aqdetr_jax.deploy.packed import read_packed, used, write_packed
+from aqdetr_jax.deploy.programs import write_programs
 from aqdetr_jax.io import check_folder, folder_bytes, write_json_atomic
 from aqdetr_jax.provenance import git_commit
 
 REPORT = "report.json"
 """What the gate saw, beside the exported files."""
 
-MOST_LOST = {"packed": 0.0005, "onnx": 0.001}
+MOST_LOST = {"packed": 0.0005, "onnx": 0.001, "stablehlo": 0.001}
 """AP that an export may lose: nothing to three decimals, and 0.1 point where another program
 computes the floats."""
 
@@ -59,7 +60,8 @@ def export_model(
       given: what it is judged on.
       force: write it even if it does not pass.
       progress: see ``gate``.
-      **options: of the kind: for "onnx" those of ``onnx.folder.OnnxOptions``.
+      **options: of the kind: for "onnx" those of ``onnx.folder.OnnxOptions``, for "stablehlo"
+        ``chip``, see ``programs.write_programs``.
 
     Returns:
       The gate's report.
@@ -94,9 +96,14 @@ def _onnx(stage: Path, bundle: DeployedBundle, **options: Any) -> tuple[Deployed
     return bundle, write_folder(stage, bundle, OnnxOptions(**options))
 
 
+def _programs(stage: Path, bundle: DeployedBundle, **options: Any) -> tuple[DeployedBundle, Any]:
+    return bundle, write_programs(stage, bundle, **options)
+
+
 KINDS: dict[str, tuple[str, Callable[..., tuple[DeployedBundle, Any]]]] = {
     "packed": (archive.WEIGHTS, _packed),
     "onnx": (REPORT, _onnx),
+    "stablehlo": (REPORT, _programs),
 }
 """By name: the file that every folder of the kind holds, and what writes one: it returns the
 deployed network to compare with, and what runs the file (None: our integers do)."""

@@ -59,8 +59,9 @@ class Runtime(Protocol):
         """Of images uint8 [B, H, W, 3] and the (height, width) of the real ones, int32 [B, 2]."""
         ...
 
-    def codes(self, images: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
-        """The codes of every quantizer by site, of the same."""
+    @property
+    def codes(self) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]] | None:
+        """The codes of every quantizer by site, of the same; None if they cannot be had."""
         ...
 
 
@@ -117,7 +118,7 @@ def judge(
     comparison = _compare_model(model, deployed, dataset, given, show)
     report["codes"]["trained, deployed"] = comparison.to_dict()
     failures += _failures(comparison, "the trained and the deployed network")
-    if runtime is not None:
+    if runtime is not None and runtime.codes is not None:
         comparison = _compare_runtime(runtime, deployed, dataset, given, show)
         report["codes"][f"deployed, {runtime.name}"] = comparison.to_dict()
         failures += _failures(comparison, f"the deployed network and {runtime.name}")
@@ -184,11 +185,13 @@ def _compare_model(model, deployed, dataset, given, show) -> Comparison:
 
 
 def _compare_runtime(runtime: Runtime, deployed, dataset, given, show) -> Comparison:
+    codes_of = runtime.codes
+    assert codes_of is not None
     comparer, comparison = NetworkComparer(deployed.network), Comparison()
     batches = make_eval_pipeline(dataset, _pipeline(deployed, given, runtime.batch))
     for number, batch in enumerate(batches, 1):
         images, mask, real = batch["images"], batch["mask"], batch["image_index"] >= 0
-        codes = runtime.codes(images, _sizes(mask))
+        codes = codes_of(images, _sizes(mask))
         outputs = runtime.detect(images, _sizes(mask)) if runtime.raw else ()
         comparer.add(comparison, images, mask, codes, outputs, real)
         show(f"{runtime.name}: codes compared", number, len(batches))

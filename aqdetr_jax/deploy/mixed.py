@@ -1,8 +1,8 @@
 """A choice of bits for every group of operations under a budget, and the policy that it is.
 
 The choice is a multiple-choice knapsack: of every group one number of bits, each with a size and
-with the noise that the group's grids alone leave in the network's outputs. Noises are taken to add
-up (as independent ones do), and their sum is made as small as the budget allows, exactly.
+with the damage that the group's grids alone do, a loss of AP or noise in the network's outputs.
+Damages are taken to add up, and their sum is made as small as the budget allows, exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ _HALVINGS = 8
 _CLOSE = 0.01  # of the size: not worth another measurement
 
 Options = Mapping[int, tuple[int, float]]
-"""Bits -> (size in any whole unit, noise)."""
+"""Bits -> (size in any whole unit, damage)."""
+
+By = Literal["AP", "noise"]
+"""What a choice goes by."""
+
+_TIE = 1e-6  # AP that all of the signal's strength in noise counts, where nothing else differs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +62,30 @@ def parse_budget(text: str) -> Budget:
     )
 
 
-def choose(options: Sequence[Options], capacity: int) -> list[int] | None:
-    """The bits of every group with the least sum of noises whose sizes fit together.
+def damages(rows: Mapping[int, Mapping[str, float]], reference: float, by: By) -> dict[int, float]:
+    """What a group does at each of its bits.
 
-    Of equal noise the fewer bits. Exact, unless the capacity has more than a million units (after
+    A loss of AP is at least that at more bits, and never negative: what AP seems to gain is chance.
+    Where AP says nothing, noise does.
+
+    Args:
+      rows: bits -> "AP" and "noise" with this group alone at these bits.
+      reference: AP of the float model.
+      by: what counts.
+    """
+    if by == "noise":
+        return {bits: row["noise"] for bits, row in rows.items()}
+    found, worst = {}, 0.0
+    for bits, row in sorted(rows.items(), reverse=True):
+        worst = max(worst, reference - row["AP"])
+        found[bits] = worst + _TIE * row["noise"]
+    return found
+
+
+def choose(options: Sequence[Options], capacity: int) -> list[int] | None:
+    """The bits of every group with the least sum of damages whose sizes fit together.
+
+    Of equal damage the fewer bits. Exact, unless the capacity has more than a million units (after
     their greatest common divisor is taken out): then sizes are rounded up to a millionth of it.
 
     Args:
@@ -80,11 +105,11 @@ def choose(options: Sequence[Options], capacity: int) -> list[int] | None:
     for group in options:
         best = np.full(cells + 1, np.inf)
         bits_of = np.zeros(cells + 1, np.int8)
-        for bits, (size, noise) in sorted(group.items()):
+        for bits, (size, damage) in sorted(group.items()):
             need = -(-size // grain)
             if need > cells:
                 continue
-            total = least[: cells + 1 - need] + noise
+            total = least[: cells + 1 - need] + damage
             better = total < best[need:]
             best[need:][better] = total[better]
             bits_of[need:][better] = bits
@@ -103,7 +128,7 @@ def choose(options: Sequence[Options], capacity: int) -> list[int] | None:
 def smallest_within(
     options: Sequence[Options], lost: Callable[[list[int]], float], allowed: float
 ) -> list[int]:
-    """The smallest of the choices of least noise that loses no more AP than is allowed.
+    """The smallest of the choices of least damage that loses no more AP than is allowed.
 
     A search by halves between all groups at the fewest and all at the most bits. It takes the loss
     to fall as sizes grow; each choice that it looks at is measured, the one it returns too.

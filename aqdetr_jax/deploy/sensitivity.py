@@ -23,7 +23,7 @@ from aqdetr_jax.config_types import from_dataclass
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.deploy.groups import Group, groups_of
 from aqdetr_jax.deploy.ledger import Ledger
-from aqdetr_jax.deploy.mixed import Budget, choose, parse_budget, smallest_within
+from aqdetr_jax.deploy.mixed import Budget, By, choose, damages, parse_budget, smallest_within
 from aqdetr_jax.deploy.noise import OutputNoise, decibels
 from aqdetr_jax.deploy.ranking import ranking
 from aqdetr_jax.deploy.switchboard import Grids, Switchboard, grids_of
@@ -34,7 +34,7 @@ from aqdetr_jax.parallel.hosts import stop_request
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.policy import Rule
 from aqdetr_jax.quant.report import bit_report
-from aqdetr_jax.quant.spec import SUPPORTED_BITS, QuantSpec
+from aqdetr_jax.quant.spec import SUPPORTED_BITS, QuantSpec, packed_size
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.effects import without_idle
 from aqdetr_jax.training.metrics import Progress
@@ -55,6 +55,7 @@ def sensitivity(
     images: int = IMAGES,
     candidates: Sequence[int] = CANDIDATES,
     budget: str | None = None,
+    by: By = "AP",
 ) -> dict[str, Any]:
     """Measures, ranks and chooses; writes ``sensitivity.json`` and ``mixed.json``.
 
@@ -64,6 +65,7 @@ def sensitivity(
       out: folder; measurements in it are not made again.
       images: of the evaluation set, the first ones.
       candidates: bits to choose from.
+      by: what the choice goes by: AP lost, or noise of the outputs.
       budget: see ``mixed.parse_budget``; None = the bytes of the configuration's own policy.
 
     Returns:
@@ -87,7 +89,7 @@ def sensitivity(
         raise ValueError("sensitivity runs in one process: on one host, with all of its devices")
     study = _Study(config, model, Path(out), images, candidates)
     study.measure()
-    return study.finish(limit)
+    return study.finish(limit, by)
 
 
 def parse_bits(text: str) -> tuple[int, ...]:
@@ -220,7 +222,7 @@ class _Study:
 
     # --- choosing -----------------------------------------------------------------------------
 
-    def finish(self, budget: Budget | None) -> dict[str, Any]:
+    def finish(self, budget: Budget | None, by: By) -> dict[str, Any]:
         """Chooses, judges the choice, and writes."""
         packed = bit_report(self._policy_rows)
         if budget is None:
@@ -231,7 +233,7 @@ class _Study:
                 f"{self._config.name} quantizes weights and inputs of no group as a whole: there "
                 "is nothing to choose"
             )
-        bits = self._choice(free, budget, packed["packed_bytes"])
+        bits = self._choice(free, budget, by, packed["packed_bytes"])
         quant = dataclasses.replace(
             self._config.quant,
             rules=(
@@ -260,6 +262,7 @@ class _Study:
                 ],
                 "choice": {
                     "budget": {"kind": budget.kind, "value": budget.value},
+                    "by": by,
                     "bits": chosen,
                     "bytes": bit_report(rows)["packed_bytes"],
                     "policy_bytes": packed["packed_bytes"],
@@ -279,33 +282,34 @@ class _Study:
         own = _of_group(group, self._policy_rows)
         return all(f"{path}/kernel" in own and f"{path}/input" in own for path in group.paths)
 
-    def _choice(self, free: list[Group], budget: Budget, policy_bytes: int) -> list[int]:
-        # Sizes in bits of kernels: all else (steps, biases, floats) is the same whatever is chosen.
+    def _choice(self, free: list[Group], budget: Budget, by: By, policy_bytes: int) -> list[int]:
+        # Bytes of kernels: all else (steps, biases, floats) is the same whatever is chosen.
+        def size(group: Group, bits: int | None = None) -> int:
+            return sum(
+                packed_size(self._sizes[path], bits or self._policy[f"{path}/kernel"].bits)
+                for path in group.paths
+            )
+
+        reference = self._row("float", "", None)["AP"]
         options = []
         for group in free:
-            weights = sum(self._sizes[path] for path in group.paths)
-            options.append(
-                {
-                    bits: (weights * bits, self._row("alone", group.name, bits)["noise"])
-                    for bits in self._candidates
-                }
-            )
-        paths = [path for group in free for path in group.paths]
-        now = sum(self._policy[f"{path}/kernel"].bits * self._sizes[path] for path in paths)
+            alone = {bits: self._row("alone", group.name, bits) for bits in self._candidates}
+            damage = damages(alone, reference, by)
+            options.append({bits: (size(group, bits), damage[bits]) for bits in damage})
+        others = policy_bytes - sum(size(group) for group in free)
         if budget.kind == "AP":
-            reference = self._row("float", "", None)["AP"]
 
             def lost(bits: Sequence[int]) -> float:
                 row = self._measured("mixed", "", list(bits), self._mixed(free, bits))
                 return reference - row["AP"]
 
             return smallest_within(options, lost, budget.value)
-        bits = choose(options, now + 8 * (int(budget.value) - policy_bytes))
+        bits = choose(options, int(budget.value) - others)
         if bits is None:
             least = sum(min(size for size, _ in option.values()) for option in options)
             raise ValueError(
                 f"a budget of {int(budget.value)} bytes cannot be kept: with every group at its "
-                f"fewest bits the model takes {policy_bytes - (now - least) // 8}"
+                f"fewest bits the model takes {others + least}"
             )
         return bits
 

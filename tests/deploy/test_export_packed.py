@@ -92,3 +92,14 @@ def test_an_export_needs_images_to_be_judged_on(command, tmp_path, capsys):
     assert "--format=huggingface" in capsys.readouterr().err
     assert main([*command, "data.augment.crop_probability=0.5"]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_program_is_judged_as_well(command, tmp_path):
+    command[1] = "--format=stablehlo"
+    assert main([*command, "--chip=v5e"]) == 0
+    report = json.loads((tmp_path / "out/model/report.json").read_text())
+    assert report["failures"] == []
+    assert report["ap"]["StableHLO"] == report["ap"]["deployed"]
+    assert main([*command, "--chip=v55"]) == 1
+    assert (tmp_path / "out/model/report.json").is_file()  # the earlier one
+    assert main([*command, "--batch=2"]) == 1

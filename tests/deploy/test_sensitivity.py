@@ -22,7 +22,7 @@ from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.deploy import ranking
 from aqdetr_jax.deploy.groups import groups_of
 from aqdetr_jax.deploy.ledger import Ledger
-from aqdetr_jax.deploy.mixed import Budget, choose, parse_budget, smallest_within
+from aqdetr_jax.deploy.mixed import Budget, choose, damages, parse_budget, smallest_within
 from aqdetr_jax.deploy.noise import OutputNoise, decibels, noise_ratio
 from aqdetr_jax.deploy.switchboard import Switchboard, grids_of
 from aqdetr_jax.models.config import DeformableConfig
@@ -174,6 +174,19 @@ def test_the_smallest_choice_within_a_loss(allowed):
     assert lost(found) <= allowed
     frontier = [choose(options, capacity) for capacity in range(22, 89)]
     assert size(found) == min(size(bits) for bits in frontier if lost(bits) <= allowed)
+
+
+def test_damages():
+    rows = {
+        8: {"AP": 0.51, "noise": 0.0},
+        4: {"AP": 0.45, "noise": 0.2},
+        3: {"AP": 0.47, "noise": 0.3},
+        2: {"AP": 0.30, "noise": 0.9},
+    }
+    assert damages(rows, 0.5, "noise") == {8: 0.0, 4: 0.2, 3: 0.3, 2: 0.9}
+    found = damages(rows, 0.5, "AP")
+    np.testing.assert_allclose([found[b] for b in (8, 4, 3, 2)], [0, 0.05, 0.05, 0.2], atol=1e-6)
+    assert found[3] > found[4]  # by noise, where AP says that more is lost at more bits
 
 
 def test_a_loss_that_cannot_be_kept():

@@ -22,6 +22,10 @@ SWALLOWS = -1e9
 0 there whatever is added."""
 
 
+LARGE, LONG = 1 << 18, 64
+"""A large result, and a run of it that is long enough for its broadcast."""
+
+
 class FloatOperations(Operations):
     """The words for floats.
 
@@ -31,6 +35,7 @@ class FloatOperations(Operations):
 
     def __init__(self, graph: Graph):
         self.graph = graph
+        self._repeated: dict[tuple[Value, tuple[int, ...]], Value] = {}
 
     def value(self, x: Tensor) -> Value:
         """Floats, whole numbers or truth values in the graph; sums and codes as floats."""
@@ -53,25 +58,48 @@ class FloatOperations(Operations):
 
     def elementwise(self, kind: str, *xs: Tensor, dtype: Any = None) -> Value:
         """A node that works element by element, with broadcasting; on rows where it can."""
-        values = [self.value(x) for x in xs]
-        shape = np.broadcast_shapes(*(v.shape for v in values))
+        shape = np.broadcast_shapes(*(self.value(x).shape for x in xs))
+        values = [self._spread(x, shape) for x in xs]
         rows = _on_rows(values, shape)
         if rows is not None:
             result = self.elementwise(kind, *rows, dtype=dtype)
             return self.of_rows(result, shape)
         return self.graph.add(kind, values, shape, dtype or values[-1].dtype)
 
+    def _spread(self, x: Tensor, shape: tuple[int, ...]) -> Value:
+        """An operand as it is, or repeated over inner axes.
+
+        ONNX Runtime broadcasts run by run. Where these are of a few numbers each it is ten times as
+        slow as otherwise.
+        """
+        value = self.value(x)
+        given = (1,) * (len(shape) - len(value.shape)) + value.shape
+        if math.prod(shape) < LARGE or _run(given, shape) >= LONG:
+            return value
+        first = len(shape)
+        while first and math.prod(shape[first:]) < LONG:
+            first -= 1
+        spread = (*given[:first], *shape[first:])
+        if not isinstance(x, Value | Sums | Coded):
+            return self.value(np.broadcast_to(np.asarray(x), spread))
+        if (value, spread) not in self._repeated:
+            to = self.graph.constant(spread, np.int64)
+            self._repeated[value, spread] = self.graph.add(
+                "Expand", [value, to], spread, value.dtype
+            )
+        return self._repeated[value, spread]
+
     def of_rows(self, rows: Value, shape: Sequence[int]) -> Value:
         """[rows, C] as another shape that ends in C."""
         if tuple(shape) == rows.shape:
             return rows
-        return dataclasses.replace(self._reshaped(rows, shape), rows=rows)
+        return dataclasses.replace(self.reshaped(rows, shape), rows=rows)
 
     def rows_of(self, x: Value) -> Value:
         """A value as [rows, C]."""
         if x.rows is not None:
             return x.rows
-        return x if len(x.shape) == 2 else self._reshaped(x, (-1, x.shape[-1]))
+        return x if len(x.shape) == 2 else self.reshaped(x, (-1, x.shape[-1]))
 
     def relu(self, x: Tensor) -> Tensor:
         """See ``Operations``."""
@@ -180,7 +208,9 @@ class FloatOperations(Operations):
         x = self.value(x)
         scale, bias = (self.value(np.float32(p)) for p in (norm.scale, norm.bias))
         if not norm.groups:
-            rows = x if x.rows is None else x.rows
+            # As rows: ONNX Runtime has an operator for the norm of a sum of tokens, which takes
+            # three times as long as the two apart.
+            rows = self.rows_of(x)
             y = self.graph.add(
                 "LayerNormalization",
                 [rows, scale, bias],
@@ -253,14 +283,15 @@ class FloatOperations(Operations):
     def reshape(self, x: Tensor, shape: Sequence[Any]) -> Tensor:
         """See ``Operations``."""
         if isinstance(x, Coded):
-            return dataclasses.replace(x, value=self._reshaped(x.value, shape))
+            return dataclasses.replace(x, value=self.reshaped(x.value, shape))
         x = self.value(x)
         shape = _whole(shape, x.shape)
         if x.rows is not None and shape[-1] == x.shape[-1]:
             return self.of_rows(x.rows, shape)
-        return self._reshaped(x, shape)
+        return self.reshaped(x, shape)
 
-    def _reshaped(self, x: Value, shape: Sequence[Any]) -> Value:
+    def reshaped(self, x: Value, shape: Sequence[Any]) -> Value:
+        """``reshape`` of a value."""
         shape = _whole(shape, x.shape)
         if shape == x.shape:
             return x
@@ -307,6 +338,18 @@ class FloatOperations(Operations):
         """See ``Operations``."""
         x = np.asarray(x, np.float32)
         return self.graph.constant(np.broadcast_to(x, (self.shape(like)[0], *x.shape)))
+
+
+def _run(given: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """How many numbers of a result lie side by side for which an operand is one or as many."""
+    run, kind = 1, None
+    for mine, all_ in zip(given[::-1], shape[::-1], strict=True):
+        if all_ == 1:
+            continue
+        if kind is not None and kind != (mine == all_):
+            break
+        run, kind = run * all_, mine == all_
+    return run
 
 
 def _on_rows(values: Sequence[Value], shape: tuple[int, ...]) -> list[Value] | None:

@@ -47,13 +47,13 @@ class GridOperations(FloatOperations):
 
     def quantize(self, x: Tensor, grid: Grid) -> Tensor:
         """See ``Operations``."""
+        if any(site.grid.site == grid.site for site in self.sites):
+            raise ValueError(f"{grid.site} is asked for twice, and a tensor has one name")
         coded = self.on_grid(x, grid, grid.site)
         shape, layout = coded.value.shape, "plain"
         if coded.is_map:
             shape, layout = tuple(shape[i] for i in (0, 2, 3, 1)), "map"
-        # What is computed on rows is known by the rows: nobody needs their reshape.
-        named = coded.value.rows or coded.value
-        self.sites.append(Site(grid, coded.carrier, (named,), shape, layout))
+        self.sites.append(Site(grid, coded.carrier, (grid.site,), shape, layout))
         return coded
 
     def on_grid(self, x: Tensor, grid: Grid, name: str | None = None) -> Coded:
@@ -62,8 +62,7 @@ class GridOperations(FloatOperations):
         A grid of heads is along axis 1, and along the last one of sums.
         """
         kind = carrier(grid, self.dtype)
-        steps: np.ndarray = np.float32(grid.step)
-        low, high = kind.low, kind.high
+        steps, low, high = np.asarray(grid.step, np.float32), kind.low, kind.high
         if getattr(x, "rectified", False):
             low = np.maximum(low, kind.zero)
         is_map = isinstance(x, Map | MapSum)
@@ -72,16 +71,20 @@ class GridOperations(FloatOperations):
             steps, low, high = (
                 np.repeat(a, channels // len(a)) if a.ndim else a for a in (steps, low, high)
             )
-            y, is_map = self.times(x, (x.layer.unit / steps).astype(np.float32)), x.source.is_map
-            steps = np.float32(1)
+            y = self.times(x, (x.layer.unit / steps).astype(np.float32), fused=kind.is_bytes)
+            is_map, steps = x.source.is_map, np.ones((), np.float32)
         elif isinstance(x, MapSum):
-            y, steps = self._added(x, steps), np.float32(1)
+            y, steps = self._added(x, steps), np.ones((), np.float32)
         else:
             y = x.value if isinstance(x, Map) else self.value(x)
             after = (1,) * (len(y.shape) - 2)
             low, high = (a.reshape(-1, *after) if a.ndim else a for a in (low, high))
-        codes = self._codes(y, steps, kind, low, high, name)
-        return Coded(codes, grid, kind, is_map)
+        if y.rows is not None and not steps.ndim:
+            rows = self._codes(y.rows, steps, kind, low, high, name)
+            return Coded(self.of_rows(rows, y.shape), grid, kind, is_map)
+        dense = isinstance(x, Sums) and not is_map and y.shape != x.shape
+        back = x.shape if dense else None
+        return Coded(self._codes(y, steps, kind, low, high, name, back), grid, kind, is_map)
 
     def _codes(
         self,
@@ -91,32 +94,57 @@ class GridOperations(FloatOperations):
         low: np.ndarray,
         high: np.ndarray,
         name: str | None,
+        back: tuple[int, ...] | None = None,
     ) -> Value:
-        """``y / steps`` rounded and cut to [low, high]; the last of it has the name."""
-        todo: list[tuple[str, list[Any]]] = []
-        if kind.dtype.kind == "f":
-            after = (1,) * (len(y.shape) - 2)
-            todo += [("Div", [np.reshape(steps, (-1, *after)) if np.ndim(steps) else steps])]
-            todo += [("Round", [])]
-            ends = -np.inf, np.inf
-        else:
-            todo += [("QuantizeLinear", [steps, np.full(np.shape(steps), kind.zero, kind.dtype)])]
-            ends = np.iinfo(kind.dtype).min, np.iinfo(kind.dtype).max
+        """``y / steps`` rounded and cut to [low, high]; the last of it has the name.
+
+        Args:
+          y: values.
+          steps: [] or of axis 1.
+          kind: the codes' carrier.
+          low: smallest carried code, broadcastable.
+          high: largest.
+          name: of the tensor of codes.
+          back: what a ``times(fused=True)`` of rows is brought back to; [..., N].
+        """
+        ends = (-np.inf, np.inf)
+        if kind.is_bytes:
+            ends = (np.iinfo(kind.dtype).min, np.iinfo(kind.dtype).max)
         below, above = bool(np.any(low > ends[0])), bool(np.any(high < ends[1]))
         low, high = np.asarray(low, kind.dtype), np.asarray(high, kind.dtype)
+        cuts: list[tuple[str, list[np.ndarray]]]
         if (below or above) and not low.ndim:
-            todo += [("Clip", [low, high])]
+            cuts = [("Clip", [low, high])]
         else:
-            todo += [("Max", [low])] * below + [("Min", [high])] * above  # of every head its own
-        on_rows = y.rows is not None and not np.ndim(steps) and low.ndim < 2
-        x = y.rows if on_rows else y
-        for i, (operator, operands) in enumerate(todo):
-            label = name if i == len(todo) - 1 else None
+            cuts = [("Max", [low])] * below + [("Min", [high])] * above  # of every head its own
+        if kind.is_bytes:
+            zero = np.full(steps.shape, kind.zero, kind.dtype)
+            todo = [("QuantizeLinear", [steps, zero])]
+        else:
+            after = (1,) * (len(y.shape) - 2)
+            todo = [("Div", [steps.reshape(-1, *after) if steps.ndim else steps]), ("Round", [])]
+        if back is not None:
+            todo += [("Transpose", []), *cuts]
+        else:
+            todo += cuts
+        x = y
+        for number, (operator, operands) in enumerate(todo, 1):
+            label = name if number == len(todo) else None
             given = [x, *(self.graph.constant(a) for a in operands)]
-            attributes = {"axis": 1} if i == 0 and np.ndim(steps) and kind.dtype.kind != "f" else {}
-            dtype = kind.dtype
-            x = self.graph.add(operator, given, x.shape, dtype, name=label, **attributes)
-        return self.of_rows(x, y.shape) if on_rows else x
+            attributes: dict[str, Any] = {}
+            shape = x.shape
+            if operator == "Transpose":
+                attributes, shape = {"perm": [0, 2, 3, 1]}, tuple(shape[i] for i in (0, 2, 3, 1))
+            elif operator == "QuantizeLinear" and steps.ndim:
+                attributes = {"axis": 1}
+            x = self.graph.add(operator, given, shape, kind.dtype, name=label, **attributes)
+        if back is None:
+            return x
+        return self.of_rows(self.reshaped(x, (-1, back[-1])), back)
+
+    def times(self, x: Sums, factor: np.ndarray, *, fused: bool = False) -> Value:
+        """Sums times a factor a channel."""
+        raise NotImplementedError
 
     def _added(self, x: MapSum, step: np.ndarray) -> Value:
         """The sum of two coded maps in units of a step."""
@@ -128,7 +156,7 @@ class GridOperations(FloatOperations):
     def dequantized(self, x: Value, step: np.ndarray, kind: Carrier) -> Value:
         """``code * step`` of an array of codes; a step a head is along axis 1."""
         step = np.asarray(step, np.float32)
-        if kind.dtype.kind == "f":
+        if not kind.is_bytes:
             after = (1,) * (len(x.shape) - 2)
             return self.elementwise("Mul", x, step.reshape(-1, *after) if step.ndim else step)
         operands = [

@@ -21,6 +21,9 @@ LARGEST_SUM = 2**24
 """Below it whole numbers are exact in float32."""
 
 
+ONE = np.ones((), np.float32)
+
+
 class LayerOperations(GridOperations):
     """The words for layers and maps."""
 
@@ -89,31 +92,49 @@ class LayerOperations(GridOperations):
 
     # --- sums -------------------------------------------------------------------------------------
 
-    def times(self, x: Sums, factor: np.ndarray) -> Value:
-        """Sums times a factor a channel, as floats that a runtime may fuse with what follows.
+    def times(self, x: Sums, factor: np.ndarray, *, fused: bool = False) -> Value:
+        """Sums times a factor a channel, as floats.
+
+        Args:
+          x: of a map or of rows.
+          factor: [N].
+          fused: a quantizer follows, to bytes. Then rows are the columns of a map, for a pointwise
+            convolution: ONNX Runtime requantizes its sums while they are in a cache, those of a
+            matrix product after all are made.
 
         Returns:
-          The layer's output, [..., N] or (before a pooling) [B, N, H, W].
+          [..., N], of a map [B, N, H', W'], of fused rows [1, N, rows, 1].
         """
         layer, kind = x.layer, x.source.carrier
-        if kind.dtype.kind == "f":
+        if not kind.is_bytes:
             return self._float_times(x, factor)
         bias = self._constant_codes(layer.bias, factor, 0)
-        if not x.source.is_map:
-            rows = self.dequantized(self.rows_of(x.source.value), np.float32(1), kind)
+        value, pointwise = x.source.value, not x.source.is_map
+        if pointwise:
+            value = self.rows_of(value)
+        if pointwise and not fused:
             weights = self._weights(layer, factor, 1)
-            shape = (rows.shape[0], len(factor))
-            attributes = {"alpha": 1.0, "beta": 1.0}  # the runtime's fusion looks for beta
-            y = self.graph.add(
-                "Gemm", [rows, weights, bias], shape, "f4", name=layer.name, **attributes
+            return self.of_rows(
+                self.graph.add(
+                    "Gemm",
+                    [self.dequantized(value, ONE, kind), weights, bias],
+                    (value.shape[0], len(factor)),
+                    "f4",
+                    name=layer.name,
+                    alpha=1.0,
+                    beta=1.0,  # the runtime's fusion looks for it
+                ),
+                x.shape,
             )
-            return self.of_rows(y, x.shape)
-        x_hat = self.dequantized(x.source.value, np.float32(1), kind)
-        weights = self._weights(layer, factor, 0)
-        shape = convolved_shape(x.source.value.shape, layer)
-        return self.graph.add(
-            "Conv", [x_hat, weights, bias], shape, "f4", name=layer.name, **window(layer)
-        )
+        if pointwise:
+            length, channels = value.shape
+            value = self.transposed(self.reshaped(value, (1, length, 1, channels)), (0, 3, 1, 2))
+            shape: tuple[int, ...] = (1, len(factor), length, 1)
+            attributes: dict[str, Any] = {"kernel_shape": [1, 1]}
+        else:
+            shape, attributes = convolved_shape(value.shape, layer), window(layer)
+        given = [self.dequantized(value, ONE, kind), self._weights(layer, factor, 0), bias]
+        return self.graph.add("Conv", given, shape, "f4", name=layer.name, **attributes)
 
     def _float_times(self, x: Sums, factor: np.ndarray) -> Value:
         """``times`` where a byte has no room for the input's codes: whole numbers as floats."""
@@ -125,8 +146,9 @@ class LayerOperations(GridOperations):
 
     def _weights(self, layer: Layer, factor: np.ndarray, axis: int) -> Value:
         """Codes of a layer times ``factor``: [K, N] with axis 1, [N, C, kh, kw] with axis 0."""
-        codes = layer.kernel.values
+        codes = _values(layer)
         if axis == 0:
+            codes = codes if codes.ndim == 4 else codes[None, None]
             codes = codes.transpose(3, 2, 0, 1)
         else:
             codes = codes.reshape(-1, codes.shape[-1])
@@ -202,7 +224,7 @@ class LayerOperations(GridOperations):
         if isinstance(x, Sums):
             batch, channels, height, width = x.shape
             cells = self.transposed(self.sums_as_floats(x), (0, 2, 1))
-            return self._reshaped(cells, (batch, channels, height, width))
+            return self.reshaped(cells, (batch, channels, height, width))
         raise TypeError(f"{type(x).__name__} where a float map is expected")
 
     def map_shape(self, x: Tensor) -> tuple[int, int]:
@@ -222,14 +244,14 @@ class LayerOperations(GridOperations):
             return self.sums_as_floats(x)
         value = self.map_floats(x)
         batch, channels, height, width = value.shape
-        cells = self._reshaped(value, (batch, channels, height * width))
+        cells = self.reshaped(value, (batch, channels, height * width))
         return self.transposed(cells, (0, 2, 1))
 
     def to_map(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """See ``Operations``."""
         x = self.value(x)
         batch, _, channels = x.shape
-        return Map(self._reshaped(self.transposed(x, (0, 2, 1)), (batch, channels, *shape)))
+        return Map(self.reshaped(self.transposed(x, (0, 2, 1)), (batch, channels, *shape)))
 
     def image_map(self, images: Tensor, sizes: Tensor, mean, std) -> Tensor:
         """See ``Operations``."""
@@ -240,7 +262,7 @@ class LayerOperations(GridOperations):
         x = self.divide(x, np.float32(std)[:, None, None])
         inside = None
         for i, (count, shape) in enumerate(((height, (-1, 1)), (width, (1, -1)))):
-            end = self._reshaped(self.sliced(sizes, 1, i, i + 1), (batch, 1, 1, 1))
+            end = self.reshaped(self.sliced(sizes, 1, i, i + 1), (batch, 1, 1, 1))
             cells = np.arange(count, dtype=np.int32).reshape(1, 1, *shape)
             before = self.less(cells, end)
             inside = before if inside is None else self.both(inside, before)
@@ -266,7 +288,7 @@ class LayerOperations(GridOperations):
         batch, channels, height, width = x.shape
         patches = self._patches(x.source, x.layer, (height, width))
         patches = self.transposed(patches, (0, 2, 3, 1))
-        rows = self._reshaped(patches, (batch * height * width, -1))
+        rows = self.reshaped(patches, (batch * height * width, -1))
         shape = (batch, height * width, channels)
         source = Coded(
             self.of_rows(rows, (*shape[:2], rows.shape[1])), x.source.grid, x.source.carrier

@@ -97,7 +97,7 @@ def _described(site: Site) -> dict[str, Any]:
         "lower": site.grid.lower,
         "zero": site.carrier.zero,
         "dtype": site.carrier.dtype.name,
-        "tensors": [value.name for value in site.values],
+        "tensors": list(site.tensors),
         "shape": list(site.shape),
         "layout": site.layout,
     }

@@ -49,9 +49,9 @@ class SamplingOperations(AttentionOperations):
         found, start = [], 0
         for level, (height, breadth) in enumerate(shapes):
             plane = self.sliced(planes, 2, start, start + height * breadth)
-            plane = self._reshaped(plane, (batch * heads, width, height, breadth))
+            plane = self.reshaped(plane, (batch * heads, width, height, breadth))
             grid = self.sliced(where, 0, level, level + 1)
-            grid = self._reshaped(grid, (batch * heads, points, queries, 2))
+            grid = self.reshaped(grid, (batch * heads, points, queries, 2))
             samples = self.graph.add(
                 "GridSample",
                 [plane, grid],
@@ -61,7 +61,7 @@ class SamplingOperations(AttentionOperations):
                 padding_mode="zeros",
                 align_corners=0,
             )
-            found.append(self._reshaped(samples, (batch, heads, width * points, queries)))
+            found.append(self.reshaped(samples, (batch, heads, width * points, queries)))
             start += height * breadth
         return Samples(tuple(found), (batch, heads, queries, levels * points, width))
 
@@ -71,7 +71,8 @@ class SamplingOperations(AttentionOperations):
             return super().quantize(x, grid)
         coded = [self.on_grid(level, grid) for level in x.levels]
         values = tuple(c.value for c in coded)
-        self.sites.append(Site(grid, coded[0].carrier, values, x.shape, "samples"))
+        names = tuple(value.name for value in values)
+        self.sites.append(Site(grid, coded[0].carrier, names, x.shape, "samples"))
         return Samples(values, x.shape, coded[0])
 
     def mix_samples(self, weights: Tensor, samples: Tensor) -> Tensor:
@@ -84,8 +85,8 @@ class SamplingOperations(AttentionOperations):
         total: Value | None = None
         for i, level in enumerate(samples.levels):
             part = self.sliced(w, 2, i * each, (i + 1) * each)
-            part = self._reshaped(part, (batch, heads, 1, each, queries))
-            level = self._reshaped(level, (batch, heads, width, each, queries))
+            part = self.reshaped(part, (batch, heads, 1, each, queries))
+            level = self.reshaped(level, (batch, heads, width, each, queries))
             if isinstance(weights, Coded):
                 part = self._operand(dataclasses.replace(weights, value=part), whole=coded)
             if samples.coded is not None:

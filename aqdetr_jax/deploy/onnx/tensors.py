@@ -38,6 +38,11 @@ class Carrier:
     low: np.ndarray
     high: np.ndarray
 
+    @property
+    def is_bytes(self) -> bool:
+        """Whether products of the codes can be products of bytes."""
+        return self.dtype.kind != "f"
+
 
 @dataclasses.dataclass(frozen=True)
 class Coded:
@@ -111,7 +116,7 @@ class Site:
     Attributes:
       grid: theirs.
       carrier: how they are stored.
-      values: the tensor, or one a level of samples.
+      tensors: the name of the tensor, or one a level of samples.
       shape: of the codes in the vocabulary; of a map [B, H, W, C].
       layout: "plain" (as ``shape``, up to a reshape), "map" ([B, C, H, W]) or "samples" (of every
         level [B, H, D * K, Q]).
@@ -119,6 +124,6 @@ class Site:
 
     grid: Grid
     carrier: Carrier
-    values: tuple[Value, ...]
+    tensors: tuple[str, ...]
     shape: tuple[int, ...]
     layout: str
