@@ -20,6 +20,9 @@ from aqdetr_jax.deploy.cpu import limit_cores, peak_bytes
 
 RUNTIMES = ("jax", "onnxruntime", "openvino")
 
+MOST_SAID = 500
+"""Characters of a runtime's error that are passed on, in one line."""
+
 
 class Runner(Protocol):
     """A model that is ready.
@@ -124,8 +127,8 @@ def serve(runtime: str, requests: TextIO, replies: TextIO) -> None:
             answer = getattr(worker, request.pop("do"))(**request)
         except Exception as error:  # whatever a runtime raises: the parent says it
             traceback.print_exc()
-            text = str(error).strip() or type(error).__name__
-            answer = {"error": text.splitlines()[0]}
+            text = " ".join(str(error).split()) or type(error).__name__
+            answer = {"error": text[:MOST_SAID]}
         replies.write(json.dumps(answer) + "\n")
         replies.flush()
         if "error" in answer:
