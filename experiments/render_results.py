@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import render_complexity
+import render_deploy
 import render_sensitivity
 import render_tpu
 from outside.table import outside_table
@@ -403,6 +404,10 @@ def main() -> None:
     groups = render_complexity.groups_table(costs, "coco:r50,w4a4")
     replace(document, "complexity-groups", groups)
     replace(document, "complexity-papers", render_complexity.papers_table(costs))
+    document = ROOT / "docs" / "deploy.md"
+    replace(document, "exports", render_deploy.exports_table(load("exports.json")))
+    replace(document, "packed-size", render_deploy.sizes_table(load("packed_size.json")))
+    replace(document, "speed", render_deploy.speed_table(load("deploy.json")))
     study = "aqdetr sensitivity --config=configs/shapes_w4a4.py"
     text = render_sensitivity.sensitivity_text(
         {
