@@ -15,8 +15,8 @@ def exports_table(rows: list[dict[str, Any]] | None) -> str:
         return "`python experiments/exports.py`: not run."
     lines = [
         "| student | file | KiB | quantizers | codes compared | differ, deployed from trained | "
-        "differ, ONNX Runtime from deployed | of those in the backbone | AP trained | AP deployed | "
-        "AP ONNX Runtime |",
+        "differ, ONNX Runtime from deployed | of those in the backbone | AP trained | "
+        "AP deployed | AP ONNX Runtime |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: (r["family"], -int(r["policy"][1]), r["format"])):
@@ -24,11 +24,12 @@ def exports_table(rows: list[dict[str, Any]] | None) -> str:
         other = row["codes"].get(f"deployed, {_RUNTIME}")
         backbone = own["different_in_backbone"] + (other["different_in_backbone"] if other else 0)
         ap = [row["ap"].get(name) for name in ("trained", "deployed", _RUNTIME)]
+        others = f"{other['different']:,}" if other else "–"
         scores = " | ".join("–" if a is None else f"{a:.4f}" for a in ap)
         lines.append(
             f"| {row['family']} {row['policy']} | {row['format']} | {row['bytes'] / 1024:,.0f} | "
             f"{own['quantizers']} | {own['codes']:,} | {own['different']:,} | "
-            f"{f'{other["different"]:,}' if other else '–'} | {backbone:,} | {scores} |"
+            f"{others} | {backbone:,} | {scores} |"
         )
     first = rows[0]
     steps = sorted({row["steps"] for row in rows if row["steps"]})
@@ -74,7 +75,8 @@ def speed_table(result: dict[str, Any] | None) -> str:
     if not result or not result["rows"]:
         return "`python experiments/deploy.py`: not run."
     lines = [
-        "| model | runtime | bits | threads | image | median ms | p95 ms | × float | file KiB | AP |",
+        "| model | runtime | bits | threads | image | median ms | p95 ms | × float | file KiB "
+        "| AP |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
