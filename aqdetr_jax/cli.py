@@ -73,11 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     verb("train", verbs.train, "train, evaluate and report one run", config=True, workdir=True)
     verb("pretrain", verbs.pretrain, "dense pretraining of a backbone", config=True, workdir=True)
     sub = verb("eval", verbs.evaluate, "COCO numbers of a model", config=True)
-    sub.add_argument("--model", required=True, metavar="DIR", help="a run or its model folder")
+    anything = "a run, its model folder, a packed model"
+    sub.add_argument("--model", required=True, metavar="DIR", help=anything)
     sub.add_argument("--out", metavar="DIR", help="where results.json and detections.json go")
     sub = verb("predict", verbs.predict, "detect on images")
     sub.add_argument("images", nargs="+", metavar="IMAGE")
-    sub.add_argument("--model", metavar="DIR", help="a run or its model folder")
+    sub.add_argument("--model", metavar="DIR", help=anything)
     sub.add_argument("--out", default="predictions", metavar="DIR")
     sub.add_argument("--threshold", type=float, default=0.5)
     sub.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images")
@@ -115,9 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="configs/NAME.py",
         help="whose evaluation images the export is judged on",
     )
-    sub.add_argument(
-        "--images", type=int, default=200, metavar="N", help="of those, the first N (200)"
-    )
+    sub.add_argument("--images", type=int, metavar="N", help="of those, the first N (200)")
     sub.add_argument("--batch", type=int, metavar="N", help="onnx: images at once (1)")
     sub.add_argument(
         "--activations",
@@ -196,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(overrides=True)
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="configs/NAME.py")
-    what.add_argument("--model", metavar="DIR", help="a run, its model folder, a packed model")
+    what.add_argument("--model", metavar="DIR", help=anything)
     sub.add_argument("--height", type=int, metavar="N", help="of an image, pixels")
     sub.add_argument("--width", type=int, metavar="N", help="default: the largest in evaluation")
     sub.add_argument("--operations", action="store_true", help="list every operation too")

@@ -19,7 +19,7 @@ from aqdetr_jax.evaluation.coco import format_results
 from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.evaluation.models import evaluate_bundle
 from aqdetr_jax.io import folder_bytes, read_json, write_json_atomic
-from aqdetr_jax.reporting import write_run_report
+from aqdetr_jax.reporting import spare, write_run_report
 from aqdetr_jax.training.bundles import calibrated_bundle
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.loop import train
@@ -97,11 +97,18 @@ def compress(
         assert lsq.block is not None
         blocks["baseline"] = lsq.block
 
-    packed = workdir / PACKED
-    write_packed(packed, deployed_bundle(student.bundle, str(workdir / runs["student"])))
-    speed = speed_of(student.bundle, teacher, workdir / "onnx")
-    spoken = in_words(speed) if speed else ""
     write_json_atomic(workdir / "results.json", blocks)
+    notes: list[str] = []
+    packed: Path | None = None
+    spoken = ""
+    with spare("the packed model", notes):
+        write_packed(
+            workdir / PACKED, deployed_bundle(student.bundle, f"{workdir / runs['student']}")
+        )
+        packed = workdir / PACKED
+    with spare("the comparison of speed", notes):
+        speed = speed_of(student.bundle, teacher, workdir / "onnx")
+        spoken = in_words(speed) if speed else ""
     report = write_run_report(
         workdir,
         title=title,
@@ -120,12 +127,14 @@ def compress(
         bits=workdir / runs["student"] / "bit_report.json",
         manifest=workdir / runs["student"] / "manifest.json",
         packed=packed,
+        notes=notes,
     )
     for name, block in blocks.items():
         print(f"\n{name}\n{format_results(block)}")
     where = f"report: {report}" if report else f"results: {workdir / 'results.json'}"
-    size = folder_bytes(packed) / 1024
-    print(f"\nas integers: {packed}, {size:.0f} KiB (aqdetr predict --model={packed} IMAGE)")
+    if packed is not None:
+        size = folder_bytes(packed) / 1024
+        print(f"\nas integers: {packed}, {size:.0f} KiB (aqdetr predict --model={packed} IMAGE)")
     if spoken:
         print(spoken)
     print(f"{verdict(blocks, bits)}; {where}")

@@ -132,6 +132,11 @@ def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise ValueError(
             "--format=huggingface looks at no images: leave --config and its overrides out"
         )
+    others = ("images", "batch", "activations", "chip", "detections", "force")
+    values = {name: getattr(arguments, name) for name in others}
+    given = [f"--{n}" for n, value in values.items() if value is not None and value is not False]
+    if given:
+        raise ValueError(f"of other formats than --format=huggingface: {', '.join(given)}")
     made = export(arguments.model, arguments.to, fake_quantized=arguments.fake_quantized)
     print(made.summary())
     for note in made.report["notes"]:
@@ -141,7 +146,8 @@ def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _export_to_devices(arguments, overrides) -> None:
     from aqdetr_jax.deploy.export import REPORT, export_model
-    from aqdetr_jax.deploy.gate import GateData, format_report
+    from aqdetr_jax.deploy.gate import IMAGES, GateData, format_report
+    from aqdetr_jax.evaluation.models import INPUT_KEYS
     from aqdetr_jax.training.effects import check_evaluation_keys
     from aqdetr_jax.training.sizing import eval_batch_size
 
@@ -167,12 +173,18 @@ def _export_to_devices(arguments, overrides) -> None:
             listed = ", ".join(f"--{words.get(name, name)}" for name in names)
             raise ValueError(f"of --format={other} alone: {listed}")
     check_evaluation_keys(overrides)
+    for key in (text.partition("=")[0] for text in overrides):
+        if key in ("data.fit", *INPUT_KEYS):
+            raise ValueError(
+                f"config.{key} has no effect: images are those of the model's own rule"
+            )
     config = _experiment(arguments, overrides)
+    images = IMAGES if arguments.images is None else arguments.images
     report = export_model(
         arguments.model,
         arguments.to,
         arguments.format,
-        GateData(config.data, arguments.images, eval_batch_size(config), config.name),
+        GateData(config.data, images, eval_batch_size(config), config.name),
         force=arguments.force,
         progress=_stages(),
         **options,

@@ -56,17 +56,20 @@ def test_quickstart(tiny_teacher, tmp_path, monkeypatch, capsys):
     assert student.config.num_auxiliary == 0
 
     # The same command again goes through without training, to the same numbers; that the report
-    # cannot be written is a line.
+    # cannot be written is a line, and that the student cannot be timed another.
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("aqdetr_jax.reporting.write_report", full)
+    monkeypatch.setattr("aqdetr_jax.compress.speed_of", full)
     again = qs.quickstart(tmp_path, overrides=overrides(config))
     said = capsys.readouterr()
     assert "this run is finished" in said.out
     assert "so the w4a4 student cannot be judged" in said.out
     assert "results.json" in said.out.splitlines()[-1]
     assert "the report could not be made (OSError: [Errno 28] No space" in said.err
+    assert "the comparison of speed could not be made" in said.err
+    assert f"as integers: {tmp_path / 'packed'}" in said.out
     assert json.loads((tmp_path / "results.json").read_text()) == again
     for name in ("teacher", "calibrated", "student"):
         assert again[name]["AP"] == blocks[name]["AP"]

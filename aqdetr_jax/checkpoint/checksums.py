@@ -53,13 +53,15 @@ def find_damage(manifest: Path, folder: Path) -> str | None:
         files = read_manifest(manifest)["files"]
     except (OSError, ValueError, KeyError) as error:
         return str(error)
+    if not isinstance(files, dict) or not all(isinstance(x, dict) for x in files.values()):
+        return f"{manifest} lists no files"
     for name, stated in files.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
         size = path.stat().st_size
-        if size != stated["size"]:
-            return f"{path} has {size} bytes, expected {stated['size']}"
+        if size != stated.get("size"):
+            return f"{path} has {size} bytes, expected {stated.get('size')}"
         if _describe(path) != stated:
             return f"{path} is damaged: its SHA-256 does not match the manifest"
     return None

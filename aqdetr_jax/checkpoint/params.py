@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,6 +126,10 @@ def load_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _what_it_is(path: Path) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        kind = read_manifest(path / "manifest.json").get("format")
+        if kind is not None:
+            return f"It is an export ({kind}): name the run or model that it was made of."
     if not path.is_dir() or any(any(path.glob(pattern)) for pattern in _FOREIGN):
         return "If it is a published checkpoint: aqdetr convert makes a model folder of it."
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():

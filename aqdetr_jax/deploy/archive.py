@@ -110,7 +110,8 @@ def read_archive(folder: str | Path) -> tuple[Arrays, dict[str, Any]]:
             f"{manifest} is of version {content.get('version')!r} of the format, and this program "
             f"reads version {VERSION}: export the model again"
         )
-    if set(content.get("files", ())) != {WEIGHTS}:  # a path elsewhere among them
+    files = content.get("files")
+    if not isinstance(files, dict) or set(files) != {WEIGHTS}:  # a path elsewhere among them
         raise PackedModelError(f"{manifest} must list {WEIGHTS} and nothing else")
     damage = find_damage(manifest, folder)
     if damage is not None:

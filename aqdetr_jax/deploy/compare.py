@@ -141,8 +141,8 @@ class NetworkComparer:
         comparison.images += int(real.sum())
         if outputs:
             logits, boxes = (np.asarray(x)[real] for x in outputs)
-            comparison.logits = max(comparison.logits, _gap(mine[real], logits))
-            comparison.boxes = max(comparison.boxes, _gap(mine_boxes[real], boxes))
+            comparison.logits = _larger(comparison.logits, mine[real] - logits)
+            comparison.boxes = _larger(comparison.boxes, mine_boxes[real] - boxes)
 
     def sites(self, images: Any, mask: Any) -> set[str]:
         """The names of all quantizers."""
@@ -151,8 +151,9 @@ class NetworkComparer:
         return set(jax.eval_shape(module.apply_with_codes, self._network, *one)[1])
 
 
-def _gap(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max(initial=0))
+def _larger(largest: float, gaps: np.ndarray) -> float:
+    """The largest magnitude so far; NaN once there was one (which Python's ``max`` loses)."""
+    return float(np.abs(gaps).max(initial=largest))
 
 
 def model_codes(bundle: ModelBundle) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from aqdetr_jax.deploy.detector import DeployedBundle
 from aqdetr_jax.deploy.freeze import freeze
 from aqdetr_jax.deploy.packed import read_packed, used, write_packed
 from aqdetr_jax.deploy.programs import write_programs
-from aqdetr_jax.io import check_folder, folder_bytes, write_json_atomic
+from aqdetr_jax.io import check_folder, folder_bytes, read_json, whole_folder, write_json_atomic
 from aqdetr_jax.provenance import git_commit
 
 REPORT = "report.json"
@@ -33,12 +31,15 @@ def deployed_bundle(model: ModelBundle, source: str = "") -> DeployedBundle:
       model: of either family, low-bit or float.
       source: path of the model, for the facts that go along.
     """
+    config = dataclasses.replace(
+        model.config, num_auxiliary=0, auxiliary_groups=1, dtype=gate.FLOATS
+    )
+    model = dataclasses.replace(model, config=config)
     network = used(freeze(model), model.input.buckets[0])
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
     info = {k: v for k, v in model.info.items() if k != "results"}
     info |= {"exported_by": git_commit(), "source": source}
-    config = dataclasses.replace(model.config, num_auxiliary=0, auxiliary_groups=1)
-    return DeployedBundle(**{**fields, "config": config, "variables": network, "info": info})
+    return DeployedBundle(**{**fields, "variables": network, "info": info})
 
 
 def export_model(
@@ -70,15 +71,30 @@ def export_model(
       ExportRefusedError: it did not pass; nothing was written.
       FileExistsError: something else is at ``to``.
     """
-    bundle = load_model(model)
     mark, write = KINDS[kind]
-    with _staged(to, mark) as stage:
+    _check_target(to, kind)
+    bundle = load_model(model)
+    with whole_folder(to, mark) as stage:
         deployed, runtime = write(stage, deployed_bundle(bundle, str(model)), **options)
         report = gate.judge(
             bundle, deployed, given, runtime, most_lost=MOST_LOST[kind], progress=progress
         )
+        report["format"] = kind
         _finish(stage, report, force)
     return report
+
+
+def _check_target(to: str | Path, kind: str) -> None:
+    """Reports of all kinds have one name, and so have other programs' files."""
+    report = check_folder(to, KINDS[kind][0]) / REPORT
+    if KINDS[kind][0] != REPORT or not report.is_file():
+        return
+    content = read_json(report)
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise FileExistsError(
+            f"{report.parent} exists and is no export of --format={kind}, so that it is not "
+            "replaced; choose another name"
+        )
 
 
 def _packed(stage: Path, bundle: DeployedBundle) -> tuple[DeployedBundle, None]:
@@ -121,20 +137,3 @@ def _finish(stage: Path, report: dict[str, Any], force: bool) -> None:
             "not exported: " + "; ".join(report["failures"]) + " (--force exports it all the same)"
         )
     write_json_atomic(stage / REPORT, report)
-
-
-@contextlib.contextmanager
-def _staged(to: str | Path, mark: str) -> Iterator[Path]:
-    """A place beside ``to`` whose folder becomes ``to`` when the body ends, and never before."""
-    target = check_folder(to, mark)
-    stage, old = (target.with_name(f".{target.name}.{end}") for end in ("export", "before"))
-    for leftover in (stage, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        yield stage
-        if target.exists():
-            target.rename(old)
-        stage.rename(target)
-    finally:
-        for leftover in (stage, old):
-            shutil.rmtree(leftover, ignore_errors=True)

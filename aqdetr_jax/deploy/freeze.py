@@ -22,6 +22,7 @@ from aqdetr_jax.deploy.parts import Grid, Layer, Norm
 from aqdetr_jax.models.detector import record_ops
 from aqdetr_jax.models.fold import convolution_of
 from aqdetr_jax.models.layers import norm_affine
+from aqdetr_jax.models.quantized import moved_layer
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.calibrate import site_specs
 from aqdetr_jax.quant.record import OpRecord
@@ -92,7 +93,8 @@ class _Freezer:
         shift, spread = (self._params.get(f"{site}_{name}") for name in ("shift", "scale"))
         if shift is not None:
             assert spread is not None
-            kernel, bias = _centred(kernel, bias, shift, spread)
+            moved = jax.jit(moved_layer)(kernel, bias, shift, spread)
+            kernel, bias = (np.asarray(x) for x in moved)
         factor = np.ones(kernel.shape[-1], np.float32)
         if path in self._norm_after:
             factor, bias = self._affine(self._norm_after[path], bias)
@@ -154,17 +156,6 @@ def _with_whole_bias(layer: Layer) -> Layer:
 def _codes(kernel, step, lower, upper):
     # Compiled and broadcast as in training, see ``quant.dequantize``.
     return lsq.codes(kernel, step.reshape((1,) * (kernel.ndim - 1) + (-1,)), lower, upper)
-
-
-def _centred(kernel, bias, shift, spread) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel and bias of ``models.quantized.channel_affine``."""
-
-    @jax.jit
-    def affine(kernel, bias, shift, spread):
-        return kernel * spread[:, None], bias + shift @ kernel
-
-    kernel, bias = affine(*(jnp.asarray(x) for x in (kernel, bias, shift, spread)))
-    return np.asarray(kernel), np.asarray(bias)
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:

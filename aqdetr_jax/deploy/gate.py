@@ -24,6 +24,9 @@ from aqdetr_jax.evaluation.coco import evaluate_detections, postprocess, to_coco
 from aqdetr_jax.evaluation.models import bundle_evaluator
 from aqdetr_jax.provenance import git_commit
 
+IMAGES = 200
+"""That an export is judged on, unless another number is given."""
+
 MOST_DIFFERENT = 1e-4
 """Share of codes that may lie on the other side of a border, see ``deploy.compare``."""
 
@@ -32,6 +35,9 @@ LARGEST_DIFFERENCE = 1
 
 FLOAT_LIMITS = {"logits": 1e-2, "boxes": 1e-3}
 """The largest difference of a float network's outputs, which the order of its sums makes."""
+
+FLOATS = "float32"
+"""Carries what stays float once deployed, whatever carried activations in training."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps."""
@@ -77,7 +83,7 @@ class GateData:
     """
 
     data: DataConfig
-    images: int = 200
+    images: int = IMAGES
     batch_size: int = 8
     name: str = ""
 
@@ -94,7 +100,8 @@ def judge(
     """Compares a trained model with what was made of it.
 
     Args:
-      model: as it was trained (fake-quantized).
+      model: as it was trained (fake-quantized). One that was trained with bfloat16 activations is
+        compared as it is in float32, which is what is deployed; its AP in bfloat16 is reported too.
       deployed: its deployed network, as read back from what was written.
       given: the set.
       runtime: another program that computes the exported file; None = our integers are the export.
@@ -106,6 +113,15 @@ def judge(
     """
     show = progress or (lambda *_: None)
     dataset = FirstImages(open_dataset(given.data, train=False), given.images)
+    exact = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype=FLOATS))
+    bundles = {"trained": exact, "deployed": deployed}
+    if model.config.dtype != FLOATS:
+        bundles = {f"trained, in {model.config.dtype}": model, **bundles}
+    # Before anything is computed: a set of other classes is found here.
+    evaluators = {
+        name: bundle_evaluator(bundle, dataset, given.data, batch_size=given.batch_size)
+        for name, bundle in bundles.items()
+    }
     failures: list[str] = []
     report: dict[str, Any] = {
         "set": {"name": dataset.name, "images": len(dataset), "config": given.name},
@@ -115,7 +131,7 @@ def judge(
         "ap": {},
     }
 
-    comparison = _compare_model(model, deployed, dataset, given, show)
+    comparison = _compare_model(exact, deployed, dataset, given, show)
     report["codes"]["trained, deployed"] = comparison.to_dict()
     failures += _failures(comparison, "the trained and the deployed network")
     if runtime is not None and runtime.codes is not None:
@@ -123,20 +139,22 @@ def judge(
         report["codes"][f"deployed, {runtime.name}"] = comparison.to_dict()
         failures += _failures(comparison, f"the deployed network and {runtime.name}")
 
-    candidates: dict[str, Callable[[], Mapping[str, float]]] = {
-        "trained": lambda: _evaluated(model, dataset, given, show, "trained"),
-        "deployed": lambda: _evaluated(deployed, dataset, given, show, "deployed"),
-    }
+    for name, evaluator in evaluators.items():
+        variables = bundles[name].variables
+        metrics, _ = evaluator.evaluate(variables, _shown(show, f"{name}: evaluated"))
+        report["ap"][name] = _numbers(metrics)
+    judged = ["deployed"]
     if runtime is not None:
-        candidates[runtime.name] = lambda: _runtime_metrics(runtime, deployed, dataset, given, show)
-    for name, evaluate in candidates.items():
-        report["ap"][name] = {key: float(value) for key, value in evaluate().items()}
-    for name, found in report["ap"].items():
-        lost = report["ap"]["trained"]["AP"] - found["AP"]
-        if not lost <= most_lost:
+        judged.append(runtime.name)
+        metrics = _runtime_metrics(runtime, deployed, dataset, given, show)
+        report["ap"][runtime.name] = _numbers(metrics)
+    reference = report["ap"]["trained"]["AP"]
+    for name in judged:
+        found = report["ap"][name]["AP"]
+        if not reference - found <= most_lost:
             failures.append(
-                f"{name} has AP {found['AP']:.4f} on {len(dataset)} images, the trained model "
-                f"{report['ap']['trained']['AP']:.4f}"
+                f"{name} has AP {found:.4f} on {len(dataset)} images, the trained model "
+                f"{reference:.4f}"
             )
     report["failures"] = failures
     return report
@@ -198,15 +216,11 @@ def _compare_runtime(runtime: Runtime, deployed, dataset, given, show) -> Compar
     return comparison
 
 
-def _evaluated(bundle, dataset, given, show, name) -> Mapping[str, float]:
-    evaluator = bundle_evaluator(bundle, dataset, given.data, batch_size=given.batch_size)
-    metrics, _ = evaluator.evaluate(
-        bundle.variables, lambda done, all_: show(f"{name}: evaluated", done, all_)
-    )
-    return _numbers(metrics)
+def _shown(show: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: show(what, done, total)
 
 
-def _runtime_metrics(runtime: Runtime, bundle, dataset, given, show) -> Mapping[str, float]:
+def _runtime_metrics(runtime: Runtime, bundle, dataset, given, show) -> Mapping[str, Any]:
     """COCO numbers of what another program detects."""
     known = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
     ids = [known.get(name) for name in bundle.class_names]
@@ -229,18 +243,16 @@ def _runtime_metrics(runtime: Runtime, bundle, dataset, given, show) -> Mapping[
         images = [dataset.image_id(int(i)) if i >= 0 else None for i in batch["image_index"]]
         results += to_coco_results(images, scores, labels, boxes, ids)
         show(f"{runtime.name}: evaluated", number, len(batches))
-    return _numbers(
-        evaluate_detections(
-            dataset.coco_ground_truth(),
-            results,
-            category_ids=dataset.category_ids,
-            class_names=dataset.class_names,
-        )
+    return evaluate_detections(
+        dataset.coco_ground_truth(),
+        results,
+        category_ids=dataset.category_ids,
+        class_names=dataset.class_names,
     )
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in metrics.items() if isinstance(v, float | int)}
+    return {k: float(v) for k, v in metrics.items() if isinstance(v, float | int)}
 
 
 def _sizes(mask: np.ndarray) -> np.ndarray:

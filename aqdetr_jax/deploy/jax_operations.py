@@ -354,9 +354,9 @@ class JaxOperations(Operations):
         """See the class."""
         return jnp.concatenate([self.floats(x) for x in xs], axis)
 
-    def part(self, x, axis, start, stop, step=1):
+    def part(self, x, axis, start, stop):
         """See the class."""
-        return self._shaped(lambda v: lax.slice_in_dim(v, start, stop, step, axis), x)
+        return self._shaped(lambda v: lax.slice_in_dim(v, start, stop, axis=axis), x)
 
     def repeat_batch(self, x, like):
         """See the class."""

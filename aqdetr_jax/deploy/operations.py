@@ -6,9 +6,9 @@ arithmetic of codes is fixed by the rule in ``deploy.parts``; a back end chooses
 codes and the order of the sums, which change no bit of it. What stays float (norms, softmax,
 positions, sums of the transformer, heads) is the same to rounding.
 
-Tensors are opaque and of three kinds: ``Floats``; ``Ids`` of codes on a grid, ``Coded``; and
-``Sums`` of an integer product, values that nobody has asked for yet, so that a back end can take
-them to the next grid directly. Feature maps ("map") have a back end's own layout and are only
+Tensors are opaque and of three kinds: floats; codes on a grid, ``Coded``; and ``Sums`` of an
+integer product, values that nobody has asked for yet, so that a back end can take them to the next
+grid directly. Feature maps ("map") have a back end's own layout and are only
 passed to operations on maps. Shapes are given with batch first; B and the number of images may be
 symbolic in JAX.
 """
@@ -239,8 +239,8 @@ class Operations(abc.ABC):
         """Along an axis; of floats."""
 
     @abc.abstractmethod
-    def part(self, x: Tensor, axis: int, start: int, stop: int, step: int = 1) -> Tensor:
-        """``x[start:stop:step]`` along an axis."""
+    def part(self, x: Tensor, axis: int, start: int, stop: int) -> Tensor:
+        """``x[start:stop]`` along an axis."""
 
     @abc.abstractmethod
     def repeat_batch(self, x: Any, like: Tensor) -> Tensor:

@@ -182,8 +182,12 @@ def _network(arrays: Arrays, facts: Mapping[str, Any], config: DetrConfig, where
     for path, described in facts["layers"].items():
         kernel = left.pop(f"{path}/kernel", None)
         coded = isinstance(kernel, Codes)
-        if not isinstance(kernel, Codes) and (kernel is None or kernel.dtype != np.float32):
-            raise PackedModelError(f"{where}: {path}/kernel should be codes or float32")
+        if isinstance(kernel, Codes):
+            usable = kernel.signed
+        else:
+            usable = kernel is not None and kernel.dtype == np.float32
+        if kernel is None or not usable:
+            raise PackedModelError(f"{where}: {path}/kernel should be signed codes or float32")
         on_grid = None if described is None else grid(described)
         bias = take(f"{path}/bias", "int32" if coded and on_grid is not None else "float32")
         scale = take(f"{path}/scale") if coded else None

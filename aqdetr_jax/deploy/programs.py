@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aqdetr_jax.deploy.carriers import CHIPS, UNKNOWN_TPU
+from aqdetr_jax.deploy.carriers import DEVICE_KINDS, UNKNOWN_TPU
 from aqdetr_jax.deploy.detector import DeployedBundle, detect
 from aqdetr_jax.deploy.jax_operations import JaxOperations
 from aqdetr_jax.deploy.stablehlo import export_stablehlo, load_stablehlo
@@ -16,17 +16,18 @@ def write_programs(folder: Path, bundle: DeployedBundle, chip: str = UNKNOWN_TPU
     """Writes a folder ``HEIGHTxWIDTH`` for every bucket of the model's image rule.
 
     Args:
-      folder: is made.
+      folder: empty, or not there yet.
       bundle: the network and what goes with it.
       chip: the kind of TPU that carriers are chosen for, see ``carriers``; elsewhere they do not
         depend on it.
 
     Raises:
-      ValueError: an unknown chip.
+      ValueError: an unknown TPU.
     """
-    if chip not in CHIPS:
-        raise ValueError(f"unknown chip {chip!r}; known ones are {', '.join(CHIPS)}")
-    folder.mkdir(parents=True)
+    kinds = [*dict.fromkeys(DEVICE_KINDS.values()), UNKNOWN_TPU]
+    if chip not in kinds:
+        raise ValueError(f"--chip={chip} is no TPU that is known: {', '.join(kinds)}")
+    folder.mkdir(parents=True, exist_ok=True)
     network = bundle.network
     facts = {"class_names": list(bundle.class_names), "category_ids": list(bundle.category_ids)}
     for height, width in bundle.input.buckets:

@@ -61,8 +61,12 @@ def open_runner(runtime: str, path: str, threads: int, size: tuple[int, int] | N
       ValueError: it cannot be used so; says why.
     """
     if runtime == "onnxruntime":
-        from aqdetr_jax.deploy.onnx.running import OnnxRunner
-
+        try:
+            from aqdetr_jax.deploy.onnx.running import OnnxRunner
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"ONNX files need the package {error.name}: pip install 'aqdetr-jax[onnx]'"
+            ) from None
         return OnnxRunner(path, threads, size)
     if runtime == "openvino":
         from aqdetr_jax.deploy.openvino_runner import OpenVinoRunner

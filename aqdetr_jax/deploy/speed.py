@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def speed_of(
     Args:
       student: the low-bit model.
       teacher: the float one.
-      folder: where both are written, ``student.onnx`` and ``teacher.onnx``; replaced.
+      folder: where both are written, ``student.onnx`` and ``teacher.onnx``.
 
     Returns:
       Rows of ``benchmark`` by "student" and "teacher"; None where the extra ``onnx`` is missing.
@@ -32,8 +31,7 @@ def speed_of(
         return None
     from aqdetr_jax.deploy.onnx.model import onnx_model, save_onnx
 
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for name, bundle in (("student", student), ("teacher", teacher)):
         files[name] = folder / f"{name}.onnx"

@@ -159,7 +159,8 @@ def load_stablehlo(folder: str | Path) -> Program:
             f"{manifest} is of version {content.get('version')!r} of the format, and this program "
             f"reads version {VERSION}: export the model again"
         )
-    if set(content.get("files", ())) != FILES:  # a path elsewhere among them
+    files = content.get("files")
+    if not isinstance(files, dict) or set(files) != FILES:  # a path elsewhere among them
         raise StableHloError(f"{manifest} must list {', '.join(sorted(FILES))} and nothing else")
     damage = find_damage(manifest, folder)
     if damage is not None:

@@ -73,9 +73,21 @@ def channel_affine(
     width = x.shape[-1:]
     shift = module.param("input_shift", nn.initializers.zeros, width, jnp.float32)
     scale = module.param("input_scale", nn.initializers.ones, width, jnp.float32)
-    # In float32 on TPUs too: the bias is rounded, and what is deployed has it from elsewhere.
+    return ((x - shift) / scale).astype(x.dtype), *moved_layer(kernel, bias, shift, scale)
+
+
+def moved_layer(kernel: Array, bias: Array, shift: Array, scale: Array) -> tuple[Array, Array]:
+    """Kernel and bias of a centred layer, ``W c`` and ``m W + b``.
+
+    Args:
+      kernel: float32 [K, N].
+      bias: float32 [N].
+      shift: float32 [K].
+      scale: float32 [K].
+    """
+    # In float32 on TPUs and GPUs too: the bias is rounded to a whole number of steps.
     moved = jnp.dot(shift, kernel, precision=lax.Precision.HIGHEST)
-    return ((x - shift) / scale).astype(x.dtype), kernel * scale[:, None], bias + moved
+    return kernel * scale[:, None], bias + moved
 
 
 def bits_of(spec: QuantSpec | None) -> int | None:

@@ -110,7 +110,7 @@ def check_evaluation_keys(overrides: Iterable[str]) -> None:
         read = key.startswith("data.") and not any(fnmatchcase(key, p) for p in _UNJUDGED)
         if not read and key not in ("train.eval_batch_size", "train.eval_batch_per_chip"):
             raise ConfigError(
-                f"command line: config.{key} has no effect: eval judges the model as it was saved"
+                f"command line: config.{key} has no effect: a saved model is judged as it is"
             )
 
 

@@ -117,6 +117,15 @@ def test_a_manifest_that_says_other_things(folder, change, message):
         read_archive(folder)
 
 
+@pytest.mark.parametrize("files", [5, [WEIGHTS], {WEIGHTS: 5}, {WEIGHTS: {}}, None])
+def test_a_manifest_that_lists_no_files(folder, files):
+    content = read_manifest(folder / MANIFEST) | {"files": files}
+    content["checksum"] = _checksum(content)
+    (folder / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(PackedModelError, match=r"nothing else|no files|expected None"):
+        read_archive(folder)
+
+
 def test_files_elsewhere_are_not_read(folder):
     content = read_manifest(folder / MANIFEST)
     content["files"]["../secret"] = content["files"][WEIGHTS]

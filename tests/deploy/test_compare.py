@@ -59,6 +59,11 @@ def test_a_wrong_code_is_counted_where_it_arises():
     # Three inputs of a token's hidden units have moved, and only they see it.
     others = {k for k, v in comparison.sites.items() if v.different} - {site}
     assert others <= {"encoder/layer_0/feed_forward/linear2/input"}
+    # A score that is no number is not forgotten.
+    for scores in (logits.at[0, 0, 0].set(np.nan), logits):
+        comparer.add(comparison, images, mask, codes, (scores, boxes))
+        assert np.isnan(comparison.logits)
+    assert comparison.boxes < 1e-4
 
 
 def test_layouts():

@@ -73,3 +73,7 @@ def test_options_of_another_format_are_errors(tmp_path, capsys):
         main(["export", "--format=packed", "--model=x", "--to=y", "--config=z", "--batch=2"]) == 1
     )
     assert "--format=onnx" in capsys.readouterr().err
+    assert main(["export", "--format=huggingface", "--model=x", "--to=y", "--images=5"]) == 1
+    assert "--images" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--batch=0"):
+        folder.OnnxOptions(batch=0)

@@ -10,12 +10,14 @@ import pytest
 import tiny
 
 import aqdetr_jax
+from aqdetr_jax.checkpoint.checksums import write_manifest
 from aqdetr_jax.checkpoint.model_folder import save_model
 from aqdetr_jax.cli import main
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.deploy import export
 from aqdetr_jax.deploy.bits import Codes
 from aqdetr_jax.deploy.parts import Layer
+from aqdetr_jax.deploy.programs import write_programs
 from aqdetr_jax.quant.config import QuantConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -94,11 +96,44 @@ def test_an_export_needs_images_to_be_judged_on(command, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_no_export_of_its_kind_is_not_replaced(command, tmp_path, capsys):
+    """``report.json`` is a name that others use too."""
+    (tmp_path / "out/model").mkdir(parents=True)
+    for content in ('{"ap": {}}', '{"format": "onnx"}', "[]"):
+        (tmp_path / "out/model/report.json").write_text(content)
+        for kind in ("stablehlo", "packed"):
+            assert main([command[0], f"--format={kind}", *command[2:]]) == 1
+            assert "choose another name" in capsys.readouterr().err
+        assert (tmp_path / "out/model/report.json").read_text() == content
+
+
+@pytest.mark.parametrize("key", ["data.fit=1", "data.eval_short_side=32"])
+def test_the_image_rule_is_the_models(key, command, capsys):
+    assert main([*command, key]) == 1
+    assert f"config.{key.partition('=')[0]} has no effect" in capsys.readouterr().err
+
+
+def test_a_deployed_model_is_no_source(command, tmp_path, capsys):
+    write_manifest(tmp_path / "run/manifest.json", tmp_path / "run", {"format": "aqdetr-packed"})
+    (tmp_path / "run/params").rename(tmp_path / "run/elsewhere")
+    assert main(command) == 1
+    assert "It is an export (aqdetr-packed)" in capsys.readouterr().err
+
+
+def test_programs_are_made_for_tpus(tmp_path):
+    with pytest.raises(ValueError, match="--chip=cpu is no TPU that is known: v4, v5e"):
+        write_programs(tmp_path, None, "cpu")
+
+
 def test_a_program_is_judged_as_well(command, tmp_path):
+    """Of a model that was trained in bfloat16, too: deployed is what it is in float32."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(tiny.MODEL, dtype="bfloat16"))
+    save_model(tmp_path / "run", tiny.bundle(config, drawn=False))
     command[1] = "--format=stablehlo"
     assert main([*command, "--chip=v5e"]) == 0
     report = json.loads((tmp_path / "out/model/report.json").read_text())
     assert report["failures"] == []
+    assert list(report["ap"]) == ["trained, in bfloat16", "trained", "deployed", "StableHLO"]
     assert report["ap"]["StableHLO"] == report["ap"]["deployed"]
     assert main([*command, "--chip=v55"]) == 1
     assert (tmp_path / "out/model/report.json").is_file()  # the earlier one

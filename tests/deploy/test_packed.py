@@ -81,6 +81,10 @@ def rewritten(folder, change):
     archive.write_archive(folder, arrays, facts)
 
 
+def _unsigned(codes):
+    return Codes(codes.values.view(np.uint8), codes.bits)
+
+
 DAMAGE = {
     "no layer": (
         lambda a, f: [a.pop("input_proj/kernel"), f["parts"]["layers"].pop("input_proj")],
@@ -88,6 +92,10 @@ DAMAGE = {
     ),
     "no array": (lambda a, f: a.pop("encoder/layer_0/norm1/scale"), "encoder/layer_0/norm1/scale"),
     "an array more": (lambda a, f: a.update(extra=np.zeros(3, np.float32)), "extra"),
+    "codes of another grid": (
+        lambda a, f: a.update({"input_proj/kernel": _unsigned(a["input_proj/kernel"])}),
+        "input_proj/kernel should be signed codes",
+    ),
     "float codes": (
         lambda a, f: a.update({"input_proj/bias": a["input_proj/bias"].astype(np.float32)}),
         "input_proj/bias should be int32",

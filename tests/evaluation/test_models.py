@@ -41,7 +41,7 @@ def test_sizes_that_follow_from_the_data(tiny_teacher):
     "key", ["quant.policy", "model.num_queries", "optimizer.lr", "init_from", "data.max_boxes"]
 )
 def test_what_an_evaluation_cannot_change_is_refused(key, tiny_teacher, capsys):
-    with pytest.raises(ConfigError, match=f"config.{key} has no effect: eval judges the model as"):
+    with pytest.raises(ConfigError, match=f"config.{key} has no effect: a saved model is"):
         check_evaluation_keys(("data.num_eval=3", f"{key}=1"))
     command = ["eval", "--config=shapes_teacher", f"--model={tiny_teacher}", f"{key}=1"]
     assert main(command) == 1

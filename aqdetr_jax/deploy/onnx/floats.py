@@ -324,12 +324,12 @@ class FloatOperations(Operations):
         shape[axis] = sum(v.shape[axis] for v in values)
         return self.graph.add("Concat", values, shape, values[0].dtype, axis=axis)
 
-    def part(self, x: Tensor, axis: int, start: int, stop: int, step: int = 1) -> Tensor:
+    def part(self, x: Tensor, axis: int, start: int, stop: int) -> Tensor:
         """See ``Operations``."""
         if isinstance(x, Coded):
-            sliced = self.sliced(x.value, axis, start, stop, step)
+            sliced = self.sliced(x.value, axis, start, stop)
             return dataclasses.replace(x, value=sliced)
-        return self.sliced(self.value(x), axis, start, stop, step)
+        return self.sliced(self.value(x), axis, start, stop)
 
     def sliced(self, x: Value, axis: int, start: int, stop: int, step: int = 1) -> Value:
         """``part`` of a value."""

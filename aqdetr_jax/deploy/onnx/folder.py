@@ -27,19 +27,23 @@ class OnnxOptions:
     activations: Literal["uint8", "int8"] = "uint8"
     outputs: Literal["raw", "detections"] = "raw"
 
+    def __post_init__(self):
+        if self.batch < 1:
+            raise ValueError(f"--batch={self.batch}: a file takes at least 1 image at once")
+
 
 def write_folder(folder: Path, bundle: DeployedBundle, options: OnnxOptions) -> OnnxFolder:
     """Writes ``model_HEIGHTxWIDTH.onnx`` for every bucket of the model's image rule.
 
     Args:
-      folder: is made.
+      folder: empty, or not there yet.
       bundle: the network and what goes with it.
       options: see there.
 
     Raises:
       ValueError: the network cannot be written so; the message says why.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for size in bundle.input.buckets:
         made = onnx_model(bundle, size=size, **vars(options))
         save_onnx(folder / f"model_{size[0]}x{size[1]}.onnx", made)

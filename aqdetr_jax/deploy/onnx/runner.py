@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import collections
-import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +21,6 @@ class OnnxDetector:
     Args:
       path: the file.
       threads: of one operator; None = as many as there are cores.
-      profile: the start of a path: what every operator took is written there, see ``profiled``.
 
     Attributes:
       name: of the runtime.
@@ -36,15 +33,15 @@ class OnnxDetector:
 
     name = "ONNX Runtime"
 
-    def __init__(self, path: str | Path, threads: int | None = None, profile: str | None = None):
+    def __init__(self, path: str | Path, threads: int | None = None):
         self._path, self._threads = Path(path), threads
         self._model, self.facts = read_onnx(path)
-        self._session = self._open(self._model, profile)
+        self._session = self._open(self._model)
         self._with_codes: onnxruntime.InferenceSession | None = None
 
-    def _open(self, model: onnx.ModelProto, profile: str | None = None):
+    def _open(self, model: onnx.ModelProto) -> onnxruntime.InferenceSession:
         try:
-            return _session(model, self._threads, profile=profile)
+            return _session(model, self._threads)
         except Exception as error:  # its exceptions have no common class
             reason = str(error).splitlines()[0]
             raise OnnxModelError(f"{self._path}: ONNX Runtime cannot open it: {reason}") from None
@@ -80,10 +77,6 @@ class OnnxDetector:
         if self._with_codes is None:
             self._with_codes = self._open(with_codes(self._model))
         return codes_of(self.facts, self._run(self._with_codes, images, sizes))
-
-    def profiled(self) -> list[dict[str, Any]]:
-        """Ends a profile: its events, one of every run of an operator and others."""
-        return json.loads(Path(self._session.end_profiling()).read_text())
 
 
 def optimized(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -125,14 +118,11 @@ def _session(
     model: onnx.ModelProto,
     threads: int | None,
     *,
-    profile: str | None = None,
     optimized: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3  # errors; what it optimises is no warning for our users
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, profile
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
