@@ -88,7 +88,8 @@ def speed_table(result: dict[str, Any] | None) -> str:
             f"{row['file_bytes'] / 1024:,.0f} | {'–' if ap is None else f'{ap:.4f}'} |"
         )
     commits = ", ".join(sorted({row["commit"][:12] for row in result["rows"]}))
-    cpu = result.get("cpu", {})
-    flags = ", ".join(cpu.get("flags", ()))
-    note = f"`python experiments/deploy.py` on {cpu.get('model', 'this CPU')} ({flags}); {commits}."
-    return "\n".join([*lines, "", note, *(f"- {n}" for n in dict.fromkeys(result["notes"]))])
+    cpu = result["groups"][0]["cpu"]
+    flags = ", ".join(cpu["flags"])
+    note = f"`python experiments/deploy.py` on {cpu['model']} ({flags}); commit {commits}."
+    notes = dict.fromkeys(note for group in result["groups"] for note in group["notes"])
+    return "\n".join([*lines, "", note, *(["", *(f"- {n}" for n in notes)] if notes else [])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,9 @@ def _check_target(to: str | Path, kind: str) -> None:
     report = check_folder(to, KINDS[kind][0]) / REPORT
     if KINDS[kind][0] != REPORT or not report.is_file():
         return
-    content = read_json(report)
+    content: Any = None
+    with contextlib.suppress(ValueError):  # no JSON: not ours
+        content = read_json(report)
     if not isinstance(content, dict) or content.get("format") != kind:
         raise FileExistsError(
             f"{report.parent} exists and is no export of --format={kind}, so that it is not "

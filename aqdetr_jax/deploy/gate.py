@@ -146,8 +146,8 @@ def judge(
     judged = ["deployed"]
     if runtime is not None:
         judged.append(runtime.name)
-        metrics = _runtime_metrics(runtime, deployed, dataset, given, show)
-        report["ap"][runtime.name] = _numbers(metrics)
+        found_by = _runtime_metrics(runtime, deployed, dataset, given, show)
+        report["ap"][runtime.name] = _numbers(found_by)
     reference = report["ap"]["trained"]["AP"]
     for name in judged:
         found = report["ap"][name]["AP"]

@@ -99,7 +99,7 @@ def test_an_export_needs_images_to_be_judged_on(command, tmp_path, capsys):
 def test_what_is_no_export_of_its_kind_is_not_replaced(command, tmp_path, capsys):
     """``report.json`` is a name that others use too."""
     (tmp_path / "out/model").mkdir(parents=True)
-    for content in ('{"ap": {}}', '{"format": "onnx"}', "[]"):
+    for content in ('{"ap": {}}', '{"format": "onnx"}', "[]", "mine"):
         (tmp_path / "out/model/report.json").write_text(content)
         for kind in ("stablehlo", "packed"):
             assert main([command[0], f"--format={kind}", *command[2:]]) == 1
