@@ -66,6 +66,30 @@ def _context(tmp_path):
             "packed_bytes": 2 * 1024**2,
             "float_bytes": 16 * 1024**2,
         },
+        "sensitivity": {
+            "result": {
+                "candidates": [8, 4],
+                "groups": [
+                    {"name": "stem", "chosen_bits": 8},
+                    {"name": "heads", "chosen_bits": None},
+                ],
+                "rows": [
+                    {"kind": "float", "group": "", "bits": None, "AP": 0.5, "snr_db": None},
+                    *(
+                        {"kind": "alone", "group": g, "bits": b, "AP": 0.4, "snr_db": snr}
+                        for g, b, snr in (
+                            ("stem", 8, 30.0),
+                            ("stem", 4, 9.5),
+                            ("heads", 8, None),
+                            ("heads", 4, 12.0),
+                        )
+                    ),
+                ],
+                "ranking": {"by_snr": ["stem", "heads"], "agreement": 0.5},
+            },
+            "headings": ["group", "AP"],
+            "cells": [["stem", "40.0"], ["heads", "40.0"]],
+        },
         "notes": "One seed.",
     }
 
@@ -102,14 +126,14 @@ def test_whole_report(tmp_path):
     read = _Checker(path.read_text(encoding="utf-8"))
     text = " ".join(read.text)
     for word in ("Results", "Per class", "Training", "Detections", "Encoder attention",
-                 "Query capacity", "Bits", "How it was run", "Notes and limits"):  # fmt: skip
+                 "Query capacity", "Sensitivity", "Bits", "How it was run", "Notes and limits"):  # fmt: skip
         assert word in text
     # Kept: .45 / .5; gain over the baseline; size; seed without a thousands separator; duration.
     for word in ("90.0", "−5.0 points of AP", "+5.0", "8.0× below float32", "2024", "1 min 15 s"):
         assert word in text
     assert "75.0 % of the parameters" in text
-    assert read.tags.count("picture") == 3
-    assert read.tags.count("img") == 5
+    assert read.tags.count("picture") == 4
+    assert read.tags.count("img") == 6
 
 
 def test_report_is_self_contained(tmp_path):
