@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 _MIB = 2**20
@@ -82,7 +81,7 @@ def speed_table(result: dict[str, Any] | None) -> str:
     for row in result["rows"]:
         ratio, ap = row["ratio_to_float"], row["ap"]
         lines.append(
-            f"| {'/'.join(Path(row['model']).parts[-2:])} | {row['runtime']} | {row['bits']} | "
+            f"| {row['model'].removeprefix('runs/')} | {row['runtime']} | {row['bits']} | "
             f"{row['threads']} | {row['height']}x{row['width']} | {row['median_ms']:.2f} | "
             f"{row['p95_ms']:.2f} | {'–' if ratio is None else f'{ratio:.2f}'} | "
             f"{row['file_bytes'] / 1024:,.0f} | {'–' if ap is None else f'{ap:.4f}'} |"
