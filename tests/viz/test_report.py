@@ -126,7 +126,8 @@ def test_whole_report(tmp_path):
     read = _Checker(path.read_text(encoding="utf-8"))
     text = " ".join(read.text)
     for word in ("Results", "Per class", "Training", "Detections", "Encoder attention",
-                 "Query capacity", "Sensitivity", "Bits", "How it was run", "Notes and limits"):  # fmt: skip
+                 "Query capacity", "Sensitivity", "Bits", "How it was run",
+                 "Notes and limits"):  # fmt: skip
         assert word in text
     # Kept: .45 / .5; gain over the baseline; size; seed without a thousands separator; duration.
     for word in ("90.0", "−5.0 points of AP", "+5.0", "8.0× below float32", "2024", "1 min 15 s"):
