@@ -183,10 +183,15 @@ def test_damages():
         3: {"AP": 0.47, "noise": 0.3},
         2: {"AP": 0.30, "noise": 0.9},
     }
-    assert damages(rows, 0.5, "noise") == {8: 0.0, 4: 0.2, 3: 0.3, 2: 0.9}
-    found = damages(rows, 0.5, "AP")
-    np.testing.assert_allclose([found[b] for b in (8, 4, 3, 2)], [0, 0.05, 0.05, 0.2], atol=1e-6)
-    assert found[3] > found[4]  # by noise, where AP says that more is lost at more bits
+    policy, bits = rows[4], (8, 4, 3, 2)
+    found = damages(rows, policy, 4, "noise")
+    np.testing.assert_allclose([found[b] for b in bits], [-0.2, 0, 0.1, 0.7], atol=1e-12)
+    found = damages(rows, policy, 4, "AP")
+    np.testing.assert_allclose([found[b] for b in bits], [-0.06, 0, 0, 0.15], atol=1e-6)
+    assert found[3] > found[4]  # by noise, where AP says that fewer bits gain
+    # A group of several bits is at none of them: only their order is taken to hold.
+    found = damages(rows, {"AP": 0.46, "noise": 0.2}, None, "AP")
+    np.testing.assert_allclose([found[b] for b in bits], [-0.05, 0.01, 0.01, 0.16], atol=1e-6)
 
 
 def test_a_loss_that_cannot_be_kept():
