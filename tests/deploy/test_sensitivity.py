@@ -278,7 +278,7 @@ DEFORMABLE = dataclasses.replace(
 CASES = {
     "detr": (
         tiny.FLOAT,
-        dict(center=True, renormalize=True),
+        dict(grid="centred", renormalize=True),
         (
             QuantConfig(),
             QuantConfig("w4a4", rules=(WEIGHTS_ONLY, Rule("decoder/layer_0/", 2, 8, 3))),
@@ -286,7 +286,7 @@ CASES = {
     ),
     "deformable": (
         DEFORMABLE,
-        dict(zero_point=True, attention_granularity="tensor"),
+        dict(grid="zero_point", attention_granularity="tensor"),
         (QuantConfig(), QuantConfig("w3a3-attn8")),
     ),
 }

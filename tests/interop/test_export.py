@@ -195,7 +195,7 @@ def test_what_else_a_model_may_be(converted):
 # --- low bits -------------------------------------------------------------------------------------
 
 STUDENTS = {
-    "detr_bottleneck": QuantConfig("w4a4", center=True),
+    "detr_bottleneck": QuantConfig("w4a4", grid="centred"),
     "deformable_refine": QuantConfig("w3a3-attn8"),
 }
 

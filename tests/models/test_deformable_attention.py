@@ -12,7 +12,7 @@ from aqdetr_jax.models.deformable_attention import DeformableAttention
 from aqdetr_jax.quant.policy import stock_policy
 
 SHAPES = ((6, 4), (3, 2))
-OPTIONS = {"zero_point": True, "renormalize": True}
+OPTIONS = {"grid": "zero_point", "renormalize": True}
 
 
 @functools.cache

@@ -119,7 +119,7 @@ def test_in_bfloat16_the_sum_is_rounded_once():
 
 
 @pytest.mark.parametrize(
-    ("residual", "options", "bits"), [(8, {}, 8), (4, {}, 4), (8, {"zero_point": True}, 8)]
+    ("residual", "options", "bits"), [(8, {}, 8), (4, {}, 4), (8, {"grid": "zero_point"}, 8)]
 )
 def test_rows_and_sites_of_the_sums(residual, options, bits):
     block, x = block_of("basic with shortcut", stock_policy("w4a4", residual=residual, **options))
@@ -149,7 +149,7 @@ def test_float_sums_have_no_sites(policy):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_site_leaves_its_codes(name):
-    options = {"zero_point": True, "renormalize": True, "center": True}
+    options = {"grid": "centred", "renormalize": True}
     variables, given = variables_of(name, "w4a4", **options), batch()
     module = build_detector(CONFIGS[name], stock_policy("w4a4", **options))
     captured = jax.eval_shape(lambda v: module.apply(v, *given, mutable=[CODES])[1], variables)

@@ -69,7 +69,7 @@ def test_first_layers_have_eight_bits(path):
 
 def test_residual_sums_have_a_row_of_their_own():
     path = "backbone/layer1_0/residual"
-    policy = stock_policy("w2a2", zero_point=True)
+    policy = stock_policy("w2a2", grid="zero_point")
     assert policy.residual_spec(path, unsigned=False) == QuantSpec(8, signed=True)
     assert policy.residual_spec(path, unsigned=True) == QuantSpec(8, signed=False)
     assert stock_policy("w2a2", residual=3).residual_spec(path, unsigned=True).bits == 3
@@ -95,7 +95,7 @@ def test_options():
     policy = stock_policy("w4a4", attention_granularity="tensor", renormalize=True)
     assert policy.attention_spec("core", unsigned=False).granularity == "tensor"
     assert policy.renormalize
-    policy = stock_policy("w4a4", zero_point=True)
+    policy = stock_policy("w4a4", grid="zero_point")
     offset = QuantSpec(4, signed=False, zero_point=True)
     assert policy.activation_spec("x", unsigned=False) == offset
     # Each head is its own product: its own step and zero point.
