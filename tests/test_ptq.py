@@ -58,15 +58,6 @@ def test_what_is_kept(made):
     assert kept["quant"]["calibration_method"] == "minmax"
 
 
-def test_another_calibration_takes_the_place_of_the_first(made, tmp_path, capsys):
-    folder, _, file = made
-    command = ["ptq", f"--config={file}", f"--out={folder / 'out2'}"]
-    assert main([*command, "quant.grid=symmetric", "quant.calibration_method=lsq"]) == 0
-    first = tiny.flat(load_model(folder / "out2").variables)
-    assert not any(path.endswith("_offset") for path in first)
-    assert "AP" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

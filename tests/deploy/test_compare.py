@@ -17,11 +17,10 @@ CASES = {
     "detr-w4a4": ("detr", "w4a4", {}),
     "detr-w8a8": ("detr", "w8a8", {}),
     "detr-w2a2": ("detr", "w2a2", {"grid": "centred", "renormalize": True}),
-    "detr-attn8": ("detr", "w4a4-attn8", {"attention_granularity": "tensor", "grid": "offset"}),
+    "detr-attn8": ("detr", "w4a4-attn8", {"attention_granularity": "tensor"}),
     "detr-qdetr": ("detr", "w4a4", {"grid": "offset", "align_queries": True}),
     "plain-w3a3": ("plain", "w3a3", {"grid": "zero_point", "renormalize": True}),
-    "two_stage-w4a4": ("two_stage", "w4a4", {"grid": "centred"}),
-    "two_stage-qdetr": ("two_stage", "w4a4", {"grid": "offset", "align_queries": True}),
+    "two_stage-w4a4": ("two_stage", "w4a4", {"grid": "centred", "align_queries": True}),
 }
 
 

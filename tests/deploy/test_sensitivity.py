@@ -286,7 +286,7 @@ CASES = {
     ),
     "deformable": (
         DEFORMABLE,
-        dict(grid="zero_point", attention_granularity="tensor"),
+        dict(grid="offset", attention_granularity="tensor"),
         (QuantConfig(), QuantConfig("w3a3-attn8")),
     ),
 }

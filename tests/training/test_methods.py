@@ -110,7 +110,7 @@ def configured(folder, family="detr", **changes) -> ExperimentConfig:
     if family == "deformable":
         options = DeformableConfig(levels=2, stages=2, points=2, norm_groups=4)
         model = dataclasses.replace(model, family=family, deformable=options)
-        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kind="focal"))
+        changes["loss"] = dataclasses.replace(config.loss, kind="focal")
     changes = {"model": model, "auxiliary": AuxiliaryConfig(), **changes}
     return tiny.resolved(dataclasses.replace(config, **changes))
 
