@@ -350,7 +350,7 @@ def _fake_product_bwd(contraction, residuals, cotangent):
         total = jnp.sum(d_b_hat * b_hat.astype(contraction.dtype))
         (lower, upper), g = quantizer_a.ends, quantizer_a.gradient_scale
         da, ds = lsq.vjp_of_total(a, quantizer_a.step, lower, upper, g, d_a_hat, total)
-        dqa = _cotangent(quantizer_a, ds, _offset_cotangent(a, quantizer_a, d_a_hat))
+        dqa = quantizer_a.cotangent(ds, _offset_cotangent(a, quantizer_a, d_a_hat))
     return da, db, dqa, dqb
 
 
@@ -363,7 +363,7 @@ def _cotangents(x: Array, quantizer: Quantizer | None, d_hat: Array):
     if quantizer is None:
         return d_hat.astype(x.dtype), None
     dx, ds = lsq.vjp(x, quantizer.step, *quantizer.ends, quantizer.gradient_scale, d_hat)
-    return dx, _cotangent(quantizer, ds, _offset_cotangent(x, quantizer, d_hat))
+    return dx, quantizer.cotangent(ds, _offset_cotangent(x, quantizer, d_hat))
 
 
 def _offset_cotangent(x: Array, quantizer: Quantizer, d_hat: Array) -> Array | None:
@@ -391,12 +391,7 @@ def _cotangents_of_constant(contraction, a, quantizer, b_hat, cotangent):
     d_offset = None
     if quantizer.offset is not None:
         d_offset = along(jnp.where(lsq.inside(a, step, *ends), 0.0, step))
-    return _cotangent(quantizer, along(lsq.step_derivative(a, step, *ends)), d_offset)
-
-
-def _cotangent(quantizer: Quantizer, ds: Array, d_offset: Array | None) -> Quantizer:
-    lower, upper, g = (jnp.zeros_like(x) for x in quantizer[1:4])
-    return Quantizer(ds, lower, upper, g, d_offset)
+    return quantizer.cotangent(along(lsq.step_derivative(a, step, *ends)), d_offset)
 
 
 _fake_product.defvjp(_fake_product_fwd, _fake_product_bwd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 from aqdetr_jax.quant import lsq
@@ -38,6 +39,11 @@ class Quantizer(NamedTuple):
     def codes(self, x: Array) -> Array:
         """See ``lsq.codes``."""
         return lsq.codes(x, self.step, *self.ends)
+
+    def cotangent(self, step: Array, offset: Array | None) -> Quantizer:
+        """A cotangent of these numbers: only step and offset take one."""
+        lower, upper, factor = (jnp.zeros_like(x) for x in self[1:4])
+        return Quantizer(step, lower, upper, factor, offset)
 
 
 class SumSteps(NamedTuple):
