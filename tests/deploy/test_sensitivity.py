@@ -486,6 +486,7 @@ def test_again_it_measures_nothing_and_takes_another_budget(study, capsys):
         (("--bits=four",), "candidate bits are written 8,4,3,2; got 'four'"),
         (("--budget=small",), "a budget of 'small' is none"),
         (("quant.policy=float",), "tiny_student quantizes nothing"),
+        (("quant.align_queries=True",), "set --config.quant.align_queries=False"),
         (("model.dim=16", "model.heads=2"), "is not the model of the checkpoint"),
     ],
 )
