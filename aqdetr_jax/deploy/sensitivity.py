@@ -87,6 +87,11 @@ def sensitivity(
             f"{config.name} quantizes nothing: --config.quant.policy=w4a4 (say) gives the policy "
             "that the choice is compared with"
         )
+    if config.quant.align_queries:
+        raise ValueError(
+            "sensitivity compares with the float model, which does not normalise its decoder's "
+            "queries: set --config.quant.align_queries=False"
+        )
     if jax.process_count() > 1:
         raise ValueError("sensitivity runs in one process: on one host, with all of its devices")
     study = _Study(config, model, Path(out), images, candidates)

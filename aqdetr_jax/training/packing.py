@@ -27,8 +27,8 @@ FROZEN = "frozen"
 class Packing:
     """Which leaves of a parameter tree are trained, and which of them share a vector.
 
-    A leaf of at most one dimension is packed with those of its group, and so is every step size,
-    unless a rule splits it over devices.
+    A leaf of at most one dimension is packed with those of its group, and so is every step size
+    and offset, unless a rule splits it over devices.
 
     Attributes:
       groups: a packed tree of group names.
@@ -51,7 +51,7 @@ class Packing:
             split = any(re.search(pattern, "/".join(path)) for pattern, _ in rules)
             if group == FROZEN:
                 continue
-            if split or (len(shapes[path]) > 1 and group != "steps"):
+            if split or (len(shapes[path]) > 1 and group not in ("steps", "offsets")):
                 self._alone.append(path)
                 alone[path] = group
             else:

@@ -283,7 +283,7 @@ DEFORMABLE = dataclasses.replace(
 CASES = {
     "detr": (
         tiny.FLOAT,
-        dict(center=True, renormalize=True),
+        dict(grid="centred", renormalize=True),
         (
             QuantConfig(),
             QuantConfig("w4a4", rules=(WEIGHTS_ONLY, Rule("decoder/layer_0/", 2, 8, 3))),
@@ -291,7 +291,7 @@ CASES = {
     ),
     "deformable": (
         DEFORMABLE,
-        dict(zero_point=True, attention_granularity="tensor"),
+        dict(grid="offset", attention_granularity="tensor"),
         (QuantConfig(), QuantConfig("w3a3-attn8")),
     ),
 }
@@ -491,6 +491,7 @@ def test_again_it_measures_nothing_and_takes_another_budget(study, capsys):
         (("--bits=four",), "candidate bits are written 8,4,3,2; got 'four'"),
         (("--budget=small",), "a budget of 'small' is none"),
         (("quant.policy=float",), "tiny_student quantizes nothing"),
+        (("quant.align_queries=True",), "set --config.quant.align_queries=False"),
         (("model.dim=16", "model.heads=2"), "is not the model of the checkpoint"),
     ],
 )
