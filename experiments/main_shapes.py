@@ -48,5 +48,4 @@ def rows() -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    host.prepare()
     run_study("main_shapes", rows(), __doc__.splitlines()[0])
