@@ -72,7 +72,7 @@ def _one(content: Any, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def status(row: Mapping[str, Any], ours: Mapping[str, Any] | None) -> str:
-    """ "reached", "not reached" or "not run"."""
+    """What became of a row: "reached", "not reached" or "not run"."""
     if ours is None:
         return "not run"
     value, expected = ours["value"], row["expected"]
