@@ -99,17 +99,17 @@ def export_bundle(bundle: ModelBundle, source: str, *, fake_quantized: bool = Fa
     reasons = huggingface.unsupported(config)
     if reasons:
         raise ValueError(f"{source}: transformers has no such model: {'; '.join(reasons)}")
+    if module.policy.align_queries:
+        raise ValueError(
+            f"{source}: normalises its decoder's queries (quant.align_queries), which "
+            "transformers' model does not: --format=packed or --format=onnx export all of it"
+        )
     policy = f"quant.policy={bundle.quant.policy!r}" + ", quant.rules" * bool(bundle.quant.rules)
     if bundle.quant.quantized and not fake_quantized:
         raise ValueError(
             f"{source}: is quantized ({policy}), and its float weights are no model "
             "without their grids: --fake-quantized writes the values on the grids (activations "
             "and attention stay float), or export the float teacher"
-        )
-    if module.policy.align_queries:
-        raise ValueError(
-            f"{source}: normalises its decoder's queries (quant.align_queries), which "
-            "transformers' model does not: --format=packed or --format=onnx export all of it"
         )
     if fake_quantized and not bundle.quant.quantized:
         raise ValueError(f"{source}: is a float model: leave out --fake-quantized")
