@@ -1,9 +1,9 @@
-"""The main table: both families, all methods, 4, 3 and 2 bits, three seeds, on the embedded set.
+"""The main table and the ablation: both families, all methods, 4 to 2 bits, on the embedded set.
 
 python experiments/main_shapes.py --work=DIR [--only=detr,w4] [--minutes=M] [--list]
 
-Students are trained by the quickstart's schedule from the packaged float teachers; calibration
-alone by each of its methods. ``experiments/render_results.py`` makes the tables.
+Three seeds. Students are trained by the quickstart's schedule from the packaged float teachers;
+calibration alone by each of its methods. ``experiments/render_results.py`` makes the tables.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from study import Row, run_study
 FAMILIES = {"detr": "", "deformable": "deformable-"}
 TEACHERS = {"detr": "packaged:shapes_teacher", "deformable": "packaged:shapes_deformable_teacher"}
 METHODS = ("lsq", "aqdetr", "qdetr", "lsq_plus")
+PARTS = ("auxiliary", "distill")
+"""Each of AQ-DETR's contributions alone, at 4 bits."""
 CALIBRATIONS = ("minmax", "percentile", "mse")
 BITS, SEEDS = (4, 3, 2), (0, 1, 2)
 
@@ -37,7 +39,7 @@ def rows() -> Iterator[Row]:
     order = [(4, s) for s in SEEDS] + [(b, s) for s in SEEDS for b in BITS if b != 4]
     for bits, seed in order:
         for family, prefix in FAMILIES.items():
-            for method in METHODS:
+            for method in (*METHODS, *(PARTS if bits == 4 else ())):
                 yield Row(
                     f"{family}_w{bits}_{method}_seed{seed}",
                     f"configs/shapes_quickstart.py:{prefix}{method}",

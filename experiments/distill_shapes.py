@@ -1,0 +1,51 @@
+"""Where to distil, what, and from whom: 4-bit students of both families, without auxiliary queries.
+
+python experiments/distill_shapes.py --work=DIR [--only=...] [--minutes=M] [--list]
+
+Embedded set, the quickstart's schedule. Weights of the terms are those of configs/shapes_w4a4.py
+where its kind of distance is used, and are chosen to give terms of the same size elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from study import Row, run_study
+
+FAMILIES = {"detr": "", "deformable": "deformable-"}
+KL, LOGITS, OUTPUT = (20.0, 10.0), (0.5, 0.25), (2.0, 1.0)
+PLACES = {
+    "encoder": ("kl", KL[0], 0.0),
+    "decoder": ("kl", 0.0, KL[1]),
+    "both": ("kl", *KL),
+    "both_logits": ("logits", *LOGITS),
+    "both_output": ("output", *OUTPUT),
+}
+SOURCES = {"both": "teacher", "both_float_path": "float_path"}
+SEEDS = (0, 1)
+
+
+def rows() -> Iterator[Row]:
+    """By seed, then by place."""
+    for seed in SEEDS:
+        for family, prefix in FAMILIES.items():
+            for name in (*PLACES, "both_float_path"):
+                kind, encoder, cross = PLACES[name.removesuffix("_float_path")]
+                source = SOURCES.get(name, "teacher")
+                weights = f"distill.weights.encoder={encoder}", f"distill.weights.kind={kind}"
+                yield Row(
+                    f"{family}_{name}_seed{seed}",
+                    f"configs/shapes_quickstart.py:{prefix}distill",
+                    "train",
+                    (
+                        *weights,
+                        f"distill.weights.decoder_cross={cross}",
+                        f"distill.source={source}",
+                        f"seed={seed}",
+                    ),
+                    {"family": family, "method": name, "bits": 4, "seed": seed},
+                )
+
+
+if __name__ == "__main__":
+    run_study("distill_shapes", rows(), __doc__.splitlines()[0])

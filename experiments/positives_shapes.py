@@ -1,0 +1,45 @@
+"""AP against positives a step: float and 4-bit students with other numbers M, K of them.
+
+python experiments/positives_shapes.py --work=DIR [--only=...] [--minutes=M] [--list]
+
+M auxiliary queries, every box K times; no distillation. DETR on the embedded set by the quickstart's
+schedule, each from the packaged teacher (the float ones trained on as long). At 4 bits M = 0 is
+LSQ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from study import Row, run_study
+
+SETS = ((0, 0), (25, 1), (50, 1), (50, 2), (75, 3), (150, 6))
+SEEDS = (0, 1)
+
+
+def rows() -> Iterator[Row]:
+    """By seed, then by positives."""
+    for seed in SEEDS:
+        for count, repeats in SETS:
+            for policy in ("w4a4", "float"):
+                method = "auxiliary" if count else "lsq"
+                overrides = [f"quant.policy={policy}", f"seed={seed}"]
+                if count:
+                    overrides += [f"model.num_auxiliary={count}", f"auxiliary.repeats={repeats}"]
+                yield Row(
+                    f"{policy}_M{count}_K{repeats}_seed{seed}",
+                    f"configs/shapes_quickstart.py:{method}",
+                    "train",
+                    tuple(overrides),
+                    {
+                        "family": "detr",
+                        "bits": 4 if policy == "w4a4" else 32,
+                        "M": count,
+                        "K": repeats,
+                        "seed": seed,
+                    },
+                )
+
+
+if __name__ == "__main__":
+    run_study("positives_shapes", rows(), __doc__.splitlines()[0])
