@@ -18,7 +18,7 @@ Cost on two CPU cores: pretraining 8 minutes, teacher 25 to 28, a student 10 to 
 
 from ml_collections import ConfigDict
 
-from configs import custom
+from configs import custom, lite0
 
 STEPS = {"pretrain": 1500, "teacher": 3000}
 
@@ -26,12 +26,16 @@ STEPS = {"pretrain": 1500, "teacher": 3000}
 def get_config(variant: str = "teacher") -> ConfigDict:
     """``variant``: "pretrain", "teacher", or a student variant of ``shapes_w4a4``."""
     family, _, kind = variant.rpartition("-")
-    family = family or "detr"
-    prefix = "bccd" if family == "detr" else f"bccd_{family}"
+    family, lite, _ = (family or "detr").partition("-lite")
+    prefix = "bccd" + f"_{family}" * (family != "detr") + "_lite" * bool(lite)
     config = custom.get_config(f"{family}-{kind}")
     config.name = f"{prefix}_{kind}"
     if kind != "pretrain":
         config.init_from = f"runs/{prefix}_{'pretrain' if kind == 'teacher' else 'teacher'}"
+    if lite:
+        lite0.use_lite0(config)
+        if kind == "teacher":
+            config.init_from = lite0.FOLDER
     config.data = ConfigDict(
         dict(
             kind="voc",
