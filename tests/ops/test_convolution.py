@@ -320,3 +320,38 @@ def test_dtype_of_a_bfloat16_kernel_gradient_by_platform(platform, dtype):
     (line,) = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     assert line.endswith(f"-> tensor<3x3x4x4x{dtype}>")
     assert jax.eval_shape(gradient, x, x).dtype == jnp.float32
+
+
+def test_a_batch_of_several_devices_stays_where_it_is(run_python):
+    """The loop over rows sums no images, so that only the finished gradient is added up."""
+    run_python(
+        """
+        import re
+
+        import jax
+        import jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        from aqdetr_jax.ops.convolution import Window, convolve
+        from aqdetr_jax.parallel.mesh import make_mesh
+
+        mesh, window = make_mesh(data=2), Window((2, 2), ((1, 2), (1, 2)), depthwise=True)
+
+        def total(x, kernel):
+            return jnp.sum(jnp.sin(convolve(window, x, kernel, jnp.float32)))
+
+        x, kernel = (
+            jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+            for shape, spec in (
+                ((4, 16, 24, 8), PartitionSpec("data")),
+                ((5, 5, 1, 8), PartitionSpec()),
+            )
+        )
+        with jax.set_mesh(mesh):
+            text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(x, kernel).compile().as_text()
+        collective = r"= (\\S+) (?:all-|collective-|reduce-scatter)[a-z-]*\\("
+        found = re.findall(collective, text)
+        assert len(found) == 1 and found[0].startswith("f32[25,8]"), found
+        """,
+        devices=2,
+    )
