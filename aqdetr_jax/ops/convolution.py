@@ -10,8 +10,8 @@ AVX-512 server, float32; shapes of ResNet-50 and of the small models, batches of
   more than ``LARGE_COTANGENT`` elements leaves the cache and costs up to three times what a matrix
   product a tap does. Below it, and where channels are few (a stem), XLA's form is the faster.
 * XLA has no depthwise form there: its grouped convolution takes a channel at a time. A sum over the
-  kernel's taps, each a product of arrays, is 15 to 50 times as fast forward and for the input, and
-  for the kernel, row by row, 2 to 60 times.
+  kernel's taps, each a product of arrays, is 10 to 35 times as fast forward and 4 to 350 times for
+  the input; for the kernel, row by row, 2 to 100 times.
 
 The platform is that which the program is compiled for, not the one that compiles it. Sums are taken
 in another order than XLA's: integer-valued ones are exact in any.

@@ -1,4 +1,4 @@
-"""ReLU, ReLU6 and softmax that keep their outputs: values and gradients of jax's, in their dtype."""
+"""ReLU, ReLU6 and softmax that keep their outputs: jax's values and gradients, in their dtype."""
 
 import jax
 import jax.numpy as jnp
