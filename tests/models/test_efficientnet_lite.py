@@ -29,6 +29,7 @@ from aqdetr_jax.models.detector import (
     record_first_ops,
 )
 from aqdetr_jax.models.efficientnet_lite import NORM_EPS, VARIANTS, EfficientNetLiteConfig
+from aqdetr_jax.models.fold import fold_batch_norms
 from aqdetr_jax.models.resnet import BackboneConfig
 from aqdetr_jax.quant.policy import stock_policy
 from aqdetr_jax.quant.record import recording
@@ -44,17 +45,24 @@ def theirs():
 
 
 @functools.cache
-def ours():
-    """Stages, total and gradients of their parameters."""
+def converted():
+    """Module, variables and image."""
     state = {name: np.asarray(array, np.float32) for name, array in theirs()["state"].items()}
-    params, stats = (
-        traverse_util.unflatten_dict(group, sep="/")["backbone"]
-        for group in names.translate(state, TABLES["timm_efficientnet_lite"])
-    )
-    flat = traverse_util.flatten_dict(stats, sep="/")
-    stats = traverse_util.unflatten_dict(with_our_eps(flat, NORM_EPS), sep="/")
+    params, stats = names.translate(state, TABLES["timm_efficientnet_lite"])
+    variables = {
+        group: traverse_util.unflatten_dict(flat, sep="/")["backbone"]
+        for group, flat in (("params", params), ("batch_stats", with_our_eps(stats, NORM_EPS)))
+    }
     module = build_backbone(EfficientNetLiteConfig("efficientnet_lite", *lite_cases.SIZES))
     image = jnp.asarray(cases.generator("image").normal(size=lite_cases.IMAGE), jnp.float32)
+    return module, variables, image
+
+
+@functools.cache
+def ours():
+    """Stages, total and gradients of their parameters."""
+    module, variables, image = converted()
+    params, stats = variables["params"], variables["batch_stats"]
 
     @jax.jit
     def run(params):
@@ -98,6 +106,13 @@ def test_every_gradient_is_timms():
         x = own[name]
         found = np.linalg.norm(x), np.sum(cases.direction(name, x.shape) * x)
         np.testing.assert_allclose(found, (norm, product), rtol=0, atol=1e-4 * norm, err_msg=name)
+
+
+def test_folded_norms_change_nothing():
+    module, variables, image = converted()
+    stages = jax.jit(module.apply)(fold_batch_norms(variables), image)
+    for mine, want in zip(stages, theirs()["output"].values(), strict=True):
+        np.testing.assert_allclose(mine, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 HEAD = 1280
