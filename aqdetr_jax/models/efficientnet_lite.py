@@ -101,12 +101,14 @@ class EfficientNetLiteConfig:
       kind: tells it from a ResNet.
       width: factor on the widths of Lite0.
       depth: factor on its depths; the first and the last layer have one block in all of them.
+      stages: maps it has, of strides 2 to 2^stages; the layers after the last one are left out.
       norm: "frozen" (imported or pretrained) or "batch" (learning).
     """
 
     kind: Literal["efficientnet_lite"]
     width: float = 1.0
     depth: float = 1.0
+    stages: int = 5
     norm: Literal["frozen", "batch"] = "frozen"
 
     signed: ClassVar[bool] = True
@@ -117,6 +119,8 @@ class EfficientNetLiteConfig:
             raise ValueError(
                 f"backbone width and depth must be positive, got {self.width} and {self.depth}"
             )
+        if not 1 <= self.stages <= 5:
+            raise ValueError(f"backbone stages must be 1 to 5, got {self.stages}")
 
     @property
     def variant(self) -> str:
@@ -128,16 +132,15 @@ class EfficientNetLiteConfig:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """Its seven layers."""
-        last = len(_LITE0) - 1
-        return tuple(
-            dataclasses.replace(
-                layer,
-                width=_rounded(layer.width * self.width),
-                depth=layer.depth if i in (0, last) else math.ceil(layer.depth * self.depth),
-            )
-            for i, layer in enumerate(_LITE0)
-        )
+        """Its layers, seven in five stages."""
+        last, stage, found = len(_LITE0) - 1, 1, []
+        for i, layer in enumerate(_LITE0):
+            stage += layer.stride > 1
+            if stage <= self.stages:
+                depth = layer.depth if i in (0, last) else math.ceil(layer.depth * self.depth)
+                width = _rounded(layer.width * self.width)
+                found.append(dataclasses.replace(layer, width=width, depth=depth))
+        return tuple(found)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -157,7 +160,7 @@ class EfficientNetLiteConfig:
 
     @property
     def stage_strides(self) -> tuple[int, ...]:
-        """Input pixels per cell of each stage's map: 2, 4, 8, 16, 32."""
+        """Input pixels per cell of each stage's map: 2, 4, 8, ..."""
         strides = itertools.accumulate((b.stride for b in self.blocks), operator.mul)
         pairs = zip(self.blocks, strides, strict=True)
         return tuple(STEM_STRIDE * stride for block, stride in pairs if block.ends_stage)
@@ -194,7 +197,7 @@ class EfficientNetLite(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> tuple[Array, ...]:
-        """Feature maps of strides 2, 4, 8, 16 and 32.
+        """Feature maps of strides 2, 4, 8, 16 and 32, as many as the configuration says.
 
         Args:
           images: normalised, [B, H, W, 3] float32; data, to which no gradient flows.

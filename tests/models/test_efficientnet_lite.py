@@ -148,6 +148,16 @@ def test_sizes_of_the_official_ones(name):
     assert macs + HEAD * 1000 == products
 
 
+def test_fewer_stages_are_the_first_ones():
+    whole = EfficientNetLiteConfig("efficientnet_lite")
+    config = dataclasses.replace(whole, stages=4)
+    assert config.blocks == whole.blocks[: len(config.blocks)]
+    assert config.stage_strides == (2, 4, 8, 16)
+    assert (config.output_stride, config.output_channels) == (16, 112)
+    with pytest.raises(ValueError, match="stages must be 1 to 5, got 6"):
+        dataclasses.replace(whole, stages=6)
+
+
 def test_levels_of_a_detector():
     config = tiny_models.LITE
     assert level_strides(config) == [16, 32]
