@@ -7,7 +7,7 @@ aqdetr train    --config=configs/bccd.py:VARIANT  --workdir=runs/bccd_VARIANT
 VARIANT as in configs/shapes_w4a4.py: "lsq", "lsq_plus", "qdetr", "auxiliary", "distill" or "aqdetr"
 (all 4-bit); of Deformable DETR "deformable-pretrain", "deformable-teacher", "deformable-aqdetr" and
 so on. On EfficientNet-Lite0 with ImageNet weights (configs/lite0.py has the commands that fetch
-them) and no pretraining "lite-teacher", "deformable-lite-teacher", "deformable-lite-aqdetr" and so on.
+them) and no pretraining "lite-teacher", "deformable-lite-teacher", "deformable-lite-aqdetr" etc.
 Add --config.data.root=FOLDER. Trained on the trainval split (291 images), numbers are on test (72).
 
 Result: DETR (seed 0), teacher AP 0.423, AP50 0.701; 4-bit lsq 0.374 (88 %), auxiliary 0.374,

@@ -4,9 +4,9 @@ aqdetr pretrain --config=configs/deeppcb.py:pretrain --workdir=runs/deeppcb_pret
 aqdetr train    --config=configs/deeppcb.py:teacher  --workdir=runs/deeppcb_teacher
 aqdetr train    --config=configs/deeppcb.py:VARIANT  --workdir=runs/deeppcb_VARIANT
 
-VARIANT: "lsq", "auxiliary", "distill" or "aqdetr" (all 4-bit); of Deformable DETR
-"deformable-pretrain", "deformable-teacher", "deformable-aqdetr" and so on; on EfficientNet-Lite0
-with ImageNet weights (configs/lite0.py) "lite-teacher", "deformable-lite-teacher" and so on.
+VARIANT: "lsq", "lsq_plus", "qdetr", "auxiliary", "distill" or "aqdetr" (all 4-bit); of Deformable
+DETR "deformable-pretrain", "deformable-teacher", "deformable-aqdetr" and so on; on EfficientNet-
+Lite0 with ImageNet weights (configs/lite0.py) "lite-teacher", "deformable-lite-teacher" etc.
 Add --config.data.root=FOLDER, which holds train/, test/ and annotations/ (1000 and 500 images).
 """
 
