@@ -19,7 +19,8 @@ test: $(VENV)/.installed
 # The comparison with torch and transformers live, not with what they once computed.
 test-parity: $(PARITY_VENV)/.installed
 	AQDETR_PARITY=live $(PARITY_VENV)/bin/python -m pytest tests/models/test_parity.py \
-		tests/models/test_fold_live.py tests/interop/test_export_live.py
+		tests/models/test_efficientnet_lite.py tests/models/test_fold_live.py \
+		tests/interop/test_export_live.py tests/interop/test_lite_live.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

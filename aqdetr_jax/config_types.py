@@ -33,7 +33,8 @@ def to_dataclass(cls: type[T], config_dict: Any, path: str = "config") -> T:
 
     Accepted field types: ``bool``, ``int``, ``float`` (an int is accepted), ``str``,
     ``Literal[...]``, ``tuple[X, ...]``, ``tuple[X, Y]``, ``X | None`` and other unions, and nested
-    dataclasses, in any combination. Fields that the configuration omits take their defaults.
+    dataclasses, in any combination. Of several dataclasses it is the one whose fields without a
+    default are given. Fields that the configuration omits take their defaults.
 
     Args:
       cls: dataclass type.
@@ -141,6 +142,9 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
     for argument in others:
         if argument in (bool, int, float, str) and type(value) is argument:
             return value
+    group = group_of(arguments, value)
+    if group is not None:
+        return to_dataclass(group, value, path)
     errors = []
     for argument in others:
         try:
@@ -151,6 +155,27 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
         raise errors[0]
     names = " or ".join(getattr(argument, "__name__", str(argument)) for argument in arguments)
     raise ConfigError(_type_message(path, names, value))
+
+
+def group_of(arguments: Iterable[Any], value: Any) -> type | None:
+    """The dataclass of a union that a group of keys is: the one whose required keys it has.
+
+    Args:
+      arguments: of the union.
+      value: the keys; something else is no group.
+
+    Returns:
+      Of several the one with most required keys, the first of equals; None = it is none.
+    """
+    if not isinstance(value, (Mapping, ml_collections.ConfigDict)):
+        return None
+    required = {
+        argument: {f.name for f in dataclasses.fields(argument) if f.init and _has_no_default(f)}
+        for argument in arguments
+        if isinstance(argument, type) and dataclasses.is_dataclass(argument)
+    }
+    fitting = [group for group, names in required.items() if names <= set(value)]
+    return max(fitting, key=lambda group: len(required[group]), default=None)
 
 
 def _convert_tuple(annotation: Any, arguments: tuple[Any, ...], value: Any, path: str) -> tuple:

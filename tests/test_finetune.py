@@ -212,12 +212,18 @@ def test_from_a_backbone(plan, tmp_path, tiny_teacher):
     bundle = load_model(tiny_teacher)
     params = {"backbone": bundle.variables["params"]["backbone"]}
     variables = {**bundle.variables, "params": params}
-    save_model(tmp_path / "backbone", dataclasses.replace(bundle, variables=variables))
+    other = dataclasses.replace(bundle.config, pixel_mean=(0.5, 0.4, 0.3), pixel_std=(0.6,) * 3)
+    save_model(
+        tmp_path / "backbone", dataclasses.replace(bundle, config=other, variables=variables)
+    )
     made = plan(source=str(tmp_path / "backbone"))
     assert list(made) == ["teacher", "student"]
     for stage in made.values():
         assert stage.model.backbone == dataclasses.replace(bundle.config.backbone, norm="frozen")
         assert stage.model.family == "deformable"
+        # What the backbone was trained on, it is given.
+        assert stage.model.pixel_mean == (0.5, 0.4, 0.3)
+        assert stage.model.pixel_std == (0.6, 0.6, 0.6)
     with pytest.raises(ConfigError, match=r"model.backbone.depths has no effect: --from=.* has"):
         plan(source=str(tmp_path / "backbone"), overrides=("model.backbone.depths=(1,1,1)",))
     assert plan(source=str(tmp_path / "backbone"), overrides=("model.num_queries=9",))

@@ -191,7 +191,7 @@ def choose(
     """
     if chip not in CHIPS:
         raise ValueError(f"unknown chip {chip!r}; known ones are {', '.join(CHIPS)}")
-    terms = _taps(contraction, b_shape) * a_shape[-1]
+    terms = _taps(contraction, b_shape) * (1 if _depthwise(contraction) else a_shape[-1])
     described = f"{terms} products of codes in {_span(a_range)} and {_span(b_range)}"
     if (reach or terms * _largest(a_range) * _largest(b_range)) >= 1 << 31:
         raise ValueError(f"a sum of {described} can exceed int32")
@@ -228,6 +228,8 @@ def choice_of(
     largest = _largest(_minus(a_range, s)) * _largest(_minus(b_range, t))
     most = EXACT_FLOAT // max(_taps(contraction, b_shape) * largest, 1)
     parts = -(-length // max(most, 1))
+    if _depthwise(contraction) and most >= 1:  # channels are not summed
+        return Choice(carrier, s, t, length)
     if most < 1 or (isinstance(contraction, MixSamples) and parts > 1):
         return None  # no network has so many taps or samples
     return Choice(carrier, s, t, -(-length // max(parts, 1)))
@@ -310,6 +312,10 @@ def carried(
         sums = jnp.sum(jnp.asarray(a, jnp.int32), axis=-1, keepdims=True)
         total += t * (sums - s * a.shape[-1])
     return total
+
+
+def _depthwise(contraction: Contraction) -> bool:
+    return isinstance(contraction, Conv) and contraction.depthwise
 
 
 def _taps(contraction: Contraction, b_shape: tuple[int, ...]) -> int:

@@ -35,6 +35,16 @@ _TABLE = (
         "backbone stage {0}",
         r"^backbone/layer{0}_\d+/(conv\d+|shortcut)$",
     ),
+    (
+        r"^backbone/layer(\d+)_\d+/(?:expand|project)$",
+        "backbone stage {0}",
+        r"^backbone/layer{0}_\d+/(expand|project)$",
+    ),
+    (
+        r"^backbone/layer(\d+)_\d+/depthwise$",
+        "backbone stage {0} depthwise",
+        r"^backbone/layer{0}_\d+/depthwise$",
+    ),
     (r"^backbone/layer\d+_\d+/residual$", "residual sums", r"^backbone/layer\d+_\d+/residual$"),
     (r"^input_proj(?:_\d+)?$", "input projection", r"^input_proj(_\d+)?$"),
     (

@@ -17,7 +17,7 @@ from aqdetr_jax.deploy.operations import Operations, Shapes
 from aqdetr_jax.deploy.parts import Grid, Layer, Norm
 from aqdetr_jax.models.layers import NORM_EPS
 from aqdetr_jax.ops import deformable
-from aqdetr_jax.ops.activations import softmax
+from aqdetr_jax.ops.activations import SIX, softmax
 from aqdetr_jax.ops.pooling import max_pool
 from aqdetr_jax.quant.product import Contraction, Conv, Dense, Mix, MixSamples, Scores
 
@@ -43,11 +43,13 @@ class Sums:
       values: int32.
       layer: whose unit they have.
       rectified: a ReLU follows.
+      ceiling: where it ends, for a ReLU6.
     """
 
     values: Array
     layer: Layer
     rectified: bool = False
+    ceiling: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,9 @@ class JaxOperations(Operations):
     def convolve(self, x, layer):
         """See the class."""
         window = layer.window
-        contraction = Conv(jnp.float32, window.strides, window.padding, window.dilation)
+        contraction = Conv(
+            jnp.float32, window.strides, window.padding, window.dilation, window.depthwise
+        )
         return self._product(contraction, x, layer)
 
     def max_pool(self, x):
@@ -140,6 +144,9 @@ class JaxOperations(Operations):
             ratio = x / step
         upper = lower + ((1 << grid.bits) - 1)
         lower = jnp.maximum(lower, 0.0) if rectified else lower
+        if getattr(x, "ceiling", None) is not None:
+            # Rounding keeps the order, so that the end may be rounded before the comparison.
+            upper = jnp.minimum(upper, jnp.round(x.ceiling / step))
         codes = jnp.clip(jnp.round(ratio), lower, upper)
         self.codes[grid.site] = codes
         if grid.site in self._given:
@@ -243,6 +250,12 @@ class JaxOperations(Operations):
             return dataclasses.replace(x, rectified=True)
         return jnp.maximum(x, 0.0)
 
+    def relu6(self, x):
+        """See the class."""
+        if isinstance(x, Sums):
+            return dataclasses.replace(x, rectified=True, ceiling=SIX)
+        return jnp.clip(self.floats(x), 0.0, SIX)
+
     def softmax(self, x):
         """See the class."""
         return softmax(x)
@@ -299,7 +312,8 @@ class JaxOperations(Operations):
         """See the class."""
         if isinstance(x, Sums):
             value = x.values.astype(jnp.float32) * _constant(x.layer.unit)
-            return jnp.maximum(value, 0.0) if x.rectified else value
+            value = jnp.maximum(value, 0.0) if x.rectified else value
+            return value if x.ceiling is None else jnp.minimum(value, x.ceiling)
         if isinstance(x, CodedSum):
             value = self.dequantize(x.a) + self.dequantize(x.b)
             return jnp.maximum(value, 0.0) if x.rectified else value

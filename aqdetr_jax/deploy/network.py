@@ -17,7 +17,7 @@ from aqdetr_jax.deploy.operations import Operations, Tensor
 from aqdetr_jax.deploy.parts import Grid, Layer, Norm
 from aqdetr_jax.models.attention import MASKED
 from aqdetr_jax.models.config import DetrConfig
-from aqdetr_jax.ops.convolution import Window
+from aqdetr_jax.ops.convolution import Window, same_padding
 from aqdetr_jax.quant.spec import ALIGNMENT
 
 
@@ -60,6 +60,14 @@ class Network:
         """A convolution with its window, padded as torch's layers are."""
         pad = dilation * (size - 1) // 2
         window = Window((stride, stride), ((pad, pad), (pad, pad)), (dilation, dilation))
+        return dataclasses.replace(self.layers[path], window=window)
+
+    def same(
+        self, path: str, shape: tuple[int, int], size: int, stride: int, *, depthwise: bool = False
+    ) -> Layer:
+        """A convolution with its window, padded as TensorFlow's are; of a map of a shape."""
+        padding = same_padding(shape, size, stride)
+        window = Window((stride, stride), padding, depthwise=depthwise)
         return dataclasses.replace(self.layers[path], window=window)
 
     def group_norm(self, path: str, groups: int) -> Norm:

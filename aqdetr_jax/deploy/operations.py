@@ -141,6 +141,10 @@ class Operations(abc.ABC):
         """Of floats, of sums (which stay sums), or of the sum of two coded maps."""
 
     @abc.abstractmethod
+    def relu6(self, x: Tensor) -> Tensor:
+        """``min(max(x, 0), 6)`` of a float map or of sums, which stay sums."""
+
+    @abc.abstractmethod
     def softmax(self, x: Tensor) -> Tensor:
         """Over the last axis."""
 

@@ -17,6 +17,7 @@ from aqdetr_jax.checkpoint.model_folder import InputRule, ModelBundle, save_mode
 from aqdetr_jax.checkpoint.params import check_target
 from aqdetr_jax.checkpoint.transfer import LoadReport, merge
 from aqdetr_jax.interop import labels, names, recognise, variant
+from aqdetr_jax.interop.backbones import backbone_config, backbone_name, with_our_eps
 from aqdetr_jax.interop.checkpoints import Checkpoint, read_checkpoint
 from aqdetr_jax.interop.preprocessing import (
     LONG_SIDE,
@@ -27,9 +28,9 @@ from aqdetr_jax.interop.preprocessing import (
 )
 from aqdetr_jax.interop.tables import TABLES
 from aqdetr_jax.interop.weight_sets import unwrap
+from aqdetr_jax.models.backbone import build_backbone
 from aqdetr_jax.models.config import DeformableConfig, DetrConfig
 from aqdetr_jax.models.detector import build_detector, example_input
-from aqdetr_jax.models.resnet import BackboneConfig, ResNet
 from aqdetr_jax.quant.config import QuantConfig
 
 Flat = dict[str, Any]
@@ -140,6 +141,7 @@ def import_checkpoint(
         params, stats = names.translate(state, TABLES[table])
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    stats = with_our_eps(stats, kind.norm_eps)
     shapes = {path: np.shape(value) for path, value in params.items()}
     where = checkpoint.settings_from
     facts, notes = variant.agreed_facts(
@@ -155,7 +157,9 @@ def import_checkpoint(
     class_names, category_ids, more = _classes(
         checkpoint, kind.family, facts.get("classes"), num_classes, classes
     )
-    rule, pixels = _input_rule(image_rule(checkpoint.preprocessing, source))
+    images = image_rule(checkpoint.preprocessing, source)
+    images = images._replace(mean=images.mean or kind.mean, std=images.std or kind.std)
+    rule, pixels = _input_rule(images)
     notes = [*checkpoint.notes, *unwrapped.notes, *notes, *more]
     config = dataclasses.replace(model_config(facts, kind.family, source), **pixels)
     config = dataclasses.replace(config, num_classes=len(class_names))
@@ -183,18 +187,7 @@ def import_checkpoint(
 
 def model_config(facts: Mapping[str, Any], family: variant.Family, source: str) -> DetrConfig:
     """Our configuration from the facts, classes left at 0."""
-    depths = facts["depths"]
-    last = len(depths) - 1
-    dilated = facts.get("dilation", False)
-    backbone = BackboneConfig(
-        facts["block"],
-        depths,
-        facts["widths"],
-        strides=tuple(1 if i == 0 or (dilated and i == last) else 2 for i in range(last + 1)),
-        dilations=tuple(2 if dilated and i == last else 1 for i in range(last + 1)),
-        stem_width=facts["stem_width"],
-        stem_kernel=facts["stem_kernel"],
-    )
+    backbone = backbone_config(facts)
     if family == "backbone":
         return DetrConfig(backbone=backbone, num_classes=0)
     if facts["dim"] % facts["heads"]:
@@ -274,17 +267,11 @@ def _input_rule(rule: ImageRule) -> tuple[InputRule, dict[str, Any]]:
     return InputRule(buckets(rule), rule.short_side, rule.long_side), given
 
 
-def _resnet_name(backbone: BackboneConfig) -> str:
-    known = variant.DEPTHS.get((backbone.block, backbone.depths))
-    name = known or f"resnet-{'-'.join(map(str, backbone.depths))}"
-    return name + ("-dc5" if backbone.output_stride < 32 else "")
-
-
 def default_name(config: DetrConfig, family: variant.Family) -> str:
     """A name like ``deformable_resnet50_two_stage``."""
     options = config.deformable
     parts: list[str] = [] if family == "backbone" else [family]
-    parts.append(_resnet_name(config.backbone).replace("-", "_"))
+    parts.append(backbone_name(config.backbone).replace("-", "_"))
     if family == "deformable":
         parts += ["single_scale"] if options.levels == 1 else []
         parts += ["two_stage"] if options.two_stage else ["refine"] if options.box_refine else []
@@ -293,7 +280,7 @@ def default_name(config: DetrConfig, family: variant.Family) -> str:
 
 def _describe(config: DetrConfig, family: variant.Family) -> str:
     """The variant in words."""
-    parts = [_resnet_name(config.backbone)]
+    parts = [backbone_name(config.backbone)]
     if family == "deformable":
         options = config.deformable
         parts.append(f"{options.levels} level{'s' * (options.levels > 1)}")
@@ -370,7 +357,7 @@ def first_variables(config: DetrConfig, family: variant.Family) -> Callable[[], 
     def init() -> tuple[Flat, Flat]:
         key = jax.random.key(0)
         if family == "backbone":
-            variables = ResNet(config.backbone).init(key, images.astype(jnp.float32))
+            variables = build_backbone(config.backbone).init(key, images.astype(jnp.float32))
             variables = {group: {"backbone": tree} for group, tree in variables.items()}
         else:
             variables = build_detector(config).init(key, images, mask)

@@ -228,7 +228,7 @@ def _notes(bundle: ModelBundle) -> list[str]:
     """What a reader of the folder may stumble over."""
     config = bundle.config
     notes = []
-    if huggingface.is_dilated(config.backbone):
+    if huggingface.is_dilated(config):
         notes.append("transformers builds a dilated backbone with timm, which must be installed")
     options = config.deformable
     if config.family == "deformable" and options.box_refine and not options.two_stage:

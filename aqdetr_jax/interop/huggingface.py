@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aqdetr_jax.checkpoint.model_folder import InputRule
+from aqdetr_jax.interop.backbones import DEPTHS
 from aqdetr_jax.interop.names import Row
 from aqdetr_jax.interop.tables import TABLES, huggingface
-from aqdetr_jax.interop.variant import DEPTHS
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.resnet import BackboneConfig
 
@@ -37,6 +37,8 @@ def unsupported(config: DetrConfig) -> list[str]:
         if value != wanted:
             found.append(f"model.{key}={value!r} ({why})")
 
+    if not isinstance(backbone, BackboneConfig):
+        return [f"model.backbone.kind={backbone.kind!r} (its detectors are built on ResNets here)"]
     need("pre_norm", config.pre_norm, False, "it norms after each sub-layer")
     for key, wanted in (("stem_kernel", 7), ("stem_stride", 2), ("stem_pool", True)):
         need(f"backbone.{key}", getattr(backbone, key), wanted, f"its ResNets have {wanted!r}")
@@ -80,9 +82,14 @@ def timm_name(backbone: BackboneConfig) -> str | None:
     return DEPTHS.get((backbone.block, backbone.depths))
 
 
-def is_dilated(backbone: BackboneConfig) -> bool:
+def is_dilated(config: DetrConfig) -> bool:
     """Whether the backbone is DC5's, for which transformers needs timm."""
-    return max(backbone.dilations) > 1
+    return max(_resnet(config).dilations) > 1
+
+
+def _resnet(config: DetrConfig) -> BackboneConfig:
+    assert isinstance(config.backbone, BackboneConfig)  # see ``unsupported``
+    return config.backbone
 
 
 def naming(config: DetrConfig) -> tuple[Row, ...]:
@@ -91,7 +98,7 @@ def naming(config: DetrConfig) -> tuple[Row, ...]:
     if config.family == "deformable":
         table = "huggingface_deformable" + ("" if config.deformable.box_refine else "_shared")
     rows = TABLES[table]
-    return (*huggingface.TIMM_BACKBONE, *rows) if is_dilated(config.backbone) else rows
+    return (*huggingface.TIMM_BACKBONE, *rows) if is_dilated(config) else rows
 
 
 def with_copies(names: Sequence[str], config: DetrConfig) -> list[str]:
@@ -168,8 +175,8 @@ def _deformable(config: DetrConfig) -> dict[str, Any]:
 
 def _backbone(config: DetrConfig) -> dict[str, Any]:
     """The ResNet of transformers itself, which needs no timm; timm's where it must be dilated."""
-    backbone, options = config.backbone, config.deformable
-    if is_dilated(backbone):
+    backbone, options = _resnet(config), config.deformable
+    if is_dilated(config):
         return {
             "use_timm_backbone": True,
             "backbone": timm_name(backbone),

@@ -10,6 +10,8 @@ import numpy as np
 
 from aqdetr_jax.interop import names
 from aqdetr_jax.interop.tables import TABLES
+from aqdetr_jax.models import efficientnet_lite
+from aqdetr_jax.models.layers import NORM_EPS
 
 SHARED = "_shared"
 """Ending of the tables of a Deformable DETR with one head for all layers."""
@@ -22,12 +24,19 @@ class Kind(NamedTuple):
       table: its key in TABLES; that of a Deformable DETR with refinement where there are two.
       family: what it holds.
       title: for people.
+      norm_eps: what its batch norms add to variances.
+      mean, std: of the channels of its images, values 0 to 1; None = the official ones.
     """
 
     table: str
     family: Literal["detr", "deformable", "backbone"]
     title: str
+    norm_eps: float = NORM_EPS
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
+
+_LITE = (efficientnet_lite.NORM_EPS, efficientnet_lite.PIXEL_MEAN, efficientnet_lite.PIXEL_STD)
 
 KINDS = (
     Kind("huggingface_detr", "detr", "DETR of Hugging Face transformers"),
@@ -35,6 +44,13 @@ KINDS = (
     Kind("detr", "detr", "DETR of facebookresearch/detr"),
     Kind("deformable_detr", "deformable", "Deformable DETR of fundamentalvision"),
     Kind("torchvision_resnet", "backbone", "ResNet of torchvision or timm, which have one naming"),
+    Kind("timm_efficientnet_lite", "backbone", "EfficientNet-Lite of timm", *_LITE),
+    Kind(
+        "efficientnet_lite_pytorch",
+        "backbone",
+        "EfficientNet-Lite0 of efficientnet-lite-pytorch",
+        *_LITE,
+    ),
 )
 
 ALMOST_NOTHING = 0.5

@@ -8,11 +8,11 @@ points), ``box_refine``, ``two_stage``. They do not show ``heads``, ``points`` a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
+from aqdetr_jax.interop.backbones import DEPTHS, LITE_DEPTHS, GapError, backbone_facts, count
 from aqdetr_jax.interop.source import shown
 
 Family = Literal["detr", "deformable", "backbone"]
@@ -73,15 +73,6 @@ ONLY_BACKBONE = (
 )
 ONLY_ARGS = (("position_embedding", ("sine", "v2")), ("masks", (False,)))
 
-DEPTHS: Mapping[tuple[str, tuple[int, ...]], str] = {
-    ("basic", (2, 2, 2, 2)): "resnet18",
-    ("basic", (3, 4, 6, 3)): "resnet34",
-    ("bottleneck", (3, 4, 6, 3)): "resnet50",
-    ("bottleneck", (3, 4, 23, 3)): "resnet101",
-    ("bottleneck", (3, 8, 36, 3)): "resnet152",
-}
-"""ResNets by their blocks."""
-
 
 class Declared(NamedTuple):
     """A declared fact: its value, and the key that declares it, for messages."""
@@ -117,12 +108,12 @@ def seen_facts(shapes: Mapping[str, tuple[int, ...]], family: Family, name: str)
         return found
 
     try:
-        facts = _backbone_facts(shapes, shape)
+        facts = backbone_facts(shapes, shape)
         if family == "backbone":
             return facts
         for part in ("encoder", "decoder"):
-            facts[f"{part}_layers"] = _count(shapes, f"{part}/layer_", "/")
-    except _GapError as gap:
+            facts[f"{part}_layers"] = count(shapes, f"{part}/layer_", "/")
+    except GapError as gap:
         raise ValueError(f"{name}: {gap}: it is cut short, or it is another model") from None
     facts["ffn"] = shape("encoder/layer_0/feed_forward/linear1/kernel")[-1]
     facts["pre_norm"] = "encoder/norm/scale" in shapes
@@ -144,38 +135,6 @@ def seen_facts(shapes: Mapping[str, tuple[int, ...]], family: Family, name: str)
     facts["box_refine"] = "box_head/layer_0/kernel" not in shapes
     facts["two_stage"] = "proposal_proj/kernel" in shapes
     return facts
-
-
-class _GapError(ValueError):
-    """Numbers that do not follow each other: a model of so many layers is not to be built."""
-
-
-def _count(shapes: Mapping[str, Any], before: str, after: str, first: int = 0) -> int:
-    """How many numbers stand between two texts at the beginning of the paths.
-
-    Raises:
-      _GapError: they do not count from ``first`` without a gap.
-    """
-    pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
-    numbers = {int(match[1]) for path in shapes if (match := pattern.match(path))}
-    if numbers and (min(numbers), max(numbers)) != (first, first + len(numbers) - 1):
-        odd = shown(f"{before}{max(numbers)}")
-        raise _GapError(f"has what is our {odd!r}, but not all that come before it")
-    return len(numbers)
-
-
-def _backbone_facts(shapes, shape) -> dict[str, Any]:
-    stem = shape("backbone/stem/kernel", 4)
-    bottleneck = "backbone/layer1_0/conv3/kernel" in shapes
-    # Every stage begins with block 0.
-    stages = range(1, 1 + _count(shapes, "backbone/layer", "_0/conv1/", first=1))
-    return {
-        "block": "bottleneck" if bottleneck else "basic",
-        "depths": tuple(_count(shapes, f"backbone/layer{i}_", "/") for i in stages),
-        "widths": tuple(shape(f"backbone/layer{i}_0/conv1/kernel", 4)[-1] for i in stages),
-        "stem_width": stem[-1],
-        "stem_kernel": stem[0],
-    }
 
 
 def declared_facts(
@@ -281,21 +240,26 @@ def _add_backbone(facts: dict[str, Declared], backbone: str) -> None:
 
 
 def _timm_facts(settings: Mapping[str, Any], name: str) -> dict[str, Declared]:
-    """What timm's ``config.json`` says of a ResNet: others of its names may pool otherwise."""
+    """What timm's ``config.json`` says of a backbone: others of its names may pool otherwise."""
     depths = {known: depths for (_, depths), known in DEPTHS.items()}
+    depths |= {f"tf_{variant}": depths for variant, depths in LITE_DEPTHS.items()}
     architecture = settings.get("architecture")
     if not isinstance(architecture, str) or architecture not in depths:
         raise ValueError(
-            f"{name}: its parameters are those of a ResNet, but config.json says architecture="
-            f"{said(architecture)}; of timm's folders {', '.join(depths)} are read"
+            f"{name}: its parameters are those of a backbone that is read, but config.json says "
+            f"architecture={said(architecture)}; of timm's folders {', '.join(depths)} are read"
         )
     if settings.get("model_args"):
         raise ValueError(
             f"{name}: config.json says model_args={said(settings['model_args'])}: that variant is "
             "not read"
         )
-    key = f"architecture={architecture!r}, which has depths"
-    return {"depths": Declared(depths[architecture], key)}
+    told = f"architecture={architecture!r}, which "
+    facts = {"depths": Declared(depths[architecture], f"{told}has depths")}
+    lite = architecture.removeprefix("tf_")
+    if lite in LITE_DEPTHS:  # two of them have the same depths
+        facts["efficientnet_lite"] = Declared(lite, f"{told}is")
+    return facts
 
 
 def _only(settings: Mapping[str, Any], rules, where: str) -> None:

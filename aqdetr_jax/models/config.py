@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from aqdetr_jax.models.backbone import AnyBackboneConfig
 from aqdetr_jax.models.resnet import BackboneConfig
 from aqdetr_jax.ops.deformable import Sampling
 
@@ -45,7 +46,7 @@ class DetrConfig:
     """A detection transformer by its sizes; defaults are DETR-R50 on COCO.
 
     Attributes:
-      backbone: ResNet sizes.
+      backbone: sizes of a ResNet or, with ``kind="efficientnet_lite"``, of an EfficientNet-Lite.
       num_classes: C, real classes; DETR's class head has C + 1 outputs (91 + 1 for COCO),
         Deformable DETR's C.
       num_queries: N object queries (0 in a configuration: follows from the data).
@@ -73,7 +74,7 @@ class DetrConfig:
       deformable: levels, points and variants of a "deformable" model.
     """
 
-    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+    backbone: AnyBackboneConfig = dataclasses.field(default_factory=BackboneConfig)
     num_classes: int = 91
     num_queries: int = 100
     num_auxiliary: int = 0

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from aqdetr_jax.models.backbone import build_backbone
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.heads import TORCH_LINEAR, normalize_images
 from aqdetr_jax.models.levels import encode_levels
 from aqdetr_jax.models.quantized import QConv, QDense
-from aqdetr_jax.models.resnet import ResNet
 from aqdetr_jax.models.transformer import Encoder
 from aqdetr_jax.ops.position import downsample_mask, sine_position_encoding
 from aqdetr_jax.quant.policy import Policy
@@ -75,7 +75,7 @@ class DensePretrainer(nn.Module):
         """DETR's encoder output [B, S, d], and the mask of its one level."""
         c = self.config
         x = normalize_images(images, mask, c)
-        x = ResNet(c.backbone, dtype=c.carrier, name="backbone")(x, train=train)[-1]
+        x = build_backbone(c.backbone, dtype=c.carrier)(x, train=train)[-1]
         batch, height, width, _ = x.shape
         cells = downsample_mask(mask, height, width)
         position = sine_position_encoding(cells, c.dim).reshape(batch, -1, c.dim).astype(x.dtype)

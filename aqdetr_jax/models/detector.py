@@ -32,12 +32,9 @@ def build_detector(config: DetrConfig, policy: Policy | None = None) -> Detector
 def level_strides(config: DetrConfig) -> list[int]:
     """Pixels per cell of each level that the encoder sees, finest first."""
     backbone, options = config.backbone, config.deformable
-    strides = [backbone.stem_stride * (1 + backbone.stem_pool)]
-    for stride in backbone.strides:
-        strides.append(strides[-1] * stride)
     if config.family == "detr":
-        return strides[-1:]
-    strides = strides[1:][-min(options.stages, options.levels) :]
+        return [backbone.output_stride]
+    strides = list(backbone.stage_strides[-min(options.stages, options.levels) :])
     while len(strides) < options.levels:
         strides.append(strides[-1] * 2)
     return strides

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from aqdetr_jax.models.backbone import build_backbone
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.heads import TORCH_LINEAR, BoxHead, normalize_images, query_start
 from aqdetr_jax.models.layers import FLOAT
 from aqdetr_jax.models.output import DetrOutput, split_queries
 from aqdetr_jax.models.quantized import QConv, QDense, module_path
-from aqdetr_jax.models.resnet import ResNet
 from aqdetr_jax.models.transformer import Decoder, Encoder
 from aqdetr_jax.ops.position import downsample_mask, sine_position_encoding
 from aqdetr_jax.quant.policy import Policy
@@ -65,7 +65,7 @@ class Detr(nn.Module):
         c, policy = self.config, self.policy
         sets = c.active_sets(auxiliary, self.is_initializing())
         x = normalize_images(images, mask, c)
-        features = ResNet(c.backbone, policy, c.carrier, name="backbone")(x, train=train)
+        features = build_backbone(c.backbone, policy, c.carrier)(x, train=train)
         x = features[-1]
         batch, height, width, _ = x.shape
         cells = downsample_mask(mask, height, width)
@@ -76,6 +76,7 @@ class Detr(nn.Module):
             (1, 1),
             policy,
             use_bias=True,
+            unsigned=not c.backbone.signed,
             kernel_init=TORCH_LINEAR,
             dtype=c.carrier,
             name="input_proj",

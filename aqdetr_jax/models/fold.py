@@ -36,7 +36,7 @@ def fold_batch_norms(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The same float function with every frozen batch norm's factor in the kernel before it.
 
     Args:
-      variables: "params" and "batch_stats" of a ``ResNet`` or of a detector, nested.
+      variables: "params" and "batch_stats" of a backbone or of a detector, nested.
 
     Returns:
       Variables of the same model: kernels times factors; norms with scale 1, mean 0 and variance
@@ -92,10 +92,10 @@ def sum_affine(
 
 
 def convolution_of(norm: str) -> str:
-    """The path of the convolution that a ``ResNet`` puts before a norm: norm2 follows conv2."""
+    """The path of the convolution before a norm: norm2 follows conv2, stem_norm stem."""
     parent, _, name = norm.rpartition("/")
     match = re.fullmatch(r"norm(\d+)|(\w+)_norm", name)
     if match is None:
-        raise ValueError(f"{norm} is no batch norm of a ResNet")
+        raise ValueError(f"{norm} is no batch norm of a backbone")
     own = f"conv{match[1]}" if match[1] else match[2]
     return f"{parent}/{own}" if parent else own

@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from aqdetr_jax.models.backbone import build_backbone
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.deformable_attention import DeformableMaps
 from aqdetr_jax.models.deformable_transformer import DeformableEncoder
 from aqdetr_jax.models.heads import normalize_images
 from aqdetr_jax.models.layers import FLOAT, GroupNorm
 from aqdetr_jax.models.quantized import QConv
-from aqdetr_jax.models.resnet import ResNet
 from aqdetr_jax.ops import deformable
 from aqdetr_jax.ops.deformable import LevelShapes
 from aqdetr_jax.ops.position import downsample_mask, sine_position_encoding
@@ -84,7 +84,7 @@ def _feature_levels(
     """Backbone and input projections: maps [B, H_l, W_l, d] and masks bool [B, H_l, W_l]."""
     c, options = config, config.deformable
     x = normalize_images(images, mask, c)
-    features = ResNet(c.backbone, policy, c.carrier, name="backbone")(x, train=train)
+    features = build_backbone(c.backbone, policy, c.carrier)(x, train=train)
     features = features[-min(options.stages, options.levels, len(features)) :]
     levels: list[Array] = []
     for i in range(options.levels):
@@ -98,7 +98,7 @@ def _feature_levels(
             policy,
             stride,
             use_bias=True,
-            unsigned=i <= len(features),
+            unsigned=not c.backbone.signed and i <= len(features),
             kernel_init=nn.initializers.xavier_uniform(),
             dtype=c.carrier,
             name=f"input_proj_{i}",

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Mapping
+from typing import Literal, cast
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from aqdetr_jax.ops.activations import relu
+from aqdetr_jax.ops.convolution import same_padding
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.calibrate import RANGE
 from aqdetr_jax.quant.policy import Policy
@@ -293,7 +294,9 @@ class QConv(nn.Module):
       policy: bits by module path.
       strides: step of the output grid.
       dilation: kernel dilation.
-      padding: zeros on each side; None = ``dilation * (k - 1) // 2`` as torch layers use.
+      padding: zeros on each side; None = ``dilation * (k - 1) // 2`` as torch layers use, "same" =
+        TensorFlow's (of kernels that are not dilated).
+      depthwise: every channel has a kernel of its own; ``features`` is the input's.
       use_bias: adds a bias (the input projection of DETR has one).
       unsigned: the input cannot be negative.
       rectified: takes the ReLU of its input first.
@@ -308,7 +311,8 @@ class QConv(nn.Module):
     policy: Policy = Policy()
     strides: int = 1
     dilation: int = 1
-    padding: int | None = None
+    padding: int | Literal["same"] | None = None
+    depthwise: bool = False
     use_bias: bool = False
     unsigned: bool = True
     rectified: bool = False
@@ -330,24 +334,20 @@ class QConv(nn.Module):
         Args: ``x`` [B, H, W, C].
         """
         path = module_path(self)
-        kernel = self.param(
-            "kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features)
-        )
+        inputs = 1 if self.depthwise else x.shape[-1]
+        kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, inputs, self.features))
         weight_spec = self.policy.weight_spec(path)
         input_spec = self.policy.activation_spec(path, unsigned=self.unsigned)
         if self.rectified:
             x = rectify(self, x, input_spec, self.policy)
         q_x = activation_quantizer(self, "input", x, input_spec)
         q_w = weight_quantizer(self, kernel, weight_spec)
-        pads: Sequence[int] = [
-            self.dilation * (k - 1) // 2 if self.padding is None else self.padding
-            for k in self.kernel_size
-        ]
         contraction = Conv(
             self.dtype,
             (self.strides, self.strides),
-            ((pads[0], pads[0]), (pads[1], pads[1])),
+            self._padding(x.shape[1:3]),
             (self.dilation, self.dilation),
+            self.depthwise,
             constant_left=self.constant_input,
             left_bits=bits_of(input_spec),
         )
@@ -361,6 +361,15 @@ class QConv(nn.Module):
         positions = y.shape[0] * y.shape[1] * y.shape[2] * kernel.size // self.features
         record(_row(path, "conv", self.policy, weight_spec, input_spec, kernel, bias, positions))
         return y, steps
+
+    def _padding(self, shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
+        if self.padding == "same":
+            return same_padding(shape, self.kernel_size[0], self.strides)
+        pads = [
+            self.dilation * (k - 1) // 2 if self.padding is None else self.padding
+            for k in self.kernel_size
+        ]
+        return (pads[0], pads[0]), (pads[1], pads[1])
 
 
 def _row(path, kind, policy, weight_spec, input_spec, kernel, bias, reads) -> OpRecord:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import itertools
+import operator
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from aqdetr_jax.models.layers import FLOAT, BatchNorm
-from aqdetr_jax.models.quantized import QConv, activation_quantizer, module_path
+from aqdetr_jax.models.layers import BatchNorm
+from aqdetr_jax.models.quantized import QConv
+from aqdetr_jax.models.residual import residual_sum
 from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.ops.pooling import max_pool
-from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import Policy
-from aqdetr_jax.quant.record import OpRecord, record
-from aqdetr_jax.quant.spec import QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """A ResNet by its sizes.
+    """A ResNet by its sizes; its maps are those of a ReLU.
 
     Attributes:
       block: "basic" (ResNet-18/34) or "bottleneck" (50/101).
@@ -50,6 +50,9 @@ class BackboneConfig:
     stem_pool: bool = True
     norm: Literal["frozen", "batch"] = "frozen"
 
+    signed: ClassVar[bool] = False
+    """Whether its maps have a sign."""
+
     def __post_init__(self):
         lengths = {len(x) for x in (self.depths, self.widths, self.strides, self.dilations)}
         if len(lengths) != 1:
@@ -59,12 +62,15 @@ class BackboneConfig:
             )
 
     @property
+    def stage_strides(self) -> tuple[int, ...]:
+        """Input pixels per cell of each stage's map."""
+        first = self.stem_stride * (2 if self.stem_pool else 1)
+        return tuple(itertools.accumulate(self.strides, operator.mul, initial=first))[1:]
+
+    @property
     def output_stride(self) -> int:
         """Input pixels per cell of the last feature map."""
-        stride = self.stem_stride * (2 if self.stem_pool else 1)
-        for s in self.strides:
-            stride *= s
-        return stride
+        return self.stage_strides[-1]
 
     @property
     def output_channels(self) -> int:
@@ -201,27 +207,12 @@ class _Block(nn.Module):
     def residual(self, y: Array, x: Array, train: bool) -> Array:
         """ReLU of the sum of the branch ``y`` and the block's input ``x``.
 
-        Where the shape changes it is a strided 1x1 convolution of the input, which has a sign. Both
-        operands have grids of their own, the sum has none: it goes to those of its readers.
+        Where the shape changes it is a strided 1x1 convolution of the input, which has a sign.
         """
         identity = x.shape[-1] == y.shape[-1] and self.strides == 1
         if not identity:
             x = self.conv(x, y.shape[-1], 1, self.strides, 1, "shortcut", train)
-        path = f"{module_path(self)}/residual"
-        spec_y = self.policy.residual_spec(path, unsigned=False)
-        spec_x = self.policy.residual_spec(path, unsigned=identity)
-        rule = self.policy.rule_for(path)
-        note = (rule.note if rule else "") or (FLOAT if spec_y is None else "")
-        record(OpRecord(path, "add", activation=spec_y, other=spec_x, note=note))
-        total = self.on_grid("branch", y, spec_y) + self.on_grid("identity", x, spec_x)
-        return relu(total.astype(y.dtype))
-
-    def on_grid(self, name: str, x: Array, spec: QuantSpec | None) -> Array:
-        """``x`` as it is added: float32 on its grid, or as it is."""
-        quantizer = activation_quantizer(self, name, x, spec)
-        if quantizer is None or self.policy.arithmetic == "observe":
-            return x
-        return lsq.fake_quantize(x, quantizer.step, *quantizer.ends, quantizer.gradient_scale)
+        return relu(residual_sum(self, self.policy, y, x, unsigned=identity))
 
 
 class BasicBlock(_Block):

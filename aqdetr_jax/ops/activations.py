@@ -30,6 +30,28 @@ def _relu_bwd(y, cotangent):
 relu.defvjp(_relu_fwd, _relu_bwd)
 
 
+SIX = 6.0
+"""Where ``relu6`` ends."""
+
+
+@jax.custom_vjp
+def relu6(x: Array) -> Array:
+    """``min(max(x, 0), 6)``, with gradient 0 at 0 and at 6."""
+    return jnp.clip(x, 0, SIX)
+
+
+def _relu6_fwd(x):
+    y = jnp.clip(x, 0, SIX)
+    return y, y
+
+
+def _relu6_bwd(y, cotangent):
+    return (jnp.where((y > 0) & (y < SIX), cotangent, 0),)
+
+
+relu6.defvjp(_relu6_fwd, _relu6_bwd)
+
+
 @jax.custom_vjp
 def softmax(x: Array) -> Array:
     """Softmax over the last axis, computed in float32 and returned in ``x``'s dtype."""

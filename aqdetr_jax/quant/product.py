@@ -232,11 +232,13 @@ class Conv(_Contraction):
       strides: (vertical, horizontal).
       padding: zeros added, ((top, bottom), (left, right)).
       dilation: kernel dilation.
+      depthwise: every channel has a kernel of its own, ``w [kh, kw, 1, C]``.
     """
 
     strides: tuple[int, int] = (1, 1)
     padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
     dilation: tuple[int, int] = (1, 1)
+    depthwise: bool = False
 
     def contract(self, a: Array, b: Array, out_dtype: DTypeLike) -> Array:
         """See the class."""
@@ -254,14 +256,16 @@ class Conv(_Contraction):
 
     @property
     def _window(self) -> convolution.Window:
-        return convolution.Window(self.strides, self.padding, self.dilation)
+        return convolution.Window(self.strides, self.padding, self.dilation, self.depthwise)
 
     def integers(self, a: Array, b: Array) -> Array:
         """The product on integers: a sum of matrix products over the kernel's taps.
 
         XLA's CPU integer convolution is tens of times slower than its float one; shifted integer
-        matrix products are not, and are as exact.
+        matrix products are not, and are as exact. (Of a depthwise kernel products of arrays.)
         """
+        if self.depthwise:
+            return convolution.depthwise_taps(self._window, a, b, jnp.int32)
         kh, kw = b.shape[:2]
         (sh, sw), (dh, dw) = self.strides, self.dilation
         a = jnp.pad(a, ((0, 0), *self.padding, (0, 0)))

@@ -30,6 +30,7 @@ from aqdetr_jax.config_types import (
     ConfigError,
     convert,
     from_dataclass,
+    group_of,
     nearest,
     to_dataclass,
     to_plain,
@@ -208,7 +209,7 @@ def _apply_one(
 ) -> None:
     node, annotation, path = config, schema, "config"
     for position, key in enumerate(keys):
-        hints = _group_hints(annotation)
+        hints = _group_hints(annotation, node)
         if key not in node and key not in hints:
             raise ConfigError(unknown_key(path, key, set(node.keys()) | set(hints)))
         annotation, path = hints.get(key), f"{path}.{key}"
@@ -248,9 +249,15 @@ def _peek(node: ml_collections.ConfigDict, key: str) -> Any:
         return None
 
 
-def _group_hints(annotation: Any) -> dict[str, Any]:
-    """Field types of a dataclass annotation (also ``X | None``); empty for any other type."""
-    for candidate in (annotation, *typing.get_args(annotation)):
+def _group_hints(annotation: Any, node: Any = None) -> dict[str, Any]:
+    """Field types of a dataclass annotation (also ``X | None``); empty for any other type.
+
+    Args:
+      annotation: of several dataclasses it is that which the keys of ``node`` are of.
+      node: keys that are given already.
+    """
+    arguments = typing.get_args(annotation)
+    for candidate in (annotation, group_of(arguments, node), *arguments):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             if typing.get_origin(annotation) is tuple:
                 return {}

@@ -42,7 +42,7 @@ def load_experiment(
         alone = config if not overrides else _alone(name)
         if alone.task != "pretrain":  # which takes the detector's configuration
             defaults = flatten_config(ExperimentConfig())
-            given = [k for k, v in flatten_config(alone).items() if v != defaults[k]]
+            given = [k for k, v in flatten_config(alone).items() if v != defaults.get(k)]
             check_effects(alone, given, name)
     keys = [re.sub(r"^--?config\.", "", text).partition("=")[0].strip() for text in overrides]
     if "train.steps" in keys and "train.epochs" not in keys:

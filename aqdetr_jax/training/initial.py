@@ -47,7 +47,7 @@ def initial_variables(
       (variables as numpy arrays, load report or None).
 
     Raises:
-      ValueError: almost nothing of ``source`` fits the model.
+      ValueError: almost nothing of ``source`` fits the model, or it saw other pixels.
     """
     if source is None and config.optimizer.frozen and config.task == "detect":
         raise ValueError(
@@ -58,6 +58,7 @@ def initial_variables(
     params, stats = shapes["params"], shapes["batch_stats"]
     report = None
     if source is not None:
+        _check_pixels(config, source)
         params, report = merge(params, _flat(source, "params"))
         stats, stats_report = merge(stats, _flat(source, "batch_stats"))
         wanted = sum(not path.endswith(GRID_PARAMETERS) for path in params)
@@ -84,6 +85,17 @@ def initial_variables(
     if calibrated and calibration is not None and isinstance(module, Detector):
         variables = calibrate(config, module, variables, calibration)
     return variables, report
+
+
+def _check_pixels(config: ExperimentConfig, source: ModelBundle) -> None:
+    """Refuses parameters that were trained on images normalised otherwise."""
+    for name in ("pixel_mean", "pixel_std"):
+        mine, theirs = (getattr(model, name) for model in (config.model, source.config))
+        if not np.allclose(mine, theirs, rtol=0, atol=1e-4):
+            raise ValueError(
+                f"config.init_from={config.init_from!r} was trained with {name}={theirs}, this "
+                f"model has {mine}: set config.model.{name}={theirs}"
+            )
 
 
 def _drawn(config: ExperimentConfig, module: Detector | DensePretrainer) -> dict[str, Any]:

@@ -209,7 +209,12 @@ def _whole_model(config: ExperimentConfig, bundle: ModelBundle) -> DetrConfig:
 def _with_backbone(config: ExperimentConfig, bundle: ModelBundle) -> DetrConfig:
     """The configured transformer on another backbone, which sees it at strides 16 and 32."""
     backbone = dataclasses.replace(bundle.config.backbone, norm="frozen")
-    model = dataclasses.replace(config.model, backbone=backbone)
+    model = dataclasses.replace(
+        config.model,
+        backbone=backbone,
+        pixel_mean=bundle.config.pixel_mean,
+        pixel_std=bundle.config.pixel_std,
+    )
     if model.family == "deformable":
         stages = max(1, round(math.log2(backbone.output_stride / 16)) + 1)
         options: DeformableConfig = model.deformable

@@ -39,6 +39,11 @@ PRODUCTS = {
     "conv": (Conv(strides=(2, 1), padding=((1, 2), (0, 1))), (2, 5, 4, 201), (3, 2, 201, 3)),
     "dilated": (Conv(padding=((2, 2), (2, 2)), dilation=(2, 2)), (1, 6, 5, 7), (3, 3, 7, 4)),
     "pointwise": (Conv(strides=(2, 2)), (2, 5, 4, 603), (1, 1, 603, 3)),
+    "depthwise": (
+        Conv(strides=(2, 1), padding=((1, 2), (2, 2)), depthwise=True),
+        (2, 8, 6, 9),
+        (5, 5, 1, 9),
+    ),
     "scores": (Scores(), (1, 2, 3, 1101), (1, 2, 4, 1101)),
     "mix": (Mix(), (1, 2, 3, 1101), (1, 2, 1101, 4)),
 }
@@ -66,6 +71,8 @@ def oracle(contraction, a, b):
     windows = np.lib.stride_tricks.sliding_window_view(
         a, (dh * (b.shape[0] - 1) + 1, dw * (b.shape[1] - 1) + 1), (1, 2)
     )[:, ::sh, ::sw, :, ::dh, ::dw]
+    if contraction.depthwise:
+        return np.einsum("bijcuv,uvc->bijc", windows, b[:, :, 0])
     return np.einsum("bijcuv,uvcn->bijn", windows, b)
 
 

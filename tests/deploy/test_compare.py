@@ -21,6 +21,9 @@ CASES = {
     "detr-qdetr": ("detr", "w4a4", {"grid": "offset", "align_queries": True}),
     "plain-w3a3": ("plain", "w3a3", {"grid": "zero_point", "renormalize": True}),
     "two_stage-w4a4": ("two_stage", "w4a4", {"grid": "centred", "align_queries": True}),
+    "lite-w4a4": ("lite", "w4a4", {"grid": "centred"}),
+    "lite-qdetr": ("lite", "w4a4", {"grid": "offset", "align_queries": True}),
+    "lite-w8a8": ("lite", "w8a8", {"grid": "zero_point"}),
 }
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @functools.cache
 def bundle(name, policy="float", **options):
     variables = tiny_models.variables_of(name, policy, **options)
-    config = dataclasses.replace(tiny_models.CONFIGS[name], num_auxiliary=0, auxiliary_groups=1)
+    config = dataclasses.replace(tiny_models.NAMED[name], num_auxiliary=0, auxiliary_groups=1)
     return ModelBundle(
         config,
         QuantConfig(policy=policy, **options),
@@ -38,7 +38,7 @@ def bundle(name, policy="float", **options):
     )
 
 
-@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.NAMED)
 def test_a_float_network_is_its_model(name):
     network = freeze(bundle(name))
     images, mask = tiny_models.batch()

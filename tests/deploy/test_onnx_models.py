@@ -46,7 +46,7 @@ QDETR = {"grid": "offset", "align_queries": True}
 @functools.cache
 def deployed(name, policy="float"):
     policy, more = ("w4a4", QDETR) if policy == "qdetr" else (policy, {})
-    config = dataclasses.replace(tiny_models.CONFIGS[name], num_auxiliary=0, auxiliary_groups=1)
+    config = dataclasses.replace(tiny_models.NAMED[name], num_auxiliary=0, auxiliary_groups=1)
     variables = tiny_models.variables_of(name, policy, **more)
     return deployed_bundle(
         ModelBundle(
@@ -99,7 +99,7 @@ def compared(name, policy, detector):
     return comparison
 
 
-@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.NAMED)
 def test_codes_are_those_of_the_deployed_network(name, file):
     """All of them: in so few, values on the border between two codes are rare."""
     model = written(name, "w4a4")
@@ -113,7 +113,11 @@ def test_codes_are_those_of_the_deployed_network(name, file):
 
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [("detr", "w8a8"), ("detr", "float"), ("detr", "qdetr"), ("plain", "qdetr")],
+    [
+        *(("detr", policy) for policy in ("w8a8", "float", "qdetr")),
+        ("plain", "qdetr"),
+        *(("lite", policy) for policy in ("w8a8", "float", "qdetr")),
+    ],
 )
 def test_other_grids(name, policy, file):
     comparison = compared(name, policy, OnnxDetector(file(written(name, policy)), threads=1))
@@ -135,7 +139,7 @@ def test_signed_bytes_carry_the_same_codes(name, file):
     assert kinds == {onnx.TensorProto.INT8, onnx.TensorProto.FLOAT}
 
 
-@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.NAMED)
 def test_every_integer_layer_is_computed_with_integers(name):
     """By name, after the runtime's own optimisations: one that falls out is a float layer."""
     model = optimized(written(name, "w4a4"))

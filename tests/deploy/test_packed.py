@@ -22,6 +22,7 @@ CASES = {
     "two_stage": ("two_stage", "w2a2", {"grid": "centred"}),
     "qdetr": ("detr", "w4a4", {"grid": "offset", "align_queries": True}),
     "float": ("detr", "float", {}),
+    "lite": ("lite", "w4a4", {}),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -11,10 +12,13 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.interop import names, recognise, variant
 from aqdetr_jax.interop.convert import convert, default_name, model_config
 from aqdetr_jax.interop.tables import TABLES
+from aqdetr_jax.models.backbone import build_backbone
 from aqdetr_jax.models.detector import build_detector, example_input
+from aqdetr_jax.models.efficientnet_lite import EfficientNetLiteConfig
 from aqdetr_jax.models.resnet import BackboneConfig, ResNet, resnet_config
 from aqdetr_jax.training.experiment import load_experiment
 
@@ -135,3 +139,88 @@ def test_folders_of_timm(tmp_path):
     assert set(loaded) == set(params)
     for path, value in params.items():
         np.testing.assert_array_equal(loaded[path], value)
+
+
+LITE = EfficientNetLiteConfig("efficientnet_lite")
+
+
+@functools.cache
+def lite_in_timms_names():
+    """Random arrays of a whole Lite0, classifier included, in the order of torch's modules."""
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    made = jax.eval_shape(build_backbone(LITE).init, jax.random.key(0), images)
+    shapes = flat_shapes({group: {"backbone": tree} for group, tree in made.items()})
+    rng = np.random.default_rng(0)
+    params, stats = (
+        {path: rng.random(shape, np.float32) for path, shape in group.items()} for group in shapes
+    )
+    state = names.untranslate(params, stats, TABLES["timm_efficientnet_lite"])
+    state |= {"conv_head.weight": np.zeros((4, 320, 1, 1), np.float32)}
+    state |= {f"bn2.{part}": np.zeros(4, np.float32) for part in ("weight", "running_mean")}
+    return state | {"classifier.bias": np.zeros(3, np.float32)}, params, stats
+
+
+def in_pytorchs_names(state):
+    """Blocks counted through the network; names of a block's parts by what they do."""
+    blocks = [(0, 0), *((s, b) for s, n in enumerate((0, 2, 2, 3, 3, 4, 1)) for b in range(n))]
+    parts = {"conv_pw": "_expand_conv", "conv_dw": "_depthwise_conv", "conv_pwl": "_project_conv"}
+    parts |= {"bn1": "_bn0", "bn2": "_bn1", "bn3": "_bn2"}
+    first = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    ends = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1"}
+    found = {}
+    for name, array in state.items():
+        pieces = name.split(".")
+        if pieces[0] == "blocks":
+            block = blocks.index((int(pieces[1]), int(pieces[2])))
+            part = (parts if block else first)[pieces[3]]
+            found[f"_blocks.{block}.{part}.{pieces[4]}"] = array
+        else:
+            found[f"{ends.get(pieces[0], '_fc')}.{pieces[1]}"] = array
+    return found
+
+
+@pytest.mark.parametrize("naming", ["timm", "pytorch"])
+def test_efficientnet_lite(naming, tmp_path):
+    state, params, stats = lite_in_timms_names()
+    if naming == "pytorch":
+        state = in_pytorchs_names(state)
+    save_file(state, tmp_path / "lite.safetensors")
+    made = convert(tmp_path / "lite.safetensors", tmp_path / "out")
+    bundle = load_model(tmp_path / "out")
+    assert bundle.config.backbone == LITE
+    assert bundle.info["name"] == "efficientnet_lite0"
+    # Of bytes (x - 127) / 128, which goes where the model goes.
+    np.testing.assert_allclose(np.multiply(bundle.config.pixel_mean, 255), 127)
+    np.testing.assert_allclose(np.multiply(bundle.config.pixel_std, 255), 128)
+    found = traverse_util.flatten_dict(bundle.variables["params"], sep="/")
+    assert found.keys() == params.keys()
+    for path, value in params.items():
+        np.testing.assert_array_equal(found[path], value)
+    for path, value in traverse_util.flatten_dict(bundle.variables["batch_stats"], sep="/").items():
+        # Theirs add 1e-3 to a variance, ours 1e-5.
+        shift = 1e-3 - 1e-5 if path.endswith("/var") else 0
+        np.testing.assert_allclose(value, stats[path] + shift, rtol=1e-6)
+    assert len(made.report.dropped) == 4
+
+
+def test_an_efficientnet_lite_that_is_none(tmp_path):
+    state, _, _ = lite_in_timms_names()
+    cut = {name: array for name, array in state.items() if not name.startswith("blocks.5.3")}
+    save_file(cut, tmp_path / "lite.safetensors")
+    message = r"depths=\(1, 2, 2, 3, 3, 3, 1\) and widths=.*, which none has of efficientnet_lite0"
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "lite.safetensors", tmp_path / "out")
+    source = tmp_path / "folder"
+    source.mkdir()
+    save_file(state, source / "model.safetensors")
+    for architecture, reason in (
+        ("tf_efficientnet_lite1", "depths=.*architecture='tf_efficientnet_lite1'"),
+        ("resnet18", r"depths=\(1, 2, 2, 3, 3, 4, 1\), but its config.json .*resnet18"),
+        ("efficientnet_lite0", "architecture='efficientnet_lite0'; of timm's folders .*tf_effic"),
+    ):
+        (source / "config.json").write_text(json.dumps({"architecture": architecture}))
+        with pytest.raises(ValueError, match=reason):
+            convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (source / "config.json").write_text(json.dumps({"architecture": "tf_efficientnet_lite0"}))
+    assert convert(source, tmp_path / "out").bundle.config.backbone == LITE

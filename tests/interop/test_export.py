@@ -25,6 +25,7 @@ from aqdetr_jax.io import read_json
 from aqdetr_jax.models import attention, deformable_attention, quantized
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.detector import build_detector
+from aqdetr_jax.models.efficientnet_lite import EfficientNetLiteConfig
 from aqdetr_jax.models.resnet import BasicBlock, Bottleneck, resnet_config
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.config import QuantConfig
@@ -430,6 +431,9 @@ def test_default_configuration_is_detr_r50():
     from aqdetr_jax.interop.huggingface import unsupported
 
     assert not unsupported(DetrConfig())
+    lite = DetrConfig(EfficientNetLiteConfig("efficientnet_lite"))
+    (reason,) = unsupported(lite)
+    assert reason.startswith("model.backbone.kind='efficientnet_lite' (")
     settings = settings_of(DetrConfig(), [str(i) for i in range(91)])
     wanted = {"d_model": 256, "encoder_layers": 6, "encoder_ffn_dim": 2048, "num_queries": 100}
     assert {key: settings[key] for key in wanted} == wanted

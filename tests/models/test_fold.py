@@ -108,5 +108,5 @@ def test_names():
     assert convolution_of("backbone/layer1_0/norm2") == "backbone/layer1_0/conv2"
     assert convolution_of("layer1_0/shortcut_norm") == "layer1_0/shortcut"
     assert convolution_of("stem_norm") == "stem"
-    with pytest.raises(ValueError, match="encoder/norm is no batch norm of a ResNet"):
+    with pytest.raises(ValueError, match="encoder/norm is no batch norm of a backbone"):
         convolution_of("encoder/norm")

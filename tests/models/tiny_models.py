@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from aqdetr_jax.models.config import DeformableConfig, DetrConfig
 from aqdetr_jax.models.detector import build_detector
+from aqdetr_jax.models.efficientnet_lite import EfficientNetLiteConfig
 from aqdetr_jax.models.resnet import BackboneConfig
 from aqdetr_jax.quant.policy import stock_policy
 
@@ -43,6 +44,13 @@ DEFORMABLE = {
     ),
 }
 CONFIGS = {"detr": DETR, **DEFORMABLE}
+LITE = dataclasses.replace(
+    PLAIN,
+    backbone=EfficientNetLiteConfig("efficientnet_lite", width=0.25, depth=0.4),
+    deformable=dataclasses.replace(PLAIN.deformable, levels=2),
+)
+"""On an EfficientNet-Lite; for what is done with a backbone."""
+NAMED = {**CONFIGS, "lite": LITE}
 BUCKET = (24, 32)
 
 
@@ -60,14 +68,14 @@ def batch(fill=0, bucket=BUCKET, sizes=((24, 20), (16, 32))):
 @functools.cache
 def variables_of(name, policy="float", **options):
     """Random values in every variable, whatever its initialiser says."""
-    module = build_detector(CONFIGS[name], stock_policy(policy, **options))
+    module = build_detector(NAMED[name], stock_policy(policy, **options))
     return tiny.random_variables(module, *batch())
 
 
 @functools.cache
 def model(name, policy="float", auxiliary=False, arithmetic="fake", **options):
     """Jitted inference, (variables, images, mask) -> DetrOutput."""
-    module = build_detector(CONFIGS[name], stock_policy(policy, arithmetic=arithmetic, **options))
+    module = build_detector(NAMED[name], stock_policy(policy, arithmetic=arithmetic, **options))
     return jax.jit(lambda v, images, mask: module.apply(v, images, mask, auxiliary=auxiliary))
 
 

@@ -1,13 +1,17 @@
-"""ReLU and softmax that keep their outputs: values and gradients of jax's, in the input's dtype."""
+"""ReLU, ReLU6 and softmax that keep their outputs: jax's values and gradients, in their dtype."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aqdetr_jax.ops.activations import relu, softmax
+from aqdetr_jax.ops.activations import relu, relu6, softmax
 
-PAIRS = {"relu": (relu, jax.nn.relu), "softmax": (softmax, jax.nn.softmax)}
+PAIRS = {
+    "relu": (relu, jax.nn.relu),
+    "relu6": (relu6, jax.nn.relu6),
+    "softmax": (softmax, jax.nn.softmax),
+}
 
 
 def case(dtype):
@@ -16,6 +20,8 @@ def case(dtype):
     x[0, 0] = 0
     x[1, 2, 5:] = -1e9  # padded keys
     x[2, :, 3] = -0.0
+    x[3, :, 4] = 6.0
+    x[3, :, 5] = 9.0
     return jnp.asarray(x, dtype), jnp.asarray(rng.normal(size=x.shape), dtype)
 
 

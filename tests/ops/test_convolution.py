@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scipy import signal
 
 from aqdetr_jax.ops import convolution
-from aqdetr_jax.ops.convolution import Window, convolve, input_gradient, kernel_gradient
+from aqdetr_jax.ops.convolution import (
+    Window,
+    convolve,
+    input_gradient,
+    kernel_gradient,
+    same_padding,
+)
+from aqdetr_jax.quant.product import Conv
 
 
 def taps(window, kernel, result):
@@ -110,6 +118,124 @@ def test_every_direction_against_sums_over_taps(
         close(mine, expected)
 
 
+def spread(x, gaps):
+    """A plane with ``gap - 1`` zeros between neighbours."""
+    out = np.zeros([g * (n - 1) + 1 for g, n in zip(gaps, x.shape, strict=True)])
+    out[:: gaps[0], :: gaps[1]] = x
+    return out
+
+
+def by_scipy(window, x, kernel, g):
+    """Depthwise result and gradients, a plane at a time, of SciPy's two-dimensional filters."""
+    y, dx, dk = np.zeros(g.shape), np.zeros(x.shape), np.zeros(kernel.shape)
+    (top, _), (left, _) = window.padding
+    for b, c in np.ndindex(len(x), x.shape[3]):
+        plane = np.pad(x[b, :, :, c].astype(float), window.padding)
+        weights = spread(kernel[:, :, 0, c], window.dilation)
+        coarse = g[b, :, :, c].astype(float)
+        y[b, :, :, c] = signal.correlate2d(plane, weights, "valid")[
+            :: window.strides[0], :: window.strides[1]
+        ]
+        fine = np.zeros([n - r + 1 for n, r in zip(plane.shape, weights.shape, strict=True)])
+        fine[:: window.strides[0], :: window.strides[1]] = coarse
+        full = signal.convolve2d(fine, weights, "full")
+        dx[b, :, :, c] = full[top : top + x.shape[1], left : left + x.shape[2]]
+        dk[:, :, 0, c] += signal.correlate2d(plane, fine, "valid")[
+            :: window.dilation[0], :: window.dilation[1]
+        ]
+    return y, dx, dk
+
+
+def depthwise_case(seed, kernel, window, size, channels, draw):
+    rng = np.random.default_rng(seed)
+    reach = [d * (k - 1) + 1 for d, k in zip(window.dilation, kernel, strict=True)]
+    size = [max(n, r) for n, r in zip(size, reach, strict=True)]
+    x, w = (draw(rng, s).astype("f4") for s in ((2, *size, channels), (*kernel, 1, channels)))
+    shape = jax.eval_shape(lambda x, w: convolve(window, x, w, jnp.float32), x, w).shape
+    return x, w, draw(rng, shape).astype("f4")
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    kernel=st.sampled_from([(3, 3), (5, 5), (2, 3), (1, 1)]),
+    strides=pairs(st.integers(1, 3), st.integers(1, 3)),
+    dilation=pairs(st.integers(1, 2), st.integers(1, 2)),
+    padding=pairs(*[pairs(st.integers(0, 2), st.integers(0, 2))] * 2),
+    size=pairs(st.integers(1, 11), st.integers(1, 11)),
+    channels=st.sampled_from([1, 3, 8]),
+)
+@settings(max_examples=15)
+def test_depthwise_in_every_direction_against_scipy(
+    seed, kernel, strides, dilation, padding, size, channels
+):
+    window = Window(strides, padding, dilation, depthwise=True)
+    x, w, g = depthwise_case(seed, kernel, window, size, channels, lambda r, s: r.normal(size=s))
+    got = jax.jit(functools.partial(all_directions, window))(x, w, g)
+    for mine, expected in zip(got, by_scipy(window, x, w, g), strict=True):
+        assert mine.dtype == jnp.float32
+        close(mine, expected)
+
+
+DEPTHWISE = Window((2, 2), ((1, 2), (1, 2)), depthwise=True)
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_depthwise_sums_of_integers_are_exact(dtype):
+    given = depthwise_case(3, (5, 5), DEPTHWISE, (8, 12), 4, lambda rng, s: rng.integers(-8, 8, s))
+    low = [jnp.asarray(a, dtype) for a in given]
+    got = jax.jit(functools.partial(all_directions, DEPTHWISE))(*low)
+    for mine, exact in zip(got, by_scipy(DEPTHWISE, *given), strict=True):
+        np.testing.assert_array_equal(mine, exact)
+
+
+def test_whole_depthwise_numbers_stay_whole():
+    x, w, g = depthwise_case(
+        3, (5, 5), DEPTHWISE, (8, 12), 4, lambda rng, s: rng.integers(-128, 128, s)
+    )
+    got = jax.jit(
+        lambda x, w: Conv(depthwise=True, strides=(2, 2), padding=DEPTHWISE.padding).integers(x, w)
+    )(x.astype(np.int32), w.astype(np.int32))
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, by_scipy(DEPTHWISE, x, w, g)[0])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_depthwise_forms_by_platform(platform):
+    """A CPU has no convolution of single channels; accelerators are left XLA's."""
+    given = depthwise_case(3, (3, 3), DEPTHWISE, (8, 12), 4, lambda rng, s: rng.normal(size=s))
+    traced = jax.jit(functools.partial(all_directions, DEPTHWISE)).trace(*given)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.convolution") == (0 if platform == "cpu" else 3)
+    assert "stablehlo.dot_general" not in text
+    assert ("stablehlo.while" in text) == (platform == "cpu")
+
+
+def test_derivatives_of_a_depthwise_convolution():
+    x, w, g = depthwise_case(4, (3, 3), DEPTHWISE, (8, 12), 4, lambda rng, s: rng.normal(size=s))
+    _, pullback = jax.vjp(lambda x, w: convolve(DEPTHWISE, x, w, jnp.float32), x, w)
+    for mine, expected in zip(pullback(g), by_scipy(DEPTHWISE, x, w, g)[1:], strict=True):
+        close(mine, expected)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "stride", "padding"),
+    # TensorFlow: ceil(n / stride) results; of an odd number of zeros one more after the end.
+    [
+        (8, 3, 2, (0, 1)),
+        (7, 3, 2, (1, 1)),
+        (8, 5, 2, (1, 2)),
+        (7, 5, 2, (2, 2)),
+        (8, 5, 1, (2, 2)),
+        (1, 3, 2, (1, 1)),
+        (6, 1, 2, (0, 0)),
+    ],
+)
+def test_same_padding(length, size, stride, padding):
+    assert same_padding((length, 8), size, stride)[0] == padding
+    assert same_padding((8, length), size, stride)[1] == padding
+
+
 SHAPES = {
     "pointwise": ((1, 1), Window(), (2, 6, 5, 8), 4),
     "pointwise_wide": ((1, 1), Window(), (2, 6, 5, 4), 8),
@@ -194,3 +320,38 @@ def test_dtype_of_a_bfloat16_kernel_gradient_by_platform(platform, dtype):
     (line,) = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     assert line.endswith(f"-> tensor<3x3x4x4x{dtype}>")
     assert jax.eval_shape(gradient, x, x).dtype == jnp.float32
+
+
+def test_a_batch_of_several_devices_stays_where_it_is(run_python):
+    """The loop over rows sums no images, so that only the finished gradient is added up."""
+    run_python(
+        """
+        import re
+
+        import jax
+        import jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        from aqdetr_jax.ops.convolution import Window, convolve
+        from aqdetr_jax.parallel.mesh import make_mesh
+
+        mesh, window = make_mesh(data=2), Window((2, 2), ((1, 2), (1, 2)), depthwise=True)
+
+        def total(x, kernel):
+            return jnp.sum(jnp.sin(convolve(window, x, kernel, jnp.float32)))
+
+        x, kernel = (
+            jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+            for shape, spec in (
+                ((4, 16, 24, 8), PartitionSpec("data")),
+                ((5, 5, 1, 8), PartitionSpec()),
+            )
+        )
+        with jax.set_mesh(mesh):
+            text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(x, kernel).compile().as_text()
+        collective = r"= (\\S+) (?:all-|collective-|reduce-scatter)[a-z-]*\\("
+        found = re.findall(collective, text)
+        assert len(found) == 1 and found[0].startswith("f32[25,8]"), found
+        """,
+        devices=2,
+    )

@@ -173,6 +173,15 @@ def test_source_that_does_not_fit_is_refused(calibrated):
 # --- classes -------------------------------------------------------------------------------------
 
 
+def test_a_source_of_other_pixels_is_refused(calibrated):
+    """What the first layers have learnt is of values of another mean and spread."""
+    config, module, teacher, _, _ = calibrated
+    other = dataclasses.replace(teacher.config, pixel_mean=(0.5, 0.5, 0.5))
+    source = dataclasses.replace(teacher, config=other)
+    with pytest.raises(ValueError, match=r"set config\.model\.pixel_mean=\(0\.5, 0\.5, 0\.5\)"):
+        initial.initial_variables(config, module, source, None)
+
+
 def test_class_heads_of_a_two_stage_model_follow_the_names():
     options = DeformableConfig(levels=3, stages=2, norm_groups=8, box_refine=True, two_stage=True)
     model = dataclasses.replace(tiny.MODEL, family="deformable", deformable=options)

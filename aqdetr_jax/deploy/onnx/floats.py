@@ -13,6 +13,7 @@ from aqdetr_jax.deploy.onnx.graph import Graph, Value, tensor_type
 from aqdetr_jax.deploy.onnx.tensors import Coded, Map, MapSum, Sums
 from aqdetr_jax.deploy.operations import Operations, Tensor
 from aqdetr_jax.deploy.parts import Norm
+from aqdetr_jax.ops.activations import SIX
 
 EPSILON = 1e-5
 """Of the norms."""
@@ -116,6 +117,12 @@ class FloatOperations(Operations):
         if isinstance(x, Map):
             return Map(self.elementwise("Relu", x.value))
         return self.elementwise("Relu", x)
+
+    def relu6(self, x: Tensor) -> Tensor:
+        """See ``Operations``."""
+        if isinstance(x, Sums):
+            return dataclasses.replace(x, rectified=True, ceiling=SIX)
+        return Map(self.clip(x.value, 0.0, SIX))
 
     def softmax(self, x: Tensor) -> Tensor:
         """See ``Operations``."""

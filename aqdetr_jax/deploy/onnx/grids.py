@@ -65,6 +65,9 @@ class GridOperations(FloatOperations):
         steps, low, high = np.asarray(grid.step, np.float32), kind.low, kind.high
         if getattr(x, "rectified", False):
             low = np.maximum(low, kind.zero)
+        if getattr(x, "ceiling", None) is not None:
+            # Rounding keeps the order, so that the end may be rounded before the comparison.
+            high = np.minimum(high, kind.zero + np.rint(np.float32(x.ceiling) / steps).astype(int))
         is_map, back = isinstance(x, Map | MapSum), None
         if isinstance(x, Sums):
             is_map, fused = x.source.is_map, kind.is_bytes and x.source.carrier.is_bytes

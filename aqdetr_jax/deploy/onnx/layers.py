@@ -68,7 +68,14 @@ class LayerOperations(GridOperations):
         layer = self._whole(x.layer, sign)
         y = self.convolved_floats(self._operand(x.source, whole=True), layer)
         y = self.elementwise("Mul", self.max_pooled(y), np.abs(x.layer.unit)[:, None, None])
-        return Map(self.elementwise("Relu", y) if x.rectified else y)
+        return Map(self._ended(x, y))
+
+    def _ended(self, x: Sums | MapSum, y: Value) -> Value:
+        """Floats of sums after the ReLU or ReLU6 that follows them, if one does."""
+        ceiling = x.ceiling if isinstance(x, Sums) else None
+        if ceiling is not None:
+            return self.clip(y, 0.0, ceiling)
+        return self.elementwise("Relu", y) if x.rectified else y
 
     def _operand(self, x: Tensor, *, whole: bool) -> Value:
         """Floats; of codes the whole numbers or what they stand for."""
@@ -222,7 +229,7 @@ class LayerOperations(GridOperations):
             return self.dequantize(x).value
         if isinstance(x, MapSum):
             y = self.elementwise("Add", self.map_floats(x.a), self.map_floats(x.b))
-            return self.elementwise("Relu", y) if x.rectified else y
+            return self._ended(x, y)
         if isinstance(x, Sums):
             batch, channels, height, width = x.shape
             cells = self.transposed(self.value(x), (0, 2, 1))
@@ -240,10 +247,7 @@ class LayerOperations(GridOperations):
         """See ``Operations``."""
         if isinstance(x, Sums):
             return self.value(x)
-        value = self.map_floats(x)
-        batch, channels, height, width = value.shape
-        cells = self.reshaped(value, (batch, channels, height * width))
-        return self.transposed(cells, (0, 2, 1))
+        return self._cells(self.map_floats(x))
 
     def to_map(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """See ``Operations``."""
@@ -273,19 +277,34 @@ class LayerOperations(GridOperations):
 
     def sums_as_floats(self, x: Sums) -> Value:
         """See ``FloatOperations``; of a map the cells in a row, [B, H * W, N]."""
-        if x.source.is_map:
-            x = self._as_rows(x)
-        y = self.times(x, x.layer.unit)
-        if x.rectified:
-            y = self.elementwise("Relu", y)
+        y = (
+            self._of_channels(x)
+            if is_depthwise(x.layer)
+            else self.times(self._as_rows(x), x.layer.unit)
+        )
+        y = self._ended(x, y)
         # Not as rows: a runtime would not fuse a product whose result goes to a quantizer, too.
         return dataclasses.replace(y, rows=None)
+
+    def _of_channels(self, x: Sums) -> Value:
+        """Values of a depthwise convolution: a matrix has no room for one; whole float numbers."""
+        layer = self._whole(x.layer)
+        y = self.convolved_floats(self._operand(x.source, whole=True), layer)
+        return self._cells(self.elementwise("Mul", y, x.layer.unit[:, None, None]))
+
+    def _cells(self, value: Value) -> Value:
+        """[B, C, H, W] -> [B, H * W, C]."""
+        batch, channels, height, width = value.shape
+        cells = self.reshaped(value, (batch, channels, height * width))
+        return self.transposed(cells, (0, 2, 1))
 
     def _as_rows(self, x: Sums) -> Sums:
         """A convolution as a dense layer of every window's cells: floats want no convolution.
 
         (A convolution whose output stays float is not computed with integers.)
         """
+        if not x.source.is_map:
+            return x
         batch, channels, height, width = x.shape
         patches = self._patches(x.source, x.layer, (height, width))
         patches = self.transposed(patches, (0, 2, 3, 1))
@@ -294,7 +313,7 @@ class LayerOperations(GridOperations):
         source = Coded(
             self.of_rows(rows, (*shape[:2], rows.shape[1])), x.source.grid, x.source.carrier
         )
-        return Sums(source, x.layer, shape, x.rectified)
+        return dataclasses.replace(x, source=source, shape=shape)
 
     def _patches(self, x: Coded, layer: Layer, size: tuple[int, int]) -> Value:
         """[B, C, H, W] -> [B, kh * kw * C, H', W'], what the kernel sees."""
@@ -338,7 +357,13 @@ def window(layer: Layer) -> dict[str, Any]:
         "strides": list(w.strides),
         "dilations": list(w.dilation),
         "pads": [top, left, bottom, right],
+        **({"group": _values(layer).shape[3]} if w.depthwise else {}),
     }
+
+
+def is_depthwise(layer: Layer) -> bool:
+    """Whether a layer is a convolution of each channel with a kernel of its own."""
+    return layer.window is not None and layer.window.depthwise
 
 
 def convolved_shape(shape: tuple[int, ...], layer: Layer) -> tuple[int, int, int, int]:

@@ -70,12 +70,14 @@ class Sums:
       layer: which is integer.
       shape: of the result, [..., N] or [B, N, H, W].
       rectified: a ReLU follows.
+      ceiling: where it ends, for a ReLU6.
     """
 
     source: Coded
     layer: Layer
     shape: tuple[int, ...]
     rectified: bool = False
+    ceiling: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""Defects of circuit boards (DeepPCB: COCO folder, 640x640 scans, 6 classes), float and 4-bit.
+
+aqdetr pretrain --config=configs/deeppcb.py:pretrain --workdir=runs/deeppcb_pretrain
+aqdetr train    --config=configs/deeppcb.py:teacher  --workdir=runs/deeppcb_teacher
+aqdetr train    --config=configs/deeppcb.py:VARIANT  --workdir=runs/deeppcb_VARIANT
+
+VARIANT: "lsq", "lsq_plus", "qdetr", "auxiliary", "distill" or "aqdetr" (all 4-bit); of Deformable
+DETR "deformable-pretrain", "deformable-teacher", "deformable-aqdetr" and so on; on EfficientNet-
+Lite0 with ImageNet weights (configs/lite0.py) "lite-teacher", "deformable-lite-teacher" etc.
+Add --config.data.root=FOLDER, which holds train/, test/ and annotations/ (1000 and 500 images).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import lite0
+
+
+def get_config(variant: str = "teacher") -> ConfigDict:
+    """``variant``: see ``lite0.named``."""
+    config, family, kind = lite0.named("deeppcb", variant)
+    config.data = ConfigDict(
+        dict(
+            kind="coco",
+            root="",
+            train_images="train",
+            train_annotations="annotations/instances_train.json",
+            eval_images="test",
+            eval_annotations="annotations/instances_test.json",
+            max_boxes=16,
+            # Half size: half of the defects are 14 to 19 pixels large then.
+            buckets=((320, 320),),
+            eval_short_side=320,
+            eval_max_size=320,
+            augment=dict(
+                scales=(288, 304, 320),
+                max_size=320,
+                crop_probability=0.3,
+                crop_resize=(320, 352, 384),
+                crop_size=(240, 320),
+            ),
+        )
+    )
+    # 7 defects an image, 15 at most.
+    auxiliary = 80 if config.model.num_auxiliary else 0
+    config.model.update(num_queries=40, num_auxiliary=auxiliary)
+    if family == "deformable" and "lite" not in variant:
+        # Strides 8, 16 and 32: a defect is a cell of the second.
+        config.model.deformable.update(levels=3, stages=2)
+    steps = {"pretrain": 1000, "teacher": 3600}.get(kind, 720)
+    if family == "deformable":
+        steps = steps * 2 // 3
+    config.train.update(steps=steps, epochs=0.0)
+    config.train.eval_every = 0 if kind == "pretrain" else steps // 3
+    return config
