@@ -41,6 +41,26 @@ def pretrain(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     train(arguments, overrides, pretrain=True)
 
 
+def rerun(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Does a run again from its manifest."""
+    from aqdetr_jax.parallel.hosts import initialize_distributed, say
+    from aqdetr_jax.training.rerun import format_rerun, rerun
+
+    initialize_distributed()
+    made = rerun(arguments.manifest, arguments.workdir)
+    say(format_rerun(made))
+    return int(not made["equal"])
+
+
+def replay(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Takes the step of a dump again."""
+    from aqdetr_jax.training.dump import format_replay, replay
+
+    made = replay(arguments.dump)
+    print(format_replay(made))
+    return int(not made["reproduced"])
+
+
 def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Judges a model."""
     from aqdetr_jax.deploy.load import open_model

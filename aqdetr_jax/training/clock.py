@@ -64,6 +64,10 @@ class RunClock:
     Args:
       now: seconds.
       wait: returns when a value has been computed.
+
+    Attributes:
+      started_steps: steps given to the devices.
+      finished_steps: steps that they have done.
     """
 
     def __init__(
@@ -79,6 +83,12 @@ class RunClock:
         self._steps: queue.Queue[tuple[float, Any] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self.total = dict.fromkeys(PARTS, 0.0)
+        self.started_steps = self.finished_steps = 0
+
+    @property
+    def part(self) -> str:
+        """What the host is busy with."""
+        return self._part
 
     @contextlib.contextmanager
     def within(self, part: str) -> Iterator[None]:
@@ -105,6 +115,7 @@ class RunClock:
             self._thread.start()
         start = self._now()
         state, metrics = run(*arguments)
+        self.started_steps += 1
         self._steps.put((start, jax.tree.leaves(metrics)[0]))
         if len(self._segments) >= _MANY:
             self._fold()
@@ -164,5 +175,6 @@ class RunClock:
             done = self._now()
             self._busy.append((max(start, last), done))
             last = done
+            self.finished_steps += 1
             del item, value
             self._steps.task_done()

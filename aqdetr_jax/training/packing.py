@@ -59,6 +59,12 @@ class Packing:
         self._shapes = shapes
         self.groups = {"alone": unflatten_dict(alone), "packed": {g: g for g in self._packed}}
 
+    @property
+    def names(self) -> list[str]:
+        """What the leaves of a packed tree are, in their order: a parameter, or a group of them."""
+        paths = jax.tree_util.tree_leaves_with_path(self.groups)
+        return [_name([key.key for key in path]) for path, _ in paths]
+
     def pack(self, tree: Any) -> dict[str, Any]:
         """A tree like the parameters' as ``{"alone": tree, "packed": {group: vector}}``."""
         leaves = flatten_dict(tree)
@@ -82,6 +88,16 @@ class Packing:
                 leaves[path] = _slice(packed["packed"][group], start, stop).reshape(shape)
                 start = stop
         return unflatten_dict(leaves)
+
+
+def _name(keys: list[str]) -> str:
+    if keys[0] == "alone":
+        return "/".join(keys[1:])
+    return {
+        "steps": "a step size",
+        "backbone": "a bias or norm of the backbone",
+        "slow": "a slow bias or norm",
+    }.get(keys[1], "a bias or norm")
 
 
 def _slice(vector: Array, start: int, stop: int) -> Array:

@@ -22,7 +22,7 @@ from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.losses import matching
 from aqdetr_jax.parallel.mesh import AXES
-from aqdetr_jax.training import assemble, loop, setup
+from aqdetr_jax.training import assemble, initial, loop, setup
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.notices import TrainingDivergedError
 from aqdetr_jax.training.state import TrainState
@@ -219,7 +219,7 @@ def test_killed_and_stopped_and_resumed_equals_straight(
     def no_second_start(*_, **__):
         raise AssertionError("a resumed run was initialised or calibrated again")
 
-    monkeypatch.setattr(loop.initial, "initial_variables", no_second_start)
+    monkeypatch.setattr(initial, "initial_variables", no_second_start)
     put_batch, placed = loop.put_batch, []
 
     def stopped(batch, mesh):

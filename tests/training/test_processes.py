@@ -23,7 +23,7 @@ sys.path.insert(0, "tests")
 import jax
 import numpy as np
 import tiny
-from aqdetr_jax.training import loop
+from aqdetr_jax.training import initial, loop
 from aqdetr_jax.parallel.hosts import initialize_distributed
 
 port, index, folder, die_at = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
@@ -43,13 +43,13 @@ def counted(batch, mesh):
 loop.put_batch = counted
 
 # What another machine's arithmetic may do: process 1 starts from other numbers. Process 0's count.
-initial_variables = loop.initial.initial_variables
+initial_variables = initial.initial_variables
 
 def elsewhere(*arguments):
     values, report = initial_variables(*arguments)
     return jax.tree.map(lambda x: x + np.float32(0.01 * index), values), report
 
-loop.initial.initial_variables = elsewhere
+initial.initial_variables = elsewhere
 # Six evaluation images in batches of four: the last one is filled up.
 train = dataclasses.replace(tiny.FLOAT.train, steps=4, eval_every=4)
 model = dataclasses.replace(tiny.MODEL, decoder_layers=1)
