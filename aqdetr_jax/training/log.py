@@ -116,7 +116,7 @@ class StepLog:
             with jax.transfer_guard("allow"):
                 earlier = self._earlier(done)
                 if bad and params is not None:
-                    bad = [f"parameter {name}" for name in bad_parameters(params)] or bad
+                    bad = [*(f"parameter {name}" for name in bad_parameters(params)), *bad]
         self._recent.clear()
         check_step(done, values, replaced, new, train.abort_after, bad=bad, earlier=earlier)
         self._progress.update(done, _shown(values), lap)
