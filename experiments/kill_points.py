@@ -42,7 +42,7 @@ SMALL = (
     *("model.dim=32", "model.heads=2", "model.decoder_layers=2", "model.ffn=32"),
     *("train.batch_size=4", "train.eval_batch_size=4", "train.log_every=1"),
 )
-TEACHER = ("init_from=", "model.num_auxiliary=0", "model.auxiliary_groups=1", "train.steps=1")
+TEACHER = ("init_from=", "model.num_auxiliary=0", "train.steps=1")
 STUDENT = (
     *("model.num_auxiliary=12", "model.dropout=0.1", "quant.calibration_batches=1"),
     *("train.steps=8", "train.checkpoint_every=2", "train.eval_every=2"),
