@@ -1,7 +1,7 @@
 """Kill -9 at random points of step, save and evaluation; the same command again; the same bits?
 
 python experiments/kill_points.py --work=DIR [--points=50] [--two=10] [--seed=0] [--out=FILE]
-    [--workdirs=URL]
+    [--most=N] [--workdirs=URL]
 
 A small 4-bit student of the embedded set (auxiliary queries, distillation, dropout, moving average)
 is trained to its end without a stop, in one process and in two. Then, for every point, the same
@@ -125,7 +125,10 @@ def start(
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 if processes == 1 else 1}",
+        # Compiled quickly, to slower code: what is looked at is not its speed.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 if processes == 1 else 1} "
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
         "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
@@ -222,6 +225,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=50)
     parser.add_argument("--two", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--most", type=int, default=10**9, help="points tried in this call")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/kill_points.json"))
     options = parser.parse_args()
     if options.child:
@@ -263,9 +267,8 @@ def main() -> None:
         if (result["seed"], result["commit"]) != (options.seed, facts["commit"]):
             raise SystemExit(f"{options.out} is of another seed or commit: move it away")
     done = {point["point"] for point in result["points"]}
-    for point in draw(options.points, options.two, options.seed, times):
-        if point["point"] in done:
-            continue
+    drawn = draw(options.points, options.two, options.seed, times)
+    for point in [point for point in drawn if point["point"] not in done][: options.most]:
         name = f"point_{point['point']}"
         shutil.rmtree(work / name, ignore_errors=True)
         killed = start(command(name), work, point["processes"], point)
