@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import json
+import logging
 import os
 import platform
 import sys
@@ -28,6 +29,8 @@ from jax._src import distributed  # the only road to the key-value store
 from aqdetr_jax.host import EXIT_LOST
 from aqdetr_jax.io import write_text_atomic
 from aqdetr_jax.parallel.hosts import process_name
+
+logger = logging.getLogger(__name__)
 
 LOST_SECONDS = 30.0
 """Without a sign of life for so long, a process has ended."""
@@ -213,7 +216,9 @@ class Watch:
     def look(self) -> None:
         """One look: notes where this process is, and ends it if nothing moves or another ended."""
         if self._seconds:  # for what holds Python's lock, under which this thread cannot run
-            faulthandler.dump_traceback_later(1.5 * self._seconds + 60, exit=True)
+            with contextlib.suppress(Exception):  # of a program without an error stream
+                later = 1.5 * self._seconds + 60
+                faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__)
         now, place = self._now(), self._position()
         if place.mark != self._mark or place.part in UNWATCHED:
             self._mark, self._moved = place.mark, now
@@ -235,13 +240,13 @@ class Watch:
             try:
                 self.look()
                 unheard = 0.0
-            except Exception as error:  # the board is gone, and with it process 0; or this thread's
+            except jax.errors.JaxRuntimeError as error:  # the board is gone, and so is process 0
                 unheard += self._tick
                 if unheard > LOST_SECONDS:
-                    self._end(
-                        f"process 0 does not answer ({' '.join(str(error).split())[:200]})",
-                        stuck=False,
-                    )
+                    reason = " ".join(str(error).split())[:200]
+                    self._end(f"process 0 does not answer ({reason})", stuck=False)
+            except Exception:  # what watches must not end what it watches
+                logger.exception("the watch failed, and goes on")
 
     def _missed(self, now: float) -> None:
         """Ends this process if another has not moved its note for a while."""

@@ -153,7 +153,7 @@ def _first_difference(before: Path, after: Path) -> dict[str, Any]:
     steps = sorted(rows[0].keys() & rows[1].keys())
     for step in steps:
         one, other = rows[0][step], rows[1][step]
-        for name in one.keys() & other.keys():
+        for name in sorted(one.keys() & other.keys()):
             if one[name] != other[name] and not name.startswith(_CLOCK):
                 found = {"first_step": step, "metric": name, "values": [one[name], other[name]]}
                 return {**found, "steps_compared": len(steps)}
