@@ -1,7 +1,7 @@
 """Kill -9 at random points of step, save and evaluation; the same command again; the same bits?
 
 python experiments/kill_points.py --work=DIR [--points=50] [--two=10] [--seed=0] [--out=FILE]
-    [--most=N] [--workdirs=URL]
+    [--signal=TERM] [--most=N] [--workdirs=URL]
 
 A small 4-bit student of the embedded set (auxiliary queries, distillation, dropout, moving average)
 is trained to its end without a stop, in one process and in two. Then, for every point, the same
@@ -9,7 +9,8 @@ command is started, killed with SIGKILL at a random moment of a random step, sav
 two processes one is killed, and the other must end by itself), and started again. Compared with the
 run that was not stopped are the whole last training state, the kept model, every logged metric but
 those of speed, and the 12 numbers. Points are drawn from the seed and kept in the file one by one:
-the command goes on where it was stopped. ``--workdirs`` puts the work directories elsewhere (an
+the command goes on where it was stopped. ``--signal=TERM`` asks to stop instead, and keeps how long
+that takes. ``--workdirs`` puts the work directories elsewhere (an
 object store).
 """
 
@@ -19,6 +20,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -71,8 +73,12 @@ def child(spec: dict[str, Any]) -> None:
         seen[phase] += 1
         kill = spec.get("kill")
         if kill and kill["phase"] == phase and kill["nth"] == seen[phase]:
-            threading.Timer(kill["delay"], os.kill, (os.getpid(), 9)).start()
+            threading.Timer(kill["delay"], end_by, (kill["signal"],)).start()
         return time.perf_counter()
+
+    def end_by(number: int) -> None:
+        Path(spec["sent"]).write_text(str(time.time()))
+        os.kill(os.getpid(), number)
 
     def put_batch(batch, mesh):
         if "boxes" in batch:  # of a training step
@@ -116,8 +122,8 @@ def start(
     """Starts a command in one or more processes and waits for all of them.
 
     Returns:
-      Of each process the exit status, the last line that it said, and the seconds from the end of
-      the first to its own.
+      Of each process the exit status, the last line that it said, and the seconds from the signal
+      to its end.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -137,6 +143,7 @@ def start(
     for process in range(processes):
         spec = {"command": command, "processes": processes, "process": process}
         spec["coordinator"] = coordinator
+        spec["sent"] = str(work / "sent")
         if kill and kill["victim"] == process:
             spec["kill"] = kill
         if times and process == 0:
@@ -152,12 +159,12 @@ def start(
                 )
             )
     ends: dict[int, float] = {}
-    limit = time.monotonic() + CHILD_SECONDS
+    limit = time.time() + CHILD_SECONDS
     while len(ends) < processes:
         for i, process in enumerate(children):
             if i not in ends and process.poll() is not None:
-                ends[i] = time.monotonic()
-        if time.monotonic() > limit:
+                ends[i] = time.time()
+        if time.time() > limit:
             for process in children:
                 process.kill()
             raise RuntimeError(f"{command} hangs: {logs[0].read_text()[-2000:]}")
@@ -165,10 +172,11 @@ def start(
     first = min(ends.values())
     lines = [log.read_text(errors="replace").strip().splitlines() for log in logs]
     told = [[line for line in found if line.startswith("aqdetr: ")] for found in lines]
+    sent = float((work / "sent").read_text()) if kill else first
     return {
         "status": [process.returncode for process in children],
         "said": [(own or found or [""])[-1][:400] for own, found in zip(told, lines, strict=True)],
-        "seconds": [round(ends[i] - first, 1) for i in range(processes)],
+        "seconds": [round(ends[i] - sent, 1) for i in range(processes)],
     }
 
 
@@ -225,6 +233,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=50)
     parser.add_argument("--two", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     parser.add_argument("--most", type=int, default=10**9, help="points tried in this call")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/kill_points.json"))
     options = parser.parse_args()
@@ -256,6 +265,7 @@ def main() -> None:
         times[processes] = read_json(kept)
     facts = {
         "seed": options.seed,
+        "signal": options.signal,
         "commit": git_commit(),
         "versions": package_versions(),
         "workdirs": root.partition("://")[0] if "://" in root else "folder",
@@ -264,21 +274,22 @@ def main() -> None:
     result: dict[str, Any] = {**facts, "points": []}
     if options.out.is_file():
         result = read_json(options.out)
-        if (result["seed"], result["commit"]) != (options.seed, facts["commit"]):
-            raise SystemExit(f"{options.out} is of another seed or commit: move it away")
+        if any(result[key] != facts[key] for key in ("seed", "signal", "commit")):
+            raise SystemExit(f"{options.out} is of another seed, signal or commit: move it away")
     done = {point["point"] for point in result["points"]}
     drawn = draw(options.points, options.two, options.seed, times)
     for point in [point for point in drawn if point["point"] not in done][: options.most]:
         name = f"point_{point['point']}"
         shutil.rmtree(work / name, ignore_errors=True)
-        killed = start(command(name), work, point["processes"], point)
-        if killed["status"][point["victim"]] != -9:
-            raise RuntimeError(f"{point} was not killed: {killed}")
+        number = signal.Signals[f"SIG{options.signal}"]
+        killed = start(command(name), work, point["processes"], {**point, "signal": number})
+        # A run that is told to stop in its last step ends as usual.
+        allowed = (-9,) if options.signal == "KILL" else (75, 0)
+        if killed["status"][point["victim"]] not in allowed:
+            raise RuntimeError(f"{point} was not ended: {killed}")
         _must(start(command(name), work, point["processes"]))
         made, wanted = outcome(f"{root}/{name}"), straight[point["processes"]]
-        other = 1 - point["victim"]
-        if point["processes"] > 1:
-            point["other"] = {key: values[other] for key, values in killed.items()}
+        point["ended"] = killed
         point["equal"] = {key: made[key] == wanted[key] for key in made}
         result["points"].append(point)
         write_json_atomic(options.out, result)

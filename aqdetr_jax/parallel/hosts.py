@@ -204,34 +204,31 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._asked = 0
 
     def set(self) -> None:
         """Asks the run to stop."""
         self._event.set()
 
-    @property
-    def here(self) -> bool:
-        """Whether this process was asked to; the others may not have been."""
-        return self._event.is_set()
-
     def seen(self, step: int) -> bool:
         """Whether the run should stop after ``step``; the same answer on every process.
 
-        In a multi-process run the processes ask each other every tenth step: a signal rarely
-        reaches all of them within the same step.
+        A signal rarely reaches all processes of a run within the same step: JAX's preemption
+        service, which takes the signal there, tells the others, and all stop at the first question
+        that none of them has asked yet. Every process must ask the same questions.
         """
         if jax.process_count() == 1:
             return self._event.is_set()
-        if step % 10:
-            return False
-        flags = multihost_utils.process_allgather(np.int32(self._event.is_set()))
-        return bool(np.any(flags))
+        self._asked += 1
+        return bool(multihost_utils.reached_preemption_sync_point(self._asked))
 
     def handle(self, number: int, frame: object) -> None:
         """Signal handler."""
         if self._event.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._event.set()
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -241,7 +238,9 @@ def stop_request() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    old = {s: signal.signal(s, request.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    lone = jax.process_count() == 1
+    numbers = (signal.SIGTERM, signal.SIGINT) if lone else (signal.SIGINT,)
+    old = {number: signal.signal(number, request.handle) for number in numbers}
     try:
         yield request
     finally:
