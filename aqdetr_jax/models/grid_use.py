@@ -17,6 +17,9 @@ USAGE = "usage"
 SAMPLES = 32768
 """Values that a site (a head) is judged by."""
 
+ROUNDING = 1e-6
+"""Of values that should be alike, in parts of them."""
+
 
 class GridUse(NamedTuple):
     """How an operand uses its grid; one row for each step of an activation, one of a weight.
@@ -24,8 +27,8 @@ class GridUse(NamedTuple):
     Attributes:
       clipped: float32 [H], share of the values that are beyond the grid's ends.
       used: float32 [H], share of the codes that some value has.
-      constant: float32 [H], whether all values have one code (0 or 1); of a weight, the share of
-        its channels in which they have.
+      constant: float32 [H], whether values that differ all have one code (0 or 1); of a weight, the
+        share of its channels in which they do.
     """
 
     clipped: Array
@@ -36,6 +39,12 @@ class GridUse(NamedTuple):
 def watched(module: nn.Module) -> bool:
     """Whether somebody wants to know how the grids of this call are used."""
     return module.is_mutable_collection(USAGE) and not module.is_initializing()
+
+
+def differ(values: Array, axis: int) -> Array:
+    """Whether values differ along an axis by more than rounding, bool."""
+    spread = jnp.max(values, axis) - jnp.min(values, axis)
+    return spread > ROUNDING * jnp.max(jnp.abs(values), axis)
 
 
 def of_values(
@@ -57,7 +66,7 @@ def of_values(
     rows = jnp.arange(len(ratio))[:, None]
     seen = jnp.zeros((len(ratio), spec.levels)).at[rows, codes.astype(jnp.int32)].max(1.0)
     used = jnp.sum(seen, axis=1)
-    constant = (used <= 1).astype(jnp.float32)
+    constant = ((used <= 1) & differ(ratio, 1)).astype(jnp.float32)
     return GridUse(jnp.mean(over, axis=1, dtype=jnp.float32), used / spec.levels, constant)
 
 
@@ -67,6 +76,7 @@ def note_activation(
     values: Array,
     spec: QuantSpec,
     grid: tuple[Array, Array, Array],
+    channels: Array | None = None,
 ) -> None:
     """Leaves the use of an activation's grid.
 
@@ -76,12 +86,16 @@ def note_activation(
       values: a sample of them, [n], or [H, n] where each head has its step.
       spec: the grid.
       grid: step, smallest and largest code, [] or [H, 1, 1].
+      channels: [K, n], samples of each channel before it was centred: a channel that never moves
+        (the first decoder layer's queries attend to values that are all alike) is the bias's.
     """
     values = jnp.atleast_2d(values).astype(jnp.float32)
     # To a column: one row of values for each step.
     step, lower, upper = (jnp.reshape(x, (-1, 1)) if x.ndim else x for x in grid)
     rectified = not spec.signed and not spec.zero_point
     use = of_values(values / step, lower, upper, spec, rectified=rectified)
+    if channels is not None:
+        use = use._replace(constant=use.constant * jnp.any(differ(channels, 1)))
     module.variable(USAGE, name, lambda: use).value = use
 
 
@@ -105,6 +119,7 @@ def note_weight(
     ratio = kernel.reshape(-1, kernel.shape[-1]) / step
     whole = of_values(ratio.reshape(1, -1), lower, upper, spec)
     codes = lsq.codes(ratio, jnp.ones(()), lower, upper)
-    constant = jnp.mean(jnp.max(codes, 0) == jnp.min(codes, 0), dtype=jnp.float32)
+    dead = (jnp.max(codes, 0) == jnp.min(codes, 0)) & differ(ratio, 0)
+    constant = jnp.mean(dead, dtype=jnp.float32)
     use = whole._replace(constant=constant.reshape(1))
     module.variable(USAGE, name, lambda: use).value = use

@@ -143,7 +143,7 @@ def activation_quantizer(
         module.variable(CODES, name, lambda: seen).value = seen
     if grid_use.watched(module):
         sampled = _sample(cast(Array, x), head_axis if shape else None, grid_use.SAMPLES)
-        grid_use.note_activation(module, name, sampled, spec, (step, lower, upper))
+        grid_use.note_activation(module, name, sampled, spec, (step, lower, upper), sample)
     count = math.prod(x.shape[1:]) // max(math.prod(shape), 1)
     return Quantizer(step, lower, upper, jnp.float32(lsq.gradient_scale(count, spec.upper)))
 

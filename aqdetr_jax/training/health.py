@@ -23,13 +23,16 @@ from aqdetr_jax.training.state import TrainState, variables
 
 logger = logging.getLogger(__name__)
 
+IMAGES = 8
+"""Images that are looked at; one a device where there are more devices."""
+
 SATURATED = 0.5
 """Share of clipped values above which a quantizer is said to be saturated [ours]: at its best step
 a grid of four codes clips a tenth of normally distributed values."""
 
 
 class QuantizerHealth:
-    """Looks at every quantizer with the batch of the step, one image a device.
+    """Looks at every quantizer with some images of the step's batch.
 
     Args:
       config: the experiment.
@@ -52,9 +55,14 @@ class QuantizerHealth:
         devices, split = mesh.shape["data"], batch_sharding(mesh)
 
         def look(state: Any, images: jax.Array, mask: jax.Array) -> Any:
-            one = slice(None, None, images.shape[0] // devices)
+            # The first ones of each device.
+            each = min(-(-IMAGES // devices), images.shape[0] // devices)
+            images, mask = (
+                x.reshape(devices, -1, *x.shape[1:])[:, :each].reshape(-1, *x.shape[1:])
+                for x in (images, mask)
+            )
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                _, seen = module.apply(state, images[one], mask[one], mutable=[USAGE])
+                _, seen = module.apply(state, images, mask, mutable=[USAGE])
             return seen[USAGE]
 
         def shapes(bucket: tuple[int, int]) -> tuple[jax.ShapeDtypeStruct, ...]:

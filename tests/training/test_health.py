@@ -29,7 +29,10 @@ from aqdetr_jax.training.state import TrainState
         # Where the grid does the ReLU, what is below 0 is no loss.
         (QuantSpec(2, signed=False), [-9.0, 0.0, 3.4, 3.6], 0.25, 0.5, 0),
         (QuantSpec(4), [0.4, -0.4, 0.2, 0.0], 0.0, 1 / 16, 1),
-        (QuantSpec(4), [90.0] * 4, 1.0, 1 / 16, 1),
+        (QuantSpec(4), [90.0, 91.0, 92.0, 93.0], 1.0, 1 / 16, 1),
+        # What never moves has nothing to lose.
+        (QuantSpec(4), [0.0] * 4, 0.0, 1 / 16, 0),
+        (QuantSpec(4), [3.0, 3.000001, 3.0, 3.0], 0.0, 1 / 16, 0),
     ],
 )
 def test_use_of_a_grid_by_hand(spec, values, clipped, used, constant):
@@ -77,6 +80,7 @@ def test_a_look_at_a_model_is_that_of_all_its_codes(calibrated, caplog):
     state = state_of(variables["params"], variables["batch_stats"])
     with caplog.at_level(logging.WARNING, logger="aqdetr_jax"):
         metrics = health.look(3, state, placed)
+    assert metrics["quantizers/dead"] == 0, caplog.text
     _, seen = module.apply(variables, batch["images"], batch["mask"], mutable=[CODES])
     codes = traverse_util.flatten_dict(jax.device_get(seen[CODES]), sep="/")
     rows = record_ops(module, variables, (64, 64))
