@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -171,7 +172,9 @@ def start(
         time.sleep(0.05)
     first = min(ends.values())
     lines = [log.read_text(errors="replace").strip().splitlines() for log in logs]
-    told = [[line for line in found if line.startswith("aqdetr: ")] for found in lines]
+    # JAX's words are those of a process that process 0 leaves alone.
+    words = re.compile("aqdetr: |.*Terminating process because")
+    told = [[line for line in found if words.match(line)] for found in lines]
     sent = float((work / "sent").read_text()) if kill else first
     return {
         "status": [process.returncode for process in children],

@@ -217,6 +217,7 @@ class Watch:
         """One look: notes where this process is, and ends it if nothing moves or another ended."""
         if self._seconds:  # for what holds Python's lock, under which this thread cannot run
             with contextlib.suppress(Exception):  # of a program without an error stream
+                assert sys.__stderr__ is not None
                 later = 1.5 * self._seconds + 60
                 faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__)
         now, place = self._now(), self._position()

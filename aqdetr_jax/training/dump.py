@@ -28,7 +28,7 @@ from aqdetr_jax.parallel.hosts import is_main
 from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training import setup, sizing
-from aqdetr_jax.training.assemble import TRAINED_KEYS, assemble, loss_function
+from aqdetr_jax.training.assemble import TRAINED_KEYS, assemble, loss_function, restore
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.faults import bad_parameters, culprits, in_words
 from aqdetr_jax.training.state import TrainState
@@ -147,7 +147,7 @@ def replay(folder: str | Path) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         assembly = assemble(config, first, mesh)
         with Checkpoints(folder / "state", keep=1) as checkpoints:
-            restored = checkpoints.restore(assembly.state)
+            restored = restore(checkpoints, assembly, first)
         if restored is None:
             raise FileNotFoundError(f"{folder / 'state'} holds no state: the dump is not whole")
         state = restored[0]

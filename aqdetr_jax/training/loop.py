@@ -44,7 +44,7 @@ from aqdetr_jax.parallel.watch import Position, Watch
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training import beginning, remedies, setup, sizing
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training.assemble import TRAINED_KEYS, Assembly, assemble
+from aqdetr_jax.training.assemble import TRAINED_KEYS, Assembly, assemble, restore
 from aqdetr_jax.training.bundles import run_bundle
 from aqdetr_jax.training.clock import PARTS, RunClock
 from aqdetr_jax.training.config import ExperimentConfig
@@ -304,7 +304,7 @@ class _Run:
             total = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
             say(f"{config.name}: {total:,} parameters, {trainable:,} of them trained")
             return assembly, assembly.start(first), None
-        restored = checkpoints.restore(assembly.state)
+        restored = restore(checkpoints, assembly, first)
         assert restored is not None
         say(f"{config.name}: going on from step {restored[1]} in {self.path}")
         return assembly, *restored

@@ -17,6 +17,8 @@ from aqdetr_jax.training.workdir import DATA_PATHS, check_workdir
 
 CHANGEABLE = (
     "model.remat",
+    "mesh.data",
+    "mesh.model",
     "train.accumulate",
     "train.eval_every",
     "train.eval_batch_size",
