@@ -12,11 +12,13 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from aqdetr_jax.data.batching import PipelineStats
+from aqdetr_jax.parallel.watch import Position
 from aqdetr_jax.training.metrics import format_seconds, shares
 
 PARTS = {
@@ -85,10 +87,18 @@ class RunClock:
         self.total = dict.fromkeys(PARTS, 0.0)
         self.started_steps = self.finished_steps = 0
 
-    @property
-    def part(self) -> str:
-        """What the host is busy with."""
-        return self._part
+    def position(self, reads: Mapping[str, PipelineStats | None], count: int = 0) -> Position:
+        """Where the run is; any thread may ask.
+
+        Args:
+          reads: what knows of the images that are read, by part.
+          count: see ``Position``.
+        """
+        part = self._part
+        doing, stats = PARTS[part], reads.get(part)
+        if stats is not None and stats.slowest():
+            doing += f" (reading {stats.slowest()})"
+        return Position(self.started_steps, self.finished_steps, part, doing, count)
 
     @contextlib.contextmanager
     def within(self, part: str) -> Iterator[None]:

@@ -46,7 +46,7 @@ from aqdetr_jax.training import beginning, remedies, setup, sizing
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.assemble import TRAINED_KEYS, Assembly, assemble, restore
 from aqdetr_jax.training.bundles import run_bundle
-from aqdetr_jax.training.clock import PARTS, RunClock
+from aqdetr_jax.training.clock import RunClock
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.data_check import check_data
 from aqdetr_jax.training.dump import write_dump
@@ -162,7 +162,6 @@ class _Run:
         self.resumed = False
         self.evaluated_batches = 0
         self.input: PipelineStats | None = None
-        self.teacher: ModelBundle | None = None
         self.helps = ""
 
     def run(self) -> RunResult:
@@ -192,8 +191,9 @@ class _Run:
             # --- the step ---------------------------------------------------------------------
             step = assembly.step(self.module, teacher_module)
             devices = self.mesh.shape["data"]
-            helps = remedies.for_run(self.given.data, config, devices, resumed=self.resumed)
-            self.helps = helps
+            self.helps = helps = remedies.for_run(
+                self.given.data, config, devices, resumed=self.resumed
+            )
             programs = step_programs(config, step, self.mesh, helps)
             self.parts = assembly.optimizer.packing.names
             self.health = health = QuantizerHealth(config, self.module, self.mesh, helps)
@@ -250,30 +250,21 @@ class _Run:
         bundle = run_bundle(
             config, self.train_set, self.eval_set, jax.device_get(state.evaluated), block
         )
-        with self.clock.within("checkpoint"):
-            save_model(self.path / MODEL_FOLDER, bundle)
         if is_main():
             note_result(self.path, bundle.variables, block)
+        with self.clock.within("checkpoint"):
+            save_model(self.path / MODEL_FOLDER, bundle)
         if block is not None and detections is not None and is_main():
             detections.write(self.path)
             write_json_atomic(self.path / "results.json", block)
         self.say_times()
         return RunResult(config, load_model(self.path), block, detections)
 
-    # ------------------------------------------------------------------------------------------
-
     def position(self) -> Position:
         """Where this process is; any thread may ask."""
-        clock, stats = self.clock, None
-        if clock.part == "input":
-            stats = self.input
-        elif clock.part == "evaluation" and self.evaluator is not None:
-            stats = self.evaluator.stats
-        doing, reading = PARTS[clock.part], stats.slowest() if stats else ""
-        if reading:
-            doing += f" (reading {reading})"
-        started, finished = clock.started_steps, clock.finished_steps
-        return Position(started, finished, clock.part, doing, self.evaluated_batches)
+        evaluated = self.evaluator.stats if self.evaluator else None
+        reads = {"input": self.input, "evaluation": evaluated}
+        return self.clock.position(reads, self.evaluated_batches)
 
     def _stopped(self, done: int) -> StoppedError:
         return StoppedError(

@@ -125,7 +125,7 @@ def check_step(
     untold = skipped - len(earlier) - len(now)
     if untold > 0:
         logger.warning(
-            "%d more steps before step %d were skipped for a non-finite loss or gradient",
+            "%d steps before step %d were skipped for a non-finite loss or gradient",
             untold,
             step,
         )
