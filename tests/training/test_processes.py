@@ -19,6 +19,7 @@ import tiny
 
 from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.checkpoint.steps import Checkpoints
+from aqdetr_jax.cli import main
 from aqdetr_jax.viz.records import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -32,9 +33,10 @@ import tiny
 from aqdetr_jax.training import initial, loop
 from aqdetr_jax.parallel.hosts import initialize_distributed
 
-port, index, folder, die_at = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-if port != "0":
-    assert initialize_distributed("localhost:" + port, int(sys.argv[5]), index)
+port, index, count, folder, die_at = sys.argv[1:]
+index, count, die_at = int(index), int(count), int(die_at)
+if count > 1:
+    assert initialize_distributed("localhost:" + port, count, index)
 placed, put_batch = 0, loop.put_batch
 
 def counted(batch, mesh):
@@ -67,36 +69,38 @@ assert len(result.detections.results) and result.block["images"] == 6
 """
 
 
-def run(folder: Path, processes: int, die_at: int = 0) -> None:
-    """Runs the tiny experiment in some processes, which share four devices."""
-    port = "0"
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = str(probe.getsockname()[1])
+def start(program: str, processes: int, *words: str) -> list[tuple[int, str]]:
+    """Exit status and output of each process of a program; they share four devices."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
     flags = tiny.more_flags(f"--xla_force_host_platform_device_count={4 // processes}")
     children = [
         subprocess.Popen(
-            [
-                *(sys.executable, "-c", PROGRAM, port, str(i), str(folder), str(die_at)),
-                str(processes),
-            ],
+            [sys.executable, "-c", program, port, str(index), str(processes), *words],
             env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for i in range(processes)
+        for index in range(processes)
     ]
     try:
         outputs = [child.communicate(timeout=tiny.HUNG_SECONDS)[0] for child in children]
     finally:
         for child in children:
             child.kill()
-    if not die_at:
-        assert [child.returncode for child in children] == [0] * processes, "\n".join(outputs)
+    return [(child.returncode, text) for child, text in zip(children, outputs, strict=True)]
+
+
+def run(folder: Path, processes: int, die_at: int = 0) -> None:
+    """Runs the tiny experiment."""
+    found = start(PROGRAM, processes, str(folder), str(die_at))
+    texts = "\n".join(text for _, text in found)
+    if die_at:
+        assert all(status for status, _ in found), texts
     else:
-        assert all(child.returncode for child in children), "\n".join(outputs)
+        assert [status for status, _ in found] == [0] * processes, texts
 
 
 def final_state(folder: Path) -> dict:
@@ -126,7 +130,11 @@ def same_but_for_rounding(one: Path, other: Path) -> None:
         left, right = (row[step] for row in rows)
         assert left["num_boxes"] == right["num_boxes"]
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5), step
-    # Evaluation: every image once, whoever saw it; rows that fill a batch up are none.
+    same_detections(one, other)
+
+
+def same_detections(one: Path, other: Path) -> None:
+    """Every image once, whoever saw it; rows that fill a batch up are none."""
     found = [json.loads((folder / "detections.json").read_text()) for folder in (one, other)]
     for detections in found:
         assert {d["image_id"] for d in detections} == {1, 2, 3, 4, 5, 6}
@@ -159,6 +167,32 @@ def test_two_processes_go_on_bit_for_bit(runs, tmp_path):
     straight, resumed = final_state(two), final_state(again)
     for name in straight:
         assert tiny.digest(straight[name]) == tiny.digest(resumed[name]), name
+
+
+EVALUATION = """
+import sys
+port, index, count, *command = sys.argv[1:]
+from aqdetr_jax.cli import main
+from aqdetr_jax.parallel.hosts import initialize_distributed
+initialize_distributed("localhost:" + port, int(count), int(index))
+sys.exit(main(command))
+"""
+
+
+def test_two_processes_judge_a_model_as_one_does(runs, tmp_path):
+    one, *_ = runs
+    config = tiny.write_config(tiny.FLOAT, tmp_path / "config.json")
+    command = ["eval", f"--config={config}", f"--model={one}"]
+    assert main([*command, f"--out={tmp_path / 'one'}"]) == 0
+    outputs = start(EVALUATION, 2, *command, f"--out={tmp_path / 'two'}")
+    assert [status for status, _ in outputs] == [0, 0], outputs
+    assert "AP" in outputs[0][1]
+    assert "AP" not in outputs[1][1]
+    blocks = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert [block["images"] for block in blocks] == [6, 6]
+    for name in ("AP", "AP50", "AR100"):
+        assert blocks[0][name] == pytest.approx(blocks[1][name], abs=1e-6)
+    same_detections(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("processes", [1, 4])
