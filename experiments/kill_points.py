@@ -209,7 +209,7 @@ def draw(points: int, two: int, seed: int, times: dict[int, dict[str, float]]) -
     rng = np.random.default_rng(seed)
     drawn = []
     for number in range(points):
-        processes = 2 if number < two else 1
+        processes = 1 if number < points - two else 2
         phase = PHASES[int(rng.integers(len(PHASES)))]
         nth, victim = int(rng.integers(1, EXPECTED + 1)), int(rng.integers(processes))
         if phase == "step":
