@@ -97,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     anything = "a run, its model folder, a packed model"
     sub.add_argument("--model", required=True, metavar="DIR", help=anything)
     sub.add_argument("--out", metavar="DIR", help="where results.json and detections.json go")
+    text = "a float model at few bits by calibration alone, and its COCO numbers"
+    sub = verb("ptq", verbs.ptq, text, config=True)
+    sub.add_argument("--out", required=True, metavar="DIR", help="where model and results go")
     sub = verb("predict", verbs.predict, "detect on images")
     sub.add_argument("images", nargs="+", metavar="IMAGE")
     sub.add_argument("--model", metavar="DIR", help=anything)

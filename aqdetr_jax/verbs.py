@@ -100,6 +100,19 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(format_results(block))
 
 
+def ptq(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Calibrates and judges a model."""
+    from aqdetr_jax.evaluation.coco import format_results
+    from aqdetr_jax.ptq import ptq
+    from aqdetr_jax.training.effects import check_calibration_keys
+
+    check_calibration_keys(overrides)
+    config = _experiment(arguments, overrides)
+    block = ptq(config, arguments.out, _counter("evaluated", "batches"))
+    print(f"written to {arguments.out}")
+    print(format_results(block))
+
+
 def _counter(verb: str, things: str) -> Callable[[int, int], None]:
     """Shows "VERB 3/20 THINGS", rewritten on a terminal, else once at the end."""
 

@@ -4,8 +4,9 @@ aqdetr pretrain --config=configs/bccd.py:pretrain --workdir=runs/bccd_pretrain
 aqdetr train    --config=configs/bccd.py:teacher  --workdir=runs/bccd_teacher
 aqdetr train    --config=configs/bccd.py:VARIANT  --workdir=runs/bccd_VARIANT
 
-VARIANT as in configs/shapes_w4a4.py: "lsq", "auxiliary", "distill" or "aqdetr" (all 4-bit); of
-Deformable DETR "deformable-pretrain", "deformable-teacher", "deformable-aqdetr" and so on.
+VARIANT as in configs/shapes_w4a4.py: "lsq", "lsq_plus", "qdetr", "auxiliary", "distill" or "aqdetr"
+(all 4-bit); of Deformable DETR "deformable-pretrain", "deformable-teacher", "deformable-aqdetr" and
+so on.
 Add --config.data.root=FOLDER. Trained on the trainval split (291 images), numbers are on test (72).
 
 Result: DETR (seed 0), teacher AP 0.423, AP50 0.701; 4-bit lsq 0.374 (88 %), auxiliary 0.374,

@@ -8,11 +8,12 @@ aqdetr train    --config=configs/custom.py:FAMILY-teacher  --workdir=runs/custom
 aqdetr train    --config=configs/custom.py:FAMILY-VARIANT  --workdir=runs/custom_VARIANT \
     --config.init_from=runs/custom_teacher
 
-FAMILY: "deformable" or "detr". VARIANT: "aqdetr", or "lsq", "auxiliary", "distill" to compare (all
-4-bit; --config.quant.policy=w3a3 or w2a2 for fewer). Add --config.data.root=FOLDER: COCO's layout,
-Roboflow's COCO export, Pascal VOC, YOLO, or a folder of aqdetr prepare-data, told by its files.
-Buckets, resizes, max_boxes, queries and classes follow from the training set (data.fit is the most
-that images are padded to); the number of passes is BCCD's, with a limit on the steps of large sets.
+FAMILY: "deformable" or "detr". VARIANT: "aqdetr", or "lsq", "lsq_plus", "qdetr", "auxiliary",
+"distill" to compare (all 4-bit; --config.quant.policy=w3a3 or w2a2 for fewer). Add
+--config.data.root=FOLDER: COCO's layout, Roboflow's COCO export, Pascal VOC, YOLO, or a folder of
+aqdetr prepare-data, told by its files. Buckets, resizes, max_boxes, queries and classes follow from
+the training set (data.fit is the most that images are padded to); the number of passes is BCCD's,
+with a limit on the steps of large sets.
 
 Result: BCCD (trainval 292 images, test 72; seed 0, commit 05e666bd5163): teacher AP 0.505, 4-bit by
 calibration alone 0.471, 4-bit aqdetr 0.494 (97.8 %); experiments/results/finetune_bccd.json. Cost:

@@ -157,7 +157,7 @@ def measure(
         example = example_input(bucket)
         module = setup.build_module(config)
         teacher = {}
-        if config.distill.weights.active:
+        if config.distill.needs_teacher:
             plain = dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1)
             teacher = random_variables(build_detector(plain), example)
         variables = random_variables(module, example)

@@ -14,8 +14,10 @@ from typing import Any
 
 import render_complexity
 import render_deploy
+import render_ledger
 import render_reliability
 import render_sensitivity
+import render_study
 import render_tpu
 from outside.table import outside_table
 
@@ -426,7 +428,11 @@ def main() -> None:
     )
     replace(ROOT / "docs" / "sensitivity.md", "sensitivity", text)
     render_sensitivity.write_picture(load("sensitivity.json"), ROOT / "docs" / "sensitivity.png")
-    replace(ROOT / "docs" / "results.md", "ablation", "\n\n".join(parts))
+    document = ROOT / "docs" / "results.md"
+    replace(document, "ledger", render_ledger.ledger_table())
+    title = "Embedded set, the quickstart's schedule"
+    replace(document, "main", render_study.main_table(title, load("main_shapes.json")))
+    replace(document, "ablation", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

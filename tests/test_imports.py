@@ -17,7 +17,7 @@ LAYERS = (
     ("interop", "checkpoint"),
     ("evaluation",),
     ("training", "deploy", "viz"),
-    ("reporting", "predicting", "planning"),
+    ("reporting", "predicting", "planning", "ptq"),
     ("compress",),
     ("quickstart", "finetune"),
     ("verbs",),

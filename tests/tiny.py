@@ -106,6 +106,8 @@ def random_like(shapes: Any) -> Any:
             return rng.uniform(0.7 * size, size, leaf.shape).astype(np.float32)
         if name.endswith("_zero"):
             return rng.integers(0, 16, leaf.shape).astype(np.float32)
+        if name.endswith("_offset"):
+            return rng.uniform(-4, 4, leaf.shape).astype(np.float32)
         if name in ("var", "input_scale"):
             return rng.uniform(0.5, 2.0, leaf.shape).astype(np.float32)
         x = rng.normal(0, 0.3, leaf.shape).astype(np.float32)

@@ -19,7 +19,7 @@ from aqdetr_jax.config_types import from_dataclass, to_dataclass
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.detector import Detector, build_detector, grid_parameters
-from aqdetr_jax.quant.config import QuantConfig
+from aqdetr_jax.quant.config import QuantConfig, saved_quant
 
 MODEL_FOLDER = "model"
 """Name of the model's folder inside a run's work directory."""
@@ -200,7 +200,7 @@ def load_model(path: str | Path) -> ModelBundle:
         raise ValueError(f"{folder} is not a model folder: its metadata lacks {sorted(missing)}")
     return ModelBundle(
         config=to_dataclass(DetrConfig, metadata["model"], f"{folder}: model"),
-        quant=to_dataclass(QuantConfig, metadata["quant"], f"{folder}: quant"),
+        quant=to_dataclass(QuantConfig, saved_quant(metadata["quant"]), f"{folder}: quant"),
         input=to_dataclass(InputRule, metadata["input"], f"{folder}: input"),
         class_names=tuple(metadata["class_names"]),
         category_ids=tuple(metadata["category_ids"]),

@@ -22,6 +22,7 @@ from aqdetr_jax.deploy.network import (
     valid_cells,
 )
 from aqdetr_jax.deploy.operations import Operations, Shapes, Tensor
+from aqdetr_jax.quant.spec import ALIGNMENT
 
 
 def detect(
@@ -253,6 +254,9 @@ def _attend_points(
     heads, count, points = c.heads, options.levels, options.points
     batch, queries, _ = ops.shape(query)
     length = ops.shape(memory)[1]
+    alignment = network.norms.get(f"{path}/{ALIGNMENT}")
+    if alignment is not None:
+        query = ops.normalize(query, alignment)
 
     values = ops.floats(ops.dense(memory, network.layers[f"{path}/value_proj"]))
     values = ops.where(ops.reshape(levels.valid, (batch, length, 1)), values, 0.0)

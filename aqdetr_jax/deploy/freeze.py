@@ -82,6 +82,9 @@ class _Freezer:
         lower = np.full(step.shape, spec.lower)
         if spec.zero_point:
             lower = lower - np.rint(self._params[f"{site}_zero"]).reshape(step.shape).astype(int)
+        if spec.offset:
+            moved = lsq.whole_offset(self._params[f"{site}_offset"], -spec.upper, -spec.lower)
+            lower = lower + np.asarray(moved).reshape(step.shape).astype(int)
         return Grid(site, step, _plain(lower), spec.bits)
 
     def _layer(self, row: OpRecord) -> Layer:

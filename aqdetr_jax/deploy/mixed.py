@@ -1,8 +1,9 @@
 """A choice of bits for every group of operations under a budget, and the policy that it is.
 
 The choice is a multiple-choice knapsack: of every group one number of bits, each with a size and
-with the damage that the group's grids alone do, a loss of AP or noise in the network's outputs.
-Damages are taken to add up, and their sum is made as small as the budget allows, exactly.
+with the damage that these bits do to the policy's own model, in which nothing else is changed: a
+loss of AP or noise in the network's outputs. Damages are taken to add up, and their sum is made as
+small as the budget allows, exactly.
 """
 
 from __future__ import annotations
@@ -62,22 +63,28 @@ def parse_budget(text: str) -> Budget:
     )
 
 
-def damages(rows: Mapping[int, Mapping[str, float]], reference: float, by: By) -> dict[int, float]:
-    """What a group does at each of its bits.
+def damages(
+    rows: Mapping[int, Mapping[str, float]], policy: Mapping[str, float], own: int | None, by: By
+) -> dict[int, float]:
+    """What other bits of a group do to the policy's model; of less than nothing, they mend it.
 
-    A loss of AP is at least that at more bits, and never negative: what AP seems to gain is chance.
-    Where AP says nothing, noise does.
+    More bits never lose AP and fewer never gain any: what seems so is chance. Where AP says
+    nothing, noise does.
 
     Args:
-      rows: bits -> "AP" and "noise" with this group alone at these bits.
-      reference: AP of the float model.
+      rows: bits -> "AP" and "noise" of the policy's model with this group at these bits.
+      policy: "AP" and "noise" of the policy's model as it is.
+      own: the group's bits in it, if they are one number of ``rows``.
       by: what counts.
     """
     if by == "noise":
-        return {bits: row["noise"] for bits, row in rows.items()}
-    found, worst = {}, 0.0
+        return {bits: row["noise"] - policy["noise"] for bits, row in rows.items()}
+    found, worst = {}, -math.inf
     for bits, row in sorted(rows.items(), reverse=True):
-        worst = max(worst, reference - row["AP"])
+        loss = policy["AP"] - row["AP"]
+        if own is not None:
+            loss = min(loss, 0.0) if bits >= own else max(loss, 0.0)
+        worst = max(worst, loss)
         found[bits] = worst + _TIE * row["noise"]
     return found
 

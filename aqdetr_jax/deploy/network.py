@@ -18,6 +18,7 @@ from aqdetr_jax.deploy.parts import Grid, Layer, Norm
 from aqdetr_jax.models.attention import MASKED
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.ops.convolution import Window
+from aqdetr_jax.quant.spec import ALIGNMENT
 
 
 @functools.partial(
@@ -119,10 +120,16 @@ def attend(
     """
     heads, grids = network.config.heads, network.grids
     projected = []
+    alignment = network.norms.get(f"{path}/{ALIGNMENT}")
     for name, x in (("q", query), ("k", key), ("v", value)):
         layer = network.layers[f"{path}/{name}_proj"]
         grid = grids.get(f"{path}/core/{name}")
-        projected.append(_heads(ops, ops.dense(x, layer), heads, grid, layer))
+        x = ops.dense(x, layer)
+        if name == "q" and alignment is not None:
+            x = ops.normalize(_heads(ops, x, heads, None, layer), alignment)
+            projected.append(x if grid is None else ops.quantize(x, grid))
+        else:
+            projected.append(_heads(ops, x, heads, grid, layer))
     q, k, v = projected
     scores = ops.scores(q, k, 1 / math.sqrt(network.config.dim // heads))
     if valid is not None:

@@ -25,7 +25,7 @@ from aqdetr_jax.deploy.jax_operations import JaxOperations
 from aqdetr_jax.deploy.network import Network
 from aqdetr_jax.deploy.parts import Grid, Layer, Norm
 from aqdetr_jax.models.config import DetrConfig
-from aqdetr_jax.quant.config import QuantConfig
+from aqdetr_jax.quant.config import QuantConfig, saved_quant
 from aqdetr_jax.quant.spec import SUPPORTED_BITS
 
 _FIELDS = ("kernel", "scale", "bias", "shift", "spread")
@@ -64,7 +64,7 @@ def read_packed(folder: str | Path) -> DeployedBundle:
         config = to_dataclass(DetrConfig, facts["model"], f"{folder}: model")
         bundle = DeployedBundle(
             config,
-            to_dataclass(QuantConfig, facts["quant"], f"{folder}: quant"),
+            to_dataclass(QuantConfig, saved_quant(facts["quant"]), f"{folder}: quant"),
             to_dataclass(InputRule, facts["input"], f"{folder}: input"),
             tuple(facts["class_names"]),
             tuple(facts["category_ids"]),

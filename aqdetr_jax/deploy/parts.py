@@ -38,8 +38,8 @@ class Grid:
     Attributes:
       site: its name, ``module path/operand``, e.g. "encoder/layer_0/self_attention/core/probs".
       step: float32 [] or, one an attention head, [H].
-      lower: the smallest code (0, -2^(bits-1), or minus a zero point); of every head where the
-        step is.
+      lower: the smallest code (0, -2^(bits-1), minus a zero point, or moved by an offset); of
+        every head where the step is.
       bits: word length.
     """
 

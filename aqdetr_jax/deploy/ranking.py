@@ -96,18 +96,23 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     budget = choice["budget"]
     kept = f"{budget['value']:,} bytes" if budget["kind"] == "bytes" else f"{budget['value']:g} AP"
     by_ap, by_snr = (result["ranking"][key][:3] for key in ("by_ap_loss", "by_snr"))
-    worse = choice["AP"] < policy["AP"] and choice["policy_bytes"] <= max(
-        choice["bytes"], budget["value"] if budget["kind"] == "bytes" else 0
-    )
+    if choice["kept_policy"]:
+        outcome = (
+            f"Under a budget of {kept} no bits chosen by {choice['by']} were better than the "
+            "policy's: it is kept."
+        )
+    else:
+        outcome = (
+            f"Under a budget of {kept} the bits chosen by {choice['by']} have AP "
+            f"{choice['AP']:.4f} after calibration and take {choice['bytes']:,} bytes."
+        )
     return [
         f"On {measured['images']} images the float model has AP {first['AP']:.4f}; calibrated at "
         f"{name}, without training, {policy['AP']:.4f} ({choice['policy_bytes']:,} bytes packed, "
         f"{choice['float_bytes']:,} in float32).",
         f"Alone at {result['ranking']['bits']} bits, most AP is lost by {', '.join(by_ap)}; the "
         f"outputs are noisiest by {', '.join(by_snr)}.",
-        f"Under a budget of {kept} the bits chosen by {choice['by']} have AP {choice['AP']:.4f} "
-        f"after calibration and take {choice['bytes']:,} bytes."
-        + (" The policy has more, and fits too: the choice is no gain." if worse else ""),
+        outcome,
     ]
 
 

@@ -1,18 +1,18 @@
 """Which operations of a detector can do with few bits: measured, ranked, and chosen under a budget.
 
 Every group of operations (``deploy.groups``) is quantized alone, after calibration, at each of the
-candidate bits, and left float alone, while all others have the bits of the configuration's policy.
-Each time a network is judged by its AP on some images of the evaluation set, and by the noise of
-its outputs against the float model's. All of them are one compiled program
-(``deploy.switchboard``). Every measurement is on the disk before the next begins; the same command
-goes on where it was.
+candidate bits; left float alone while all others have the bits of the configuration's policy; and,
+where its bits are to be chosen, put at the other candidates there. Each time a network is judged by
+its AP on some images of the evaluation set, and by the noise of its outputs against the float
+model's. All of them are one compiled program (``deploy.switchboard``). Every measurement is on the
+disk before the next begins; the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from aqdetr_jax.host import StoppedError
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.parallel.hosts import stop_request
 from aqdetr_jax.provenance import git_commit
+from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.policy import Rule
+from aqdetr_jax.quant.record import OpRecord
 from aqdetr_jax.quant.report import bit_report
 from aqdetr_jax.quant.spec import SUPPORTED_BITS, QuantSpec, packed_size
 from aqdetr_jax.training.config import ExperimentConfig
@@ -84,6 +86,11 @@ def sensitivity(
         raise ValueError(
             f"{config.name} quantizes nothing: --config.quant.policy=w4a4 (say) gives the policy "
             "that the choice is compared with"
+        )
+    if config.quant.align_queries:
+        raise ValueError(
+            "sensitivity compares with the float model, which does not normalise its decoder's "
+            "queries: set --config.quant.align_queries=False"
         )
     if jax.process_count() > 1:
         raise ValueError("sensitivity runs in one process: on one host, with all of its devices")
@@ -156,6 +163,12 @@ class _Study:
             for bits, rows in uniform.items()
             for group in self._groups
         }
+        self._free = [group for group in self._groups if self._is_free(group)]
+        if not self._free:
+            raise ValueError(
+                f"{config.name} quantizes weights and inputs of no group as a whole: there is "
+                "nothing to choose"
+            )
 
     # --- measuring ----------------------------------------------------------------------------
 
@@ -190,6 +203,11 @@ class _Study:
                     yield "alone", group.name, None, own
                 rest = {site: spec for site, spec in self._policy.items() if site not in own}
                 yield "all but", group.name, None, rest
+        for group in self._free:
+            for bits in self._candidates:
+                if bits != self._own(group):
+                    grids = {**self._policy, **self._at[group.name, bits]}
+                    yield "in policy", group.name, bits, grids
 
     def _judge(self, grids: Grids) -> dict[str, Any]:
         """The float model is first, whose outputs the others are compared with."""
@@ -227,44 +245,33 @@ class _Study:
         packed = bit_report(self._policy_rows)
         if budget is None:
             budget = Budget("bytes", packed["packed_bytes"])
-        free = [group for group in self._groups if self._is_free(group)]
-        if not free:
-            raise ValueError(
-                f"{self._config.name} quantizes weights and inputs of no group as a whole: there "
-                "is nothing to choose"
-            )
-        bits = self._choice(free, budget, by, packed["packed_bytes"])
-        quant = dataclasses.replace(
-            self._config.quant,
-            rules=(
-                *(Rule(g.pattern, b, b, b, f"{g.name}: chosen by sensitivity")
-                  for g, b in zip(free, bits, strict=True)),
-                *self._config.quant.rules,
-            ),
-        )  # fmt: skip
-        rows = self._board.record(quant)
-        grids = self._mixed(free, bits)
-        if grids_of(rows) != grids:
-            raise RuntimeError("the chosen policy's grids are not those that were measured")
-        judged = self._measured("mixed", "", list(bits), grids)
+        chosen = dict(
+            zip(self._free, self._choice(budget, by, packed["packed_bytes"]), strict=True)
+        )
+        judged = self._measured("mixed", "", list(chosen.values()), self._mixed(chosen))
+        quant, rows = self._as_policy(chosen)
+        size, policy = bit_report(rows)["packed_bytes"], self._row("policy", "", None)
+        kept = self._keeps(budget, packed["packed_bytes"]) and (
+            policy["AP"] > judged["AP"] if budget.kind == "bytes" else packed["packed_bytes"] < size
+        )
+        if kept:
+            chosen, judged, quant, size = {}, policy, self._config.quant, packed["packed_bytes"]
         mixed = dataclasses.replace(
             self._config, name=f"{self._config.name}_mixed", init_from=self._source(), quant=quant
         )
         write_json_atomic(self._out / POLICY, without_idle(mixed))
-        chosen = {group.name: b for group, b in zip(free, bits, strict=True)}
         return self._ledger.close(
             {
                 "commit": self._commit,
                 "candidates": list(self._candidates),
                 "ranking": self._ranking(),
-                "groups": [
-                    self._described(group, chosen.get(group.name)) for group in self._groups
-                ],
+                "groups": [self._described(group, chosen.get(group)) for group in self._groups],
                 "choice": {
                     "budget": {"kind": budget.kind, "value": budget.value},
                     "by": by,
-                    "bits": chosen,
-                    "bytes": bit_report(rows)["packed_bytes"],
+                    "kept_policy": kept,
+                    "bits": {group.name: b for group, b in chosen.items()},
+                    "bytes": size,
                     "policy_bytes": packed["packed_bytes"],
                     "float_bytes": packed["float_bytes"],
                     "AP": judged["AP"],
@@ -282,7 +289,19 @@ class _Study:
         own = _of_group(group, self._policy_rows)
         return all(f"{path}/kernel" in own and f"{path}/input" in own for path in group.paths)
 
-    def _choice(self, free: list[Group], budget: Budget, by: By, policy_bytes: int) -> list[int]:
+    def _own(self, group: Group) -> int | None:
+        """The candidate bits that the policy gives all of a group's grids, if it does so."""
+        grids = _of_group(group, self._policy_rows)
+        return next((b for b in self._candidates if self._at[group.name, b] == grids), None)
+
+    def _keeps(self, budget: Budget, policy_bytes: int) -> bool:
+        """Whether the policy keeps the budget."""
+        if budget.kind == "bytes":
+            return policy_bytes <= budget.value
+        lost = self._row("float", "", None)["AP"] - self._row("policy", "", None)["AP"]
+        return lost <= budget.value
+
+    def _choice(self, budget: Budget, by: By, policy_bytes: int) -> list[int]:
         # Bytes of kernels: all else (steps, biases, floats) is the same whatever is chosen.
         def size(group: Group, bits: int | None = None) -> int:
             return sum(
@@ -290,18 +309,23 @@ class _Study:
                 for path in group.paths
             )
 
-        reference = self._row("float", "", None)["AP"]
+        policy = self._row("policy", "", None)
         options = []
-        for group in free:
-            alone = {bits: self._row("alone", group.name, bits) for bits in self._candidates}
-            damage = damages(alone, reference, by)
+        for group in self._free:
+            own = self._own(group)
+            rows = {
+                bits: policy if bits == own else self._row("in policy", group.name, bits)
+                for bits in self._candidates
+            }
+            damage = damages(rows, policy, own, by)
             options.append({bits: (size(group, bits), damage[bits]) for bits in damage})
-        others = policy_bytes - sum(size(group) for group in free)
+        others = policy_bytes - sum(size(group) for group in self._free)
         if budget.kind == "AP":
+            reference = self._row("float", "", None)["AP"]
 
             def lost(bits: Sequence[int]) -> float:
-                row = self._measured("mixed", "", list(bits), self._mixed(free, bits))
-                return reference - row["AP"]
+                grids = self._mixed(dict(zip(self._free, bits, strict=True)))
+                return reference - self._measured("mixed", "", list(bits), grids)["AP"]
 
             return smallest_within(options, lost, budget.value)
         bits = choose(options, int(budget.value) - others)
@@ -318,9 +342,25 @@ class _Study:
         assert row is not None  # all tasks are done
         return row
 
-    def _mixed(self, free: list[Group], bits: Sequence[int]) -> dict[str, QuantSpec]:
-        chosen = [self._at[group.name, b] for group, b in zip(free, bits, strict=True)]
-        return {**self._policy, **{site: spec for grids in chosen for site, spec in grids.items()}}
+    def _as_policy(self, chosen: Mapping[Group, int]) -> tuple[QuantConfig, list[OpRecord]]:
+        """The choice as rows of the policy, and the operations under it."""
+        rules = (
+            Rule(group.pattern, bits, bits, bits, f"{group.name}: chosen by sensitivity")
+            for group, bits in chosen.items()
+        )
+        quant = self._config.quant
+        quant = dataclasses.replace(quant, rules=(*rules, *quant.rules))
+        rows = self._board.record(quant)
+        if grids_of(rows) != self._mixed(chosen):
+            raise RuntimeError("the chosen policy's grids are not those that were measured")
+        return quant, rows
+
+    def _mixed(self, chosen: Mapping[Group, int]) -> dict[str, QuantSpec]:
+        """The policy's grids, those of some groups at bits of their own."""
+        mixed = dict(self._policy)
+        for group, bits in chosen.items():
+            mixed |= self._at[group.name, bits]
+        return mixed
 
     def _ranking(self) -> dict[str, Any]:
         """At the candidate that most of the policy's weights have, else at the fewest bits."""

@@ -38,6 +38,9 @@ from aqdetr_jax.training.config import ExperimentConfig
 FLOAT_STEP = 2.0**-40
 """Of a site that stays float. A product's sums are 2^80 times its values then, far from 2^128."""
 
+_PARAMETERS = {"step": FLOAT_STEP, "zero": 0, "offset": 0, "shift": 0, "scale": 1}
+"""A quantizer's parameters by their endings, and what they are at a site that stays float."""
+
 WIDEST = 8
 """Bits of the module's own policy; none of its grids is used."""
 
@@ -96,10 +99,11 @@ class Switchboard:
         params, limits = dict(self._params), {}
         for site, widest in self._all.items():
             spec = grids.get(site)
-            names = [n for n in ("step", "zero", "shift", "scale") if f"{site}_{n}" in params]
+            names = [n for n in _PARAMETERS if f"{site}_{n}" in params]
             if spec is None:
-                off = {"step": FLOAT_STEP, "zero": 0, "shift": 0, "scale": 1}
-                values = {n: np.full(np.shape(params[f"{site}_{n}"]), off[n]) for n in names}
+                values = {
+                    n: np.full(np.shape(params[f"{site}_{n}"]), _PARAMETERS[n]) for n in names
+                }
                 # Where nothing can be below zero, the grid may stand for a ReLU.
                 lower = -np.inf if widest.signed or widest.zero_point else 0.0
                 limits[site] = np.array([lower, np.inf], np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from aqdetr_jax.evaluation.coco import prepared_evaluation
 
 _MAX_DETECTIONS = 100
+_CHUNK = 100  # draws at a time, for the memory
 
 
 def bootstrap_ap(
@@ -44,18 +46,83 @@ def bootstrap_ap(
     evaluation.params.areaRng = evaluation.params.areaRng[:1]
     evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
     evaluation.params.maxDets = [_MAX_DETECTIONS]
-    found = []
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
-        matches = evaluation.evalImgs  # [category, image], flat
-        for draw in draws:
-            evaluation.evalImgs = [
-                matches[c * images + int(i)] for c in range(categories) for i in draw
-            ]
-            evaluation.accumulate()
-            precision = evaluation.eval["precision"]
-            found.append(precision[precision > -1].mean())
-    return np.array(found)
+    matches = evaluation.evalImgs  # [category, image], flat
+    recalls, found = evaluation.params.recThrs, np.zeros((categories, len(draws)))
+    for category in range(categories):
+        judged = _judged(matches[category * images : (category + 1) * images])
+        for start in range(0, len(draws), _CHUNK):
+            chunk = draws[start : start + _CHUNK]
+            counts = np.stack([np.bincount(draw, minlength=images) for draw in chunk])
+            found[category, start : start + _CHUNK] = _average_precision(judged, counts, recalls)
+    return np.nanmean(found, axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judged:
+    """Detections of one category by falling score, and what there is to find.
+
+    Attributes:
+      image: int [D], position of each detection's image.
+      correct: bool [T, D], whether it found a box that counts, at each threshold of IoU.
+      counted: bool [T, D], whether it counts at all (not if it found a crowd).
+      positives: int [I], boxes of each image that count.
+    """
+
+    image: np.ndarray
+    correct: np.ndarray
+    counted: np.ndarray
+    positives: np.ndarray
+
+
+def _judged(entries: Sequence[Mapping[str, Any] | None]) -> _Judged:
+    positives = np.array(
+        [0 if e is None else int((np.asarray(e["gtIgnore"]) == 0).sum()) for e in entries]
+    )
+    some = [(i, e) for i, e in enumerate(entries) if e is not None]
+    scores, image, matched, ignored = (
+        np.concatenate(parts, axis=-1) if some else np.zeros((1, 0))
+        for parts in (
+            [e["dtScores"] for _, e in some],
+            [np.full(len(e["dtScores"]), i) for i, e in some],
+            [e["dtMatches"] for _, e in some],
+            [e["dtIgnore"] for _, e in some],
+        )
+    )
+    order = np.argsort(-scores.ravel(), kind="stable")
+    counted = ~ignored[:, order].astype(bool)
+    correct = (matched[:, order] != 0) & counted
+    return _Judged(image.ravel()[order].astype(int), correct, counted, positives)
+
+
+def _average_precision(judged: _Judged, counts: np.ndarray, recalls: np.ndarray) -> np.ndarray:
+    """Mean over thresholds of IoU and of recall, [R]; NaN where no box is drawn.
+
+    An image drawn n times makes n equal detections of each: precision rises over those that are
+    correct, so that its envelope, all that AP looks at, is that of their last. Only the correct
+    ones have to be looked at.
+
+    Args:
+      judged: the category's detections.
+      counts: int [R, I], how often each image is drawn.
+      recalls: thresholds, rising.
+    """
+    weights, total = counts[:, judged.image], counts @ judged.positives
+    found = np.zeros(len(counts))
+    for correct, counted in zip(judged.correct, judged.counted, strict=True):
+        right = np.flatnonzero(correct)
+        true = np.cumsum(weights[:, right], axis=1)
+        made = np.cumsum(weights * counted, axis=1)[:, right]
+        precision = true / (made + np.spacing(1))
+        envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        # Recall that is never reached is worth nothing.
+        envelope = np.concatenate([envelope, np.zeros((len(counts), 1))], axis=1)
+        for draw, (recall, curve) in enumerate(
+            zip(true / np.maximum(total, 1)[:, None], envelope, strict=True)
+        ):
+            found[draw] += curve[np.searchsorted(recall, recalls, side="left")].mean()
+    return np.where(total > 0, found / len(judged.correct), np.nan)
 
 
 def image_draws(images: int, count: int, seed: int = 0) -> np.ndarray:

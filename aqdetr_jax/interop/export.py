@@ -106,6 +106,11 @@ def export_bundle(bundle: ModelBundle, source: str, *, fake_quantized: bool = Fa
             "without their grids: --fake-quantized writes the values on the grids (activations "
             "and attention stay float), or export the float teacher"
         )
+    if module.policy.align_queries:
+        raise ValueError(
+            f"{source}: normalises its decoder's queries (quant.align_queries), which "
+            "transformers' model does not: --format=packed or --format=onnx export all of it"
+        )
     if fake_quantized and not bundle.quant.quantized:
         raise ValueError(f"{source}: is a float model: leave out --fake-quantized")
 
@@ -187,7 +192,7 @@ def _left_out(given: Flat) -> list[dict[str, Any]]:
             "they exist only in training",
         ),
         (
-            "step sizes, zero points, shifts and scales",
+            "step sizes, zero points, offsets, shifts and scales",
             grids,
             "weights are written as integers times step; activations, residual sums and attention "
             "are float in transformers, and biases are not rounded",

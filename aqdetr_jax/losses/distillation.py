@@ -38,6 +38,9 @@ class DistillationWeights:
         [ours].
       locations: weight of the distance between sampling locations beside the "kl" or "mse" of a
         deformable attention's weights, which say nothing of where they look [ours].
+      foreground: λ of Q-DETR's distillation of its foreground queries' co-attended features
+        (``losses.foreground``; 2.5 there), 0 = none.
+      tau: τ, how much of an object's best overlap makes a query of the foreground [Q].
       kind: "kl" on the probabilities (default), "mse" on them, "logits" (mean squared difference of
         the centred scores) or "output" (mean squared difference of A v, relative to the teacher's
         mean square) [ours].
@@ -47,20 +50,31 @@ class DistillationWeights:
     decoder_self: float = 0.0
     decoder_cross: float = 0.0
     locations: float = 0.1
+    foreground: float = 0.0
+    tau: float = 0.6
     kind: Kind = "kl"
 
     def __post_init__(self):
-        if min(self.encoder, self.decoder_self, self.decoder_cross, self.locations) < 0:
+        weights = self.encoder, self.decoder_self, self.decoder_cross, self.foreground
+        if min(*weights, self.locations) < 0:
             raise ValueError(f"distillation weights must not be negative: {self}")
         if self.kind not in ("kl", "mse", "logits", "output"):
             raise ValueError(
                 f"distillation kind {self.kind!r}: one of 'kl', 'mse', 'logits', 'output'"
             )
 
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"distillation tau must lie in [0, 1], got {self.tau}")
+
+    @property
+    def maps(self) -> bool:
+        """Whether attention maps are compared."""
+        return self.encoder + self.decoder_self + self.decoder_cross > 0
+
     @property
     def active(self) -> bool:
-        """Whether any term is used, that is, whether a teacher is needed."""
-        return self.encoder + self.decoder_self + self.decoder_cross > 0
+        """Whether any term is used, that is, whether there is something to distil from."""
+        return self.maps or self.foreground > 0
 
 
 def masked_mean(values: Array, query_valid: Array | None) -> Array:

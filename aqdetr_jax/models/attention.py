@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from aqdetr_jax.models.dropout import dropout
-from aqdetr_jax.models.layers import FLOAT
+from aqdetr_jax.models.layers import FLOAT, DistributionAlignment
 from aqdetr_jax.models.quantized import QDense, activation_quantizer, bits_of, module_path
 from aqdetr_jax.ops.activations import softmax
 from aqdetr_jax.quant.policy import Policy
-from aqdetr_jax.quant.product import Mix, Quantizer, Scores, quantized_product
-from aqdetr_jax.quant.record import OpRecord, record
+from aqdetr_jax.quant.product import Mix, Scores, quantized_product
+from aqdetr_jax.quant.quantizer import Quantizer
+from aqdetr_jax.quant.record import FLOAT_PATH, OpRecord, record, recorded_under
 
 MASKED = -1e9
 """Score of a padded key: finite, so that a row without any valid key stays finite."""
@@ -33,17 +34,42 @@ class AttentionMaps(NamedTuple):
       scores: [B, H, Q, K], ``q k^T / sqrt(d)`` with padded keys at ``MASKED``.
       probabilities: [B, H, Q, K] softmax of the scores, before the probabilities' own quantizer.
       output: [B, Q, H*D] the mixed values ``A v``, heads concatenated, before the output layer.
+      float_path: the same of the same attention unquantized (``float_maps``), or None.
     """
 
     scores: Array
     probabilities: Array
     output: Array
+    float_path: AttentionMaps | None = None
 
     def of_first(self, n: int) -> AttentionMaps:
         """The maps of the first ``n`` queries."""
         return AttentionMaps(
-            self.scores[:, :, :n], self.probabilities[:, :, :n], self.output[:, :n]
+            self.scores[:, :, :n],
+            self.probabilities[:, :, :n],
+            self.output[:, :n],
+            None if self.float_path is None else self.float_path.of_first(n),
         )
+
+
+def float_maps(attention: nn.Module, *inputs: Any, **options: Any) -> Any:
+    """The maps of an attention with the same weights on the same input, unquantized.
+
+    Targets of a distillation: no gradient, no dropout.
+
+    Args:
+      attention: bound, of any policy.
+      *inputs: as it takes them.
+      **options: likewise.
+
+    Returns:
+      The maps that it returns.
+    """
+    plain = attention.clone(policy=Policy(), parent=None)
+    params = lax.stop_gradient(attention.variables["params"])
+    with recorded_under(f"{FLOAT_PATH}/{module_path(attention)}"):
+        maps = plain.apply({"params": params}, *inputs, **options)[1]
+    return lax.stop_gradient(maps)
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -79,6 +105,7 @@ class MultiHeadAttention(nn.Module):
       policy: bits by module path.
       dropout: rate on the attention probabilities (training only).
       dtype: carrier dtype of products.
+      co_attention: it is the decoder's, whose query the policy may want aligned.
     """
 
     dim: int
@@ -86,6 +113,7 @@ class MultiHeadAttention(nn.Module):
     policy: Policy = Policy()
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
+    co_attention: bool = False
 
     def setup(self):
         """Declares the four projections and the core."""
@@ -103,6 +131,8 @@ class MultiHeadAttention(nn.Module):
         self.v_proj = dense()
         self.out_proj = QDense(self.dim, policy=self.policy, dtype=self.dtype)
         self.core = AttentionCore(self.policy, self.dropout, self.dtype)
+        if self.co_attention and self.policy.align_queries:
+            self.alignment = DistributionAlignment(self.policy)
 
     def __call__(
         self,
@@ -113,6 +143,7 @@ class MultiHeadAttention(nn.Module):
         *,
         train: bool = False,
         query_sets: tuple[int, ...] | None = None,
+        float_path: bool = False,
     ) -> tuple[Array, AttentionMaps]:
         """Attends.
 
@@ -124,18 +155,26 @@ class MultiHeadAttention(nn.Module):
           train: dropout on.
           query_sets: for self-attention of several query sets kept apart from one another: their
             sizes, summing to Q = K. Each set attends to itself only; no (Q x K) block is computed.
+          float_path: the maps of its float path too.
 
         Returns:
           ([B, Q, dim], maps of the first set).
         """
         q = split_heads(self.q_proj(query), self.heads)
+        if self.co_attention and self.policy.align_queries:
+            q = self.alignment(q)
         k = split_heads(self.k_proj(key), self.heads)
         v = split_heads(self.v_proj(value), self.heads)
         if query_sets is None or len(query_sets) == 1:
             mixed, maps = self.core(q, k, v, key_valid, train=train)
         else:
             mixed, maps = self._apart(q, k, v, query_sets, train)
-        return self.out_proj(mixed), maps
+            # The maps are the first set's, and so are those of the float path.
+            query, key, value = (x[:, : query_sets[0]] for x in (query, key, value))
+        mixed = self.out_proj(mixed)
+        if float_path:
+            maps = maps._replace(float_path=float_maps(self, query, key, value, key_valid))
+        return mixed, maps
 
     def _apart(self, q, k, v, query_sets, train):
         """One attention per query set; equal neighbours are folded into the batch."""

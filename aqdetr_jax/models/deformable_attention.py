@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from aqdetr_jax.models import grid_use
-from aqdetr_jax.models.attention import merge_heads, row_sum
-from aqdetr_jax.models.layers import FLOAT
+from aqdetr_jax.models.attention import float_maps, merge_heads, row_sum
+from aqdetr_jax.models.layers import FLOAT, DistributionAlignment
 from aqdetr_jax.models.quantized import (
     QDense,
     activation_quantizer,
@@ -29,8 +29,10 @@ from aqdetr_jax.models.quantized import (
 from aqdetr_jax.ops import deformable, deformable_kernel
 from aqdetr_jax.ops.deformable import LevelShapes, Sampling
 from aqdetr_jax.quant.policy import Policy
-from aqdetr_jax.quant.product import MixSamples, Quantizer, quantized_product
+from aqdetr_jax.quant.product import MixSamples, quantized_product
+from aqdetr_jax.quant.quantizer import Quantizer
 from aqdetr_jax.quant.record import OpRecord, record
+from aqdetr_jax.quant.spec import ALIGNMENT
 
 MIXED = "mixed"
 """Name of the attention's output before its last layer, for policies of ``jax.checkpoint``."""
@@ -45,6 +47,7 @@ class DeformableMaps(NamedTuple):
       locations: [B, Q, M, L, K, 2] where values are sampled, (x, y) in units of the level's grid.
       sizes: [L, 2] (width, height) of the levels, in cells.
       output: [B, Q, d] the mixed samples, heads concatenated, before the output layer.
+      float_path: the same of the same attention unquantized (``attention.float_maps``), or None.
     """
 
     scores: Array
@@ -52,6 +55,7 @@ class DeformableMaps(NamedTuple):
     locations: Array
     sizes: Array
     output: Array
+    float_path: DeformableMaps | None = None
 
     def of_first(self, n: int) -> DeformableMaps:
         """The maps of the first ``n`` queries."""
@@ -60,6 +64,7 @@ class DeformableMaps(NamedTuple):
             probabilities=self.probabilities[:, :, :n],
             locations=self.locations[:, :n],
             output=self.output[:, :n],
+            float_path=None if self.float_path is None else self.float_path.of_first(n),
         )
 
 
@@ -96,6 +101,8 @@ class DeformableAttention(nn.Module):
       remat: samples again in the backward pass, so that no samples are kept; but for the kernel one
         head after the other, so that the samples of one head exist at a time.
       dtype: carrier dtype of products.
+      co_attention: it is the decoder's, whose query the policy may want aligned: what offsets and
+        weights are made of [ours; Q-DETR has no deformable attention].
     """
 
     dim: int
@@ -106,6 +113,7 @@ class DeformableAttention(nn.Module):
     sampling: Sampling = "auto"
     remat: bool = False
     dtype: DTypeLike = jnp.float32
+    co_attention: bool = False
 
     @nn.compact
     def __call__(
@@ -115,6 +123,8 @@ class DeformableAttention(nn.Module):
         memory: Array,
         valid: Array,
         shapes: LevelShapes,
+        *,
+        float_path: bool = False,
     ) -> tuple[Array, DeformableMaps]:
         """Attends.
 
@@ -124,10 +134,12 @@ class DeformableAttention(nn.Module):
           memory: [B, S, d] tokens of all levels.
           valid: bool [B, S], False for padding, which is sampled as zero.
           shapes: (height, width) of each level.
+          float_path: the maps of its float path too.
 
         Returns:
           ([B, Q, d], maps).
         """
+        inputs = query, reference, memory, valid, shapes
         if self.dim % self.heads:
             raise ValueError(f"model width {self.dim} is not divisible by {self.heads} heads")
         if len(shapes) != self.levels:
@@ -136,6 +148,8 @@ class DeformableAttention(nn.Module):
         zeros = nn.initializers.zeros
         heads, levels, points = self.heads, self.levels, self.points
         batch, queries, _ = query.shape
+        if self.co_attention and self.policy.align_queries:
+            query = DistributionAlignment(self.policy, name=ALIGNMENT)(query)
 
         values = dense(self.dim, name="value_proj")(memory)
         values = jnp.where(valid[..., None], values, 0.0).reshape(
@@ -160,7 +174,10 @@ class DeformableAttention(nn.Module):
         scores = scores.reshape(batch, queries, heads, levels * points).transpose(0, 2, 1, 3)
         core = SamplingCore(self.policy, self.sampling, self.remat, self.dtype, name="core")
         mixed, maps = core(values, locations, scores, shapes)
-        return dense(self.dim, name="output_proj")(mixed), maps
+        mixed = dense(self.dim, name="output_proj")(mixed)
+        if float_path:
+            maps = maps._replace(float_path=float_maps(self, *inputs))
+        return mixed, maps
 
 
 class SamplingCore(nn.Module):

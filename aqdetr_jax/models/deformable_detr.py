@@ -45,7 +45,13 @@ class DeformableDetr(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Array, mask: Array, *, train: bool = False, auxiliary: bool = False
+        self,
+        images: Array,
+        mask: Array,
+        *,
+        train: bool = False,
+        auxiliary: bool = False,
+        float_path: bool = False,
     ) -> DetrOutput:
         """Detects.
 
@@ -55,6 +61,7 @@ class DeformableDetr(nn.Module):
           mask: bool [B, H, W], True = real pixel.
           train: dropout and learning norms on (which draws by ``models.dropout.drawing``).
           auxiliary: run the auxiliary queries too.
+          float_path: in the maps also those of the same attentions unquantized.
 
         Returns:
           See ``DetrOutput``.
@@ -67,7 +74,7 @@ class DeformableDetr(nn.Module):
         sets = c.active_sets(auxiliary, self.is_initializing())
 
         # --- encoder --------------------------------------------------------------------------
-        encoded = encode_levels(self, c, policy, images, mask, train)
+        encoded = encode_levels(self, c, policy, images, mask, train, float_path)
         memory, valid = encoded.memory, encoded.valid
 
         # --- heads: one for all layers, or one for each (and one for the proposals) -------------
@@ -103,6 +110,7 @@ class DeformableDetr(nn.Module):
             sets,
             train,
             predict,
+            float_path,
         )
         logits = jnp.stack([head(x) for head, x in zip(class_heads, decoded, strict=False)])
         logits, auxiliary_logits = split_queries(logits, c.num_queries)

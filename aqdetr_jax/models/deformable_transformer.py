@@ -33,6 +33,7 @@ class _DeformableLayer(TransformerLayer):
             c.deformable.sampling,
             bool(c.remat),
             c.carrier,
+            name == "cross_attention",
             name=name,
         )
 
@@ -49,12 +50,14 @@ class DeformableEncoderLayer(_DeformableLayer):
         valid: Array,
         shapes: LevelShapes,
         train: bool,
+        float_path: bool,
     ):
         """[B, S, d] x 2, [B, S, L, 2], bool [B, S] -> ([B, S, d], maps)."""
         attention = self.deformable("self_attention")
 
         def attend(y):
-            return attention(y + position, reference, y, valid, shapes)
+            query = y + position
+            return attention(query, reference, y, valid, shapes, float_path=float_path)
 
         x, maps = self.residual(x, attend, "norm1", train)
         return self.feed_forward(x, "norm2", train), maps
@@ -74,6 +77,7 @@ class DeformableDecoderLayer(_DeformableLayer):
         shapes: LevelShapes,
         query_sets: tuple[int, ...],
         train: bool,
+        float_path: bool,
     ):
         """[B, Q, d] x 2, [B, Q, L, 2 or 4], [B, S, d], bool [B, S] -> (x, self, cross maps)."""
         self_attention = self.attention("self_attention")
@@ -81,10 +85,13 @@ class DeformableDecoderLayer(_DeformableLayer):
 
         def attend_self(y):
             q = y + query
-            return self_attention(q, q, y, train=train, query_sets=query_sets)
+            return self_attention(
+                q, q, y, train=train, query_sets=query_sets, float_path=float_path
+            )
 
         def attend_cross(y):
-            return cross_attention(y + query, reference, memory, valid, shapes)
+            q = y + query
+            return cross_attention(q, reference, memory, valid, shapes, float_path=float_path)
 
         x, self_maps = self.residual(x, attend_self, "norm1", train)
         x, cross_maps = self.residual(x, attend_cross, "norm2", train)
@@ -98,15 +105,15 @@ class DeformableEncoder(nn.Module):
     policy: Policy = Policy()
 
     @nn.compact
-    def __call__(self, x, position, reference, valid, shapes, train):
+    def __call__(self, x, position, reference, valid, shapes, train, float_path=False):
         """[B, S, d] -> ([B, S, d], maps per layer)."""
         layer = DeformableEncoderLayer
         if self.config.remat is True:
-            layer = nn.remat(layer, static_argnums=(5, 6), policy=KEPT)
+            layer = nn.remat(layer, static_argnums=(5, 6, 7), policy=KEPT)
         maps = []
         for i in range(self.config.encoder_layers):
             x, m = layer(self.config, self.policy, name=f"layer_{i}")(
-                x, position, reference, valid, shapes, train
+                x, position, reference, valid, shapes, train, float_path
             )
             maps.append(m)
         return (LayerNorm(name="norm")(x) if self.config.pre_norm else x), tuple(maps)
@@ -131,6 +138,7 @@ class DeformableDecoder(nn.Module):
         query_sets: tuple[int, ...],
         train: bool,
         predict: Callable[[int, Array, Array], Array],
+        float_path: bool = False,
     ):
         """Runs the layers.
 
@@ -145,6 +153,7 @@ class DeformableDecoder(nn.Module):
           query_sets: sizes of the sets kept apart in self-attention.
           train: dropout on.
           predict: boxes [B, Q, 4] of layer i from its output and its reference.
+          float_path: the maps of the attentions' float paths too.
 
         Returns:
           (outputs [L, B, Q, d], boxes [L, B, Q, 4], self maps, cross maps).
@@ -152,14 +161,14 @@ class DeformableDecoder(nn.Module):
         c = self.config
         layer = DeformableDecoderLayer
         if c.remat is True:
-            layer = nn.remat(layer, static_argnums=(6, 7, 8), policy=KEPT)
+            layer = nn.remat(layer, static_argnums=(6, 7, 8, 9), policy=KEPT)
         norm = LayerNorm(name="norm") if c.pre_norm else None
         outputs, boxes, self_maps, cross_maps = [], [], [], []
         for i in range(c.decoder_layers):
             repeats = reference.shape[-1] // 2
             on_levels = reference[:, :, None] * jnp.tile(ratios, repeats)[:, None]
             x, s, m = layer(c, self.policy, name=f"layer_{i}")(
-                x, query, on_levels, memory, valid, shapes, query_sets, train
+                x, query, on_levels, memory, valid, shapes, query_sets, train, float_path
             )
             outputs.append(x if norm is None else norm(x))
             boxes.append(predict(i, outputs[-1], reference))

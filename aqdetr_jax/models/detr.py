@@ -38,7 +38,13 @@ class Detr(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Array, mask: Array, *, train: bool = False, auxiliary: bool = False
+        self,
+        images: Array,
+        mask: Array,
+        *,
+        train: bool = False,
+        auxiliary: bool = False,
+        float_path: bool = False,
     ) -> DetrOutput:
         """Detects.
 
@@ -48,6 +54,7 @@ class Detr(nn.Module):
           mask: bool [B, H, W], True = real pixel.
           train: dropout and learning norms on (which draws by ``models.dropout.drawing``).
           auxiliary: run the auxiliary queries too.
+          float_path: in the maps also those of the same attentions unquantized.
 
         Returns:
           See ``DetrOutput``.
@@ -75,7 +82,7 @@ class Detr(nn.Module):
         )(x)
         valid = cells.reshape(batch, -1)
         memory, encoder_maps = Encoder(c, policy, name="encoder")(
-            x.reshape(batch, -1, c.dim), position, valid, train
+            x.reshape(batch, -1, c.dim), position, valid, train, float_path
         )
 
         queries = self.param("query_embed", query_start(c, 0), (c.num_queries, c.dim))
@@ -87,7 +94,7 @@ class Detr(nn.Module):
             queries = jnp.concatenate([queries, more])
         query = jnp.broadcast_to(queries, (batch, *queries.shape)).astype(c.carrier)
         decoded, self_maps, cross_maps = Decoder(c, policy, name="decoder")(
-            query, memory, position, valid, sets, train
+            query, memory, position, valid, sets, train, float_path
         )
         logits = QDense(c.class_outputs, policy, kernel_init=TORCH_LINEAR, name="class_head")(
             decoded

@@ -26,7 +26,7 @@ from jax import Array
 
 from aqdetr_jax.models.layers import NORM_EPS, norm_affine
 from aqdetr_jax.quant import lsq
-from aqdetr_jax.quant.product import SumSteps
+from aqdetr_jax.quant.quantizer import SumSteps
 
 ONE = np.float32(1 - NORM_EPS)
 """A running variance with which a norm's factor is its scale: ``ONE + eps`` is 1 in float32."""

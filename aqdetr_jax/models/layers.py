@@ -13,10 +13,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from aqdetr_jax.models.dropout import dropout
-from aqdetr_jax.models.quantized import QDense, module_path
+from aqdetr_jax.models.quantized import OBSERVED, QDense, module_path, observing
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import Policy
-from aqdetr_jax.quant.product import SumSteps
+from aqdetr_jax.quant.quantizer import SumSteps
 from aqdetr_jax.quant.record import OpRecord, record
 
 FLOAT = "float by choice"
@@ -31,13 +31,41 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., D]."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        record(OpRecord(module_path(self), "norm", parameters=2 * x.shape[-1], note=FLOAT))
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        return (centred * (lax.rsqrt(variance + NORM_EPS) * scale) + bias).astype(x.dtype)
+        return _layer_norm(self, x)
+
+
+def _layer_norm(module: nn.Module, x: Array) -> Array:
+    """Declares ``scale`` and ``bias`` on ``module`` and normalises ``x`` over its last axis."""
+    scale = module.param("scale", nn.initializers.ones, (x.shape[-1],))
+    bias = module.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    record(OpRecord(module_path(module), "norm", parameters=2 * x.shape[-1], note=FLOAT))
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * (lax.rsqrt(variance + NORM_EPS) * scale) + bias).astype(x.dtype)
+
+
+class DistributionAlignment(nn.Module):
+    """``(q - μ) / sqrt(σ² + 1e-5) γ + β`` of a co-attention's query (Q-DETR, eq. 9).
+
+    μ and σ² are those of each query's channels, γ and β are learned, one a channel: a layer norm.
+    A Gaussian of larger variance has larger entropy, ½ log 2πeσ², which a grid is to keep.
+
+    It belongs to the quantizers: calibration, which looks at the float model, passes the query as
+    it is, and leaves ``statistics`` [2, n] of its queries (means, deviations) for the start of β
+    and γ; see ``quant.calibrate.aligned_parameters``.
+    """
+
+    policy: Policy = Policy()
+
+    @nn.compact
+    def __call__(self, q: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        if observing(self):
+            rows = q.reshape(-1, q.shape[-1]).astype(jnp.float32)
+            found = jnp.stack([jnp.mean(rows, 1), jnp.std(rows, 1)])
+            self.variable(OBSERVED, "statistics", lambda: found).value = found
+        return q if self.policy.arithmetic == "observe" else _layer_norm(self, q)
 
 
 class GroupNorm(nn.Module):

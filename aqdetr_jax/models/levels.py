@@ -49,6 +49,7 @@ def encode_levels(
     images: Array,
     mask: Array,
     train: bool,
+    float_path: bool = False,
 ) -> EncodedLevels:
     """Backbone, input projections, level embedding and encoder.
 
@@ -60,6 +61,7 @@ def encode_levels(
       images: as for ``DeformableDetr``.
       mask: bool [B, H, W].
       train: dropout and learning norms on.
+      float_path: the maps of the attentions' float paths too.
     """
     levels, masks = _feature_levels(config, policy, images, mask, train)
     start = nn.initializers.normal(1.0)
@@ -71,7 +73,7 @@ def encode_levels(
     valid = jnp.concatenate([m.reshape(m.shape[0], -1) for m in masks], axis=1)
     centres = deformable.encoder_reference_points(shapes, ratios)
     memory, maps = DeformableEncoder(config, policy, name="encoder")(
-        tokens, position, centres, valid, shapes, train
+        tokens, position, centres, valid, shapes, train, float_path
     )
     return EncodedLevels(memory, maps, masks, valid, ratios, shapes)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import flax.linen as nn
@@ -23,8 +23,10 @@ from jax.typing import DTypeLike
 from aqdetr_jax.models import grid_use
 from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.quant import lsq
+from aqdetr_jax.quant.calibrate import RANGE
 from aqdetr_jax.quant.policy import Policy
-from aqdetr_jax.quant.product import Conv, Dense, Quantizer, SumSteps, quantized_product
+from aqdetr_jax.quant.product import Conv, Dense, quantized_product
+from aqdetr_jax.quant.quantizer import Quantizer, SumSteps
 from aqdetr_jax.quant.record import OpRecord, record
 from aqdetr_jax.quant.spec import QuantSpec, default_step, weight_size
 
@@ -102,11 +104,11 @@ def activation_quantizer(
     x: Array | jax.ShapeDtypeStruct,
     spec: QuantSpec | None,
     head_axis: int | None = None,
-    sample: Array | None = None,
+    seen: Mapping[str, Array] | None = None,
 ) -> Quantizer | None:
-    """Declares ``<name>_step`` (and ``<name>_zero``) on ``module`` for the operand ``x``.
+    """Declares ``<name>_step`` (``<name>_zero``, ``<name>_offset``) on ``module`` for ``x``.
 
-    While the collection ``observed`` is mutable, a fixed sample of ``x`` is left there for
+    While the collection ``observed`` is mutable, what ``watched`` says of ``x`` is left there for
     calibration; while ``codes`` is, all its codes, int16 and of ``x``'s shape, under the site's
     name, of the last call if there are several.
 
@@ -116,7 +118,7 @@ def activation_quantizer(
       x: the operand, batch first; its shape suffices where nothing is observed or captured.
       spec: its grid, None = float.
       head_axis: the axis of attention heads (1 for [B, H, ., .]) for per-head steps.
-      sample: what calibration shall see instead of a sample of ``x``.
+      seen: what calibration shall see instead, see ``watched``.
 
     Returns:
       The quantizer with a step of shape () or [H, 1, 1], or None.
@@ -129,23 +131,30 @@ def activation_quantizer(
             raise ValueError(f"{module_path(module)}: {name} has no head axis for per-head steps")
         shape = (x.shape[head_axis], *(1,) * (x.ndim - head_axis - 1))
     if observing(module):
-        if sample is None:
-            sample = _sample(cast(Array, x), head_axis if shape else None)
-        module.variable(OBSERVED, name, lambda: sample).value = sample
+        found = watched(cast(Array, x), head_axis if shape else None) if seen is None else seen
+        for ending, value in found.items():
+            module.variable(OBSERVED, name + ending, lambda value=value: value).value = value
     start = nn.initializers.constant(default_step(spec))
     step = module.param(f"{name}_step", start, shape, jnp.float32)
     lower, upper = _limits(module, name, spec)
     if spec.zero_point:
         zero = module.param(f"{name}_zero", nn.initializers.zeros, shape, jnp.float32)
         lower, upper = lower - zero, upper - zero
-    if capturing(module):
-        seen = lsq.codes(cast(Array, x), step, lower, upper).astype(jnp.int16)
-        module.variable(CODES, name, lambda: seen).value = seen
-    if grid_use.watched(module):
-        sampled = _sample(cast(Array, x), head_axis if shape else None, grid_use.SAMPLES)
-        grid_use.note_activation(module, name, sampled, spec, (step, lower, upper), sample)
+    offset = None
+    if spec.offset:
+        offset = module.param(f"{name}_offset", nn.initializers.zeros, shape, jnp.float32)
+        offset = lsq.whole_offset(offset, -upper, -lower)
     count = math.prod(x.shape[1:]) // max(math.prod(shape), 1)
-    return Quantizer(step, lower, upper, jnp.float32(lsq.gradient_scale(count, spec.upper)))
+    factor = jnp.float32(lsq.gradient_scale(count, spec.upper))
+    quantizer = Quantizer(step, lower, upper, factor, offset)
+    if capturing(module):
+        codes = quantizer.codes(cast(Array, x)).astype(jnp.int16)
+        module.variable(CODES, name, lambda: codes).value = codes
+    if grid_use.watched(module):
+        some = watched(cast(Array, x), head_axis if shape else None, grid_use.SAMPLES)[""]
+        channels = None if seen is None else seen[""]
+        grid_use.note_activation(module, name, some, spec, (step, *quantizer.ends), channels)
+    return quantizer
 
 
 def _limits(module: nn.Module, name: str, spec: QuantSpec) -> tuple[Array, Array]:
@@ -156,18 +165,29 @@ def _limits(module: nn.Module, name: str, spec: QuantSpec) -> tuple[Array, Array
     return jnp.float32(spec.lower), jnp.float32(spec.upper)
 
 
-def _sample(x: Array, axis: int | None, limit: int = SAMPLES_PER_SITE) -> Array:
-    """A fixed pseudo-random sample of ``x``'s elements: [n], or [H, n] for an axis of H."""
+def watched(x: Array, axis: int | None, limit: int = SAMPLES_PER_SITE) -> dict[str, Array]:
+    """What calibration sees of an operand, by the ending that its name gets.
+
+    Args:
+      x: any shape.
+      axis: of H heads or channels that are seen each for itself; None = all together.
+      limit: elements of the sample.
+
+    Returns:
+      "": a fixed pseudo-random sample of the elements, [n] or [H, n]; ``RANGE``: the smallest and
+      the largest of all, [2] or [H, 2].
+    """
     if axis is None:
         flat = x.reshape(1, -1)
     else:
         flat = jnp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+    ends = jnp.stack([jnp.min(flat, 1), jnp.max(flat, 1)], 1)
     size = flat.shape[1]
     if size > limit:
         # An unbiased sample: adding the extremes would weigh them thousands of times too much.
         index = np.random.default_rng(size).integers(0, size, limit)
         flat = flat[:, np.sort(index)]
-    return flat[0] if axis is None else flat
+    return {"": flat[0], RANGE: ends[0]} if axis is None else {"": flat, RANGE: ends}
 
 
 def rectify(module: nn.Module, x: Array, spec: QuantSpec | None, policy: Policy) -> Array:
@@ -253,11 +273,12 @@ class QDense(nn.Module):
         input_spec = self.policy.activation_spec(path, unsigned=unsigned)
         if self.rectified:
             x = rectify(self, x, input_spec, self.policy)
-        sample, centred = None, self.policy.center and input_spec is not None and not unsigned
+        seen, centred = None, self.policy.center and input_spec is not None and not unsigned
         if centred:
-            sample = _sample(x, x.ndim - 1, SAMPLES_PER_CHANNEL)
+            if observing(self) or grid_use.watched(self):
+                seen = watched(x, x.ndim - 1, SAMPLES_PER_CHANNEL)
             x, kernel, bias = channel_affine(self, x, kernel, bias)
-        q_x = activation_quantizer(self, "input", x, input_spec, sample=sample)
+        q_x = activation_quantizer(self, "input", x, input_spec, seen=seen)
         q_w = weight_quantizer(self, kernel, weight_spec)
         row = _row(path, "dense", self.policy, weight_spec, input_spec, kernel, bias, x.size)
         record(dataclasses.replace(row, centred=x.shape[-1] if centred else 0))

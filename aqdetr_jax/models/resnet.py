@@ -221,7 +221,7 @@ class _Block(nn.Module):
         quantizer = activation_quantizer(self, name, x, spec)
         if quantizer is None or self.policy.arithmetic == "observe":
             return x
-        return lsq.fake_quantize(x, *quantizer)
+        return lsq.fake_quantize(x, quantizer.step, *quantizer.ends, quantizer.gradient_scale)
 
 
 class BasicBlock(_Block):

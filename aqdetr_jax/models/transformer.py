@@ -23,8 +23,10 @@ class TransformerLayer(nn.Module):
 
     def attention(self, name: str) -> MultiHeadAttention:
         """An attention sub-layer."""
-        c = self.config
-        return MultiHeadAttention(c.dim, c.heads, self.policy, c.dropout, c.carrier, name=name)
+        c, crossed = self.config, name == "cross_attention"
+        return MultiHeadAttention(
+            c.dim, c.heads, self.policy, c.dropout, c.carrier, crossed, name=name
+        )
 
     def residual(self, x: Array, sublayer, norm: str, train: bool):
         """Post-norm ``norm(x + f(x))`` or pre-norm ``x + f(norm(x))``; f returns (y, maps)."""
@@ -45,13 +47,13 @@ class EncoderLayer(TransformerLayer):
     """Self-attention over the feature map (Q-MHSA) and a feed-forward network."""
 
     @nn.compact
-    def __call__(self, x: Array, position: Array, valid: Array, train: bool):
+    def __call__(self, x: Array, position: Array, valid: Array, train: bool, float_path: bool):
         """[B, S, d], [B, S, d], bool [B, S] -> ([B, S, d], maps)."""
         attention = self.attention("self_attention")
 
         def attend(y):
             q = y + position
-            return attention(q, q, y, valid, train=train)
+            return attention(q, q, y, valid, train=train, float_path=float_path)
 
         x, maps = self.residual(x, attend, "norm1", train)
         return self.feed_forward(x, "norm2", train), maps
@@ -70,6 +72,7 @@ class DecoderLayer(TransformerLayer):
         valid: Array,
         query_sets: tuple[int, ...],
         train: bool,
+        float_path: bool,
     ):
         """[B, Q, d], query embedding [B, Q, d], [B, S, d] x 2, bool [B, S] -> (x, self, cross)."""
         self_attention = self.attention("self_attention")
@@ -77,10 +80,15 @@ class DecoderLayer(TransformerLayer):
 
         def attend_self(y):
             q = y + query
-            return self_attention(q, q, y, train=train, query_sets=query_sets)
+            return self_attention(
+                q, q, y, train=train, query_sets=query_sets, float_path=float_path
+            )
 
         def attend_cross(y):
-            return cross_attention(y + query, memory + position, memory, valid, train=train)
+            key = memory + position
+            return cross_attention(
+                y + query, key, memory, valid, train=train, float_path=float_path
+            )
 
         x, self_maps = self.residual(x, attend_self, "norm1", train)
         x, cross_maps = self.residual(x, attend_cross, "norm2", train)
@@ -94,16 +102,20 @@ class Encoder(nn.Module):
     policy: Policy = Policy()
 
     @nn.compact
-    def __call__(self, x: Array, position: Array, valid: Array, train: bool):
+    def __call__(
+        self, x: Array, position: Array, valid: Array, train: bool, float_path: bool = False
+    ):
         """[B, S, d] -> ([B, S, d], maps per layer)."""
         layer = (
-            nn.remat(EncoderLayer, static_argnums=(4,))
+            nn.remat(EncoderLayer, static_argnums=(4, 5))
             if self.config.remat is True
             else EncoderLayer
         )
         maps = []
         for i in range(self.config.encoder_layers):
-            x, m = layer(self.config, self.policy, name=f"layer_{i}")(x, position, valid, train)
+            x, m = layer(self.config, self.policy, name=f"layer_{i}")(
+                x, position, valid, train, float_path
+            )
             maps.append(m)
         return (LayerNorm(name="norm")(x) if self.config.pre_norm else x), tuple(maps)
 
@@ -115,10 +127,10 @@ class Decoder(nn.Module):
     policy: Policy = Policy()
 
     @nn.compact
-    def __call__(self, query, memory, position, valid, query_sets, train):
+    def __call__(self, query, memory, position, valid, query_sets, train, float_path=False):
         """Query embedding [B, Q, d] -> ([L, B, Q, d], self maps, cross maps)."""
         layer = (
-            nn.remat(DecoderLayer, static_argnums=(6, 7))
+            nn.remat(DecoderLayer, static_argnums=(6, 7, 8))
             if self.config.remat is True
             else DecoderLayer
         )
@@ -127,7 +139,7 @@ class Decoder(nn.Module):
         outputs, self_maps, cross_maps = [], [], []
         for i in range(self.config.decoder_layers):
             x, s, c = layer(self.config, self.policy, name=f"layer_{i}")(
-                x, query, memory, position, valid, query_sets, train
+                x, query, memory, position, valid, query_sets, train, float_path
             )
             outputs.append(norm(x))
             self_maps.append(s)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from aqdetr_jax.models.detector import record_ops
 from aqdetr_jax.parallel.mesh import make_mesh
-from aqdetr_jax.quant.record import OpRecord, recording
+from aqdetr_jax.quant.record import FLOAT_PATH, OpRecord, recording
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.assemble import (
     batch_shapes,
@@ -28,8 +28,9 @@ def image_flops(config: ExperimentConfig, bucket: tuple[int, int], kind: str) ->
     """Useful floating-point operations of one image, two for each multiply-add.
 
     In training every product is counted three times (its result and two gradients), once where its
-    parameters are frozen and in the teacher. What ``model.remat`` computes again to save memory
-    is not counted, nor are matcher, losses and elementwise operations.
+    parameters are frozen, in the teacher, and in a distillation's float path. What ``model.remat``
+    computes again to save memory is not counted, nor are matcher, losses and elementwise
+    operations.
 
     Args:
       config: with every size given.
@@ -41,7 +42,9 @@ def image_flops(config: ExperimentConfig, bucket: tuple[int, int], kind: str) ->
         return 2 * _macs(_inference(module, bucket))
     total = 0
     for row in _training(config, module, bucket):
-        frozen = any(re.search(pattern, f"{row.path}/") for pattern in config.optimizer.frozen)
+        frozen = row.path.startswith(FLOAT_PATH) or any(
+            re.search(pattern, f"{row.path}/") for pattern in config.optimizer.frozen
+        )
         total += row.macs * (FORWARD if frozen else TRAINED)
     teacher = stand_in_teacher(config)
     if teacher is not None:

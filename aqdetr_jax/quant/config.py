@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from aqdetr_jax.quant.policy import RESIDUAL_BITS, Policy, Rule, stock_policy
+from aqdetr_jax.quant.policy import RESIDUAL_BITS, Grid, Policy, Rule, stock_policy
 from aqdetr_jax.quant.spec import SUPPORTED_BITS
 
 
@@ -18,24 +19,25 @@ class QuantConfig:
       rules: rows put before the stock ones (first match wins).
       residual: bits of what the backbone's residual sums add, 0 = float.
       attention_granularity: one attention step per "head" or per "tensor".
-      zero_point: asymmetric activation grids.
+      grid: of activations that can be negative: "symmetric", "zero_point", "offset" or "centred".
       renormalize: divide the attention output by the sum of the quantized probabilities.
-      center: dense inputs are shifted and scaled per channel before their grid (see ``Policy``).
-      equalize: how much of the channels' unequal spread the scales take, 0 to 1.
+      align_queries: normalise the queries of the decoder's co-attention (Q-DETR, eq. 9).
+      equalize: how much of the channels' unequal spread a centred grid's scales take, 0 to 1.
       calibration_batches: batches of training images that set the step sizes.
-      calibration_method: "mse" (least squared error), "lsq" (2 mean|v| / sqrt(Qp)) or "percentile".
+      calibration_method: "mse" (least squared error), "lsq" (2 mean|v| / sqrt(Qp)), "percentile" or
+        "minmax", see ``calibrate.first_step``.
     """
 
     policy: str = "float"
     rules: tuple[Rule, ...] = ()
     residual: int = RESIDUAL_BITS
     attention_granularity: Literal["head", "tensor"] = "head"
-    zero_point: bool = False
+    grid: Grid = "symmetric"
     renormalize: bool = False
-    center: bool = False
+    align_queries: bool = False
     equalize: float = 0.7
     calibration_batches: int = 8
-    calibration_method: Literal["mse", "lsq", "percentile"] = "mse"
+    calibration_method: Literal["mse", "lsq", "percentile", "minmax"] = "mse"
 
     def __post_init__(self):
         if self.residual not in (0, *SUPPORTED_BITS):
@@ -52,9 +54,10 @@ class QuantConfig:
             self.policy,
             residual=self.residual,
             attention_granularity=self.attention_granularity,
-            zero_point=self.zero_point,
+            grid=self.grid,
             renormalize=self.renormalize,
-            center=self.center,
+            # Of a float model there is no query to align.
+            align_queries=self.align_queries and self.quantized,
         )
         return dataclasses.replace(policy, rules=self.rules + policy.rules)
 
@@ -62,3 +65,26 @@ class QuantConfig:
     def quantized(self) -> bool:
         """Whether anything is quantized."""
         return self.policy != "float" or bool(self.rules)
+
+
+def saved_quant(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved model's ``QuantConfig`` as plain values, in today's keys.
+
+    Models saved before there was a ``grid`` have two switches in its place.
+
+    Args:
+      facts: as they stand in the file.
+
+    Raises:
+      ValueError: both switches are on, which no grid is.
+    """
+    facts = dict(facts)
+    zero_point, center = facts.pop("zero_point", False), facts.pop("center", False)
+    if zero_point and center:
+        raise ValueError(
+            "this model has centred inputs and zero points (quant.center and quant.zero_point), "
+            "which is no grid of this version: train it again with quant.grid='centred'"
+        )
+    if zero_point or center:
+        facts["grid"] = "centred" if center else "zero_point"
+    return facts

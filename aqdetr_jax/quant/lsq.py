@@ -142,6 +142,69 @@ def vjp_of_total(
 
 
 @jax.custom_vjp
+def whole_offset(offset: Array, least: Array | float, most: Array | float) -> Array:
+    """The whole number of steps by which LSQ+ moves a grid; the gradient passes unchanged.
+
+    LSQ+ (Bhalgat et al., 2020), as Q-DETR's eq. 1-2 write it, has an offset z that is learned:
+    ``v_bar = round(clip((v - z) / s, -Qn, Qp))`` and ``v_hat = s v_bar + z``. With ``z = s n`` and
+    n whole [ours] this is the grid of all functions here with its ends moved by n,
+    ``v_hat = s round(clip(v / s, n - Qn, n + Qp))``: an offset needs no second sum beside a
+    product's, and 0 is on the grid. n is learned as a real number, in steps, so that one rate
+    fits steps of any size.
+
+    Args:
+      offset: float32, real.
+      least: the smallest n with which 0 is still a code, ``-Qp``.
+      most: the largest, ``Qn``.
+
+    Returns:
+      float32 whole numbers in ``[least, most]``. Beyond them only gradients pass whose descent
+      leads back.
+    """
+    return jnp.round(jnp.clip(offset, least, most))
+
+
+def _whole_offset_fwd(offset, least, most):
+    return whole_offset(offset, least, most), (offset, least, most)
+
+
+def _whole_offset_bwd(residuals, cotangent):
+    offset, least, most = residuals
+    stuck = ((offset <= least) & (cotangent > 0)) | ((offset >= most) & (cotangent < 0))
+    return jnp.where(stuck, 0.0, cotangent), jnp.zeros_like(least), jnp.zeros_like(most)
+
+
+whole_offset.defvjp(_whole_offset_fwd, _whole_offset_bwd)
+
+
+def offset_vjp(
+    v: Array,
+    s: Array,
+    lower: Array | float,
+    upper: Array | float,
+    g: Array | float,
+    cotangent: Array,
+) -> Array:
+    """Cotangent of the number n of steps by which a grid's ends were moved.
+
+    LSQ+'s ``d v_hat / d z`` is 0 inside the range and 1 outside, and ``z = s n``.
+
+    Args:
+      v: values.
+      s: step, broadcastable to ``v``.
+      lower: smallest code of the moved grid.
+      upper: its largest.
+      g: gradient factor of the step, n's too.
+      cotangent: dL/dv_hat, of ``v``'s shape.
+
+    Returns:
+      dL/dn of ``s``'s shape, ``g * s * sum dL/dv_hat`` over what lies outside.
+    """
+    outside = jnp.where(inside(v, s, lower, upper), 0, cotangent).astype(jnp.float32)
+    return g * sum_to_shape(outside * s, jnp.shape(s))
+
+
+@jax.custom_vjp
 def fake_quantize(
     v: Array, s: Array, lower: Array | float, upper: Array | float, g: Array | float = 1.0
 ) -> Array:

@@ -21,6 +21,16 @@ from typing import Literal
 from aqdetr_jax.quant.product import Arithmetic
 from aqdetr_jax.quant.spec import SUPPORTED_BITS, QuantSpec
 
+Grid = Literal["symmetric", "zero_point", "offset", "centred"]
+"""How activations that can be negative lie on their grid; what cannot is on an unsigned one.
+
+* "symmetric": 0 in the middle of the codes [L];
+* "zero_point": 0 on a code that calibration finds, Q-DETR's asymmetric grid as integers carry it;
+* "offset": LSQ+, the same with a number of steps that is learned (Q-DETR, eq. 1-2);
+* "centred": the inputs of dense layers are shifted and scaled channel by channel before a symmetric
+  grid; shift and scale fold into bias and weights [ours].
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -69,20 +79,24 @@ class Policy:
       arithmetic: "fake" to train, "integer" for int32 sums, "observe" for calibration.
       attention_granularity: "head" (one step per head for q, k, probabilities, v: each head is its
         own product, so it costs nothing) or "tensor".
-      zero_point: asymmetric activation grids with an integer zero point (Q-DETR's choice) at the
-        sites whose values can be negative.
+      grid: of activations that can be negative, see ``Grid``.
       renormalize: divide the attention output by the sum of the quantized probabilities.
-      center: dense inputs that can be negative are shifted and scaled per channel before they are
-        put on their grid; shift and scale fold into bias and weights [ours].
+      align_queries: normalise the queries of the decoder's co-attention, with a learned scale and
+        bias (Q-DETR's distribution alignment, eq. 9).
     """
 
     name: str = "float"
     rules: tuple[Rule, ...] = ()
     arithmetic: Arithmetic = "fake"
     attention_granularity: Literal["head", "tensor"] = "head"
-    zero_point: bool = False
+    grid: Grid = "symmetric"
     renormalize: bool = False
-    center: bool = False
+    align_queries: bool = False
+
+    @property
+    def center(self) -> bool:
+        """Whether dense inputs that can be negative are centred."""
+        return self.grid == "centred"
 
     def rule_for(self, path: str) -> Rule | None:
         """The first rule whose pattern is found in ``path``, or None."""
@@ -113,7 +127,7 @@ class Policy:
         return self._activation(rule.attention, unsigned, self.attention_granularity)
 
     def residual_spec(self, path: str, *, unsigned: bool) -> QuantSpec | None:
-        """What a residual sum adds: one step per tensor, symmetric whatever ``zero_point`` says.
+        """What a residual sum adds: one step per tensor, symmetric whatever ``grid`` says.
 
         Both operands are spread about zero or bounded by it, and have bits to spare.
         """
@@ -125,9 +139,10 @@ class Policy:
     def _activation(self, bits: int, unsigned: bool, granularity) -> QuantSpec:
         if unsigned:
             return QuantSpec(bits, signed=False, granularity=granularity)
-        if self.zero_point:
+        if self.grid == "zero_point":
             return QuantSpec(bits, signed=False, granularity=granularity, zero_point=True)
-        return QuantSpec(bits, signed=True, granularity=granularity)
+        moved = self.grid == "offset"
+        return QuantSpec(bits, signed=True, granularity=granularity, offset=moved)
 
 
 FLOAT_HEADS = Rule(r"(class_head|box_head)", None, None, None, "output heads stay float")

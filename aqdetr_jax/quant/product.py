@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,50 +32,12 @@ from jax.typing import DTypeLike
 from aqdetr_jax.ops import convolution
 from aqdetr_jax.ops.mapping import axis_to_map
 from aqdetr_jax.quant import lsq
+from aqdetr_jax.quant.quantizer import Quantizer
 
 Arithmetic = Literal["fake", "integer", "observe"]
 
 _FEW_BITS = 4
 """Bits of a grid on which bfloat16 sums suffice for a step's gradient."""
-
-
-class Quantizer(NamedTuple):
-    """The numbers that put one operand on its grid.
-
-    Attributes:
-      step: float32 step size ``s > 0``; broadcastable to the operand *and* to the product's output
-        (scalar per tensor; ``[1, .., N]`` per output channel; ``[H, 1, 1]`` per head).
-      lower: float32 scalar or per-site array, the smallest code.
-      upper: the largest code.
-      gradient_scale: LSQ's factor on the step's gradient (float32 scalar, no gradient).
-    """
-
-    step: Array
-    lower: Array
-    upper: Array
-    gradient_scale: Array
-
-
-class SumSteps(NamedTuple):
-    """The steps that make the unit of a layer's integer sums.
-
-    Attributes:
-      input: float32 [], step of the input.
-      weight: float32 [N], steps of the output channels' weights.
-    """
-
-    input: Array
-    weight: Array
-
-    def unit(self, factor: Array | float = 1.0) -> Array:
-        """The value of a one in the sums, float32 [N].
-
-        Multiplied in this order wherever biases are rounded: another order is another last bit.
-
-        Args:
-          factor: of the norm that follows, [N].
-        """
-        return self.input * (self.weight * factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,8 +308,7 @@ def quantized_product(
     if arithmetic == "observe":
         return _fake_product(contraction, a, b, None, None)
     if arithmetic == "integer" and quantizer_a is not None and quantizer_b is not None:
-        code_a = lsq.codes(a, quantizer_a.step, quantizer_a.lower, quantizer_a.upper)
-        code_b = lsq.codes(b, quantizer_b.step, quantizer_b.lower, quantizer_b.upper)
+        code_a, code_b = quantizer_a.codes(a), quantizer_b.codes(b)
         total = contraction.integers(code_a.astype(jnp.int32), code_b.astype(jnp.int32))
         return contraction.scaled(total.astype(jnp.float32), quantizer_a.step * quantizer_b.step)
     return _fake_product(contraction, a, b, quantizer_a, quantizer_b)
@@ -363,7 +324,7 @@ def _fake_product(contraction, a, b, quantizer_a, quantizer_b):
 def _encode(x: Array, quantizer: Quantizer | None) -> tuple[Array, Array | float]:
     if quantizer is None:
         return x, 1.0
-    return lsq.codes(x, quantizer.step, quantizer.lower, quantizer.upper), quantizer.step
+    return quantizer.codes(x), quantizer.step
 
 
 def _fake_product_fwd(contraction, a, b, quantizer_a, quantizer_b):
@@ -380,16 +341,16 @@ def _fake_product_bwd(contraction, residuals, cotangent):
     db, dqb = _cotangents(b, quantizer_b, d_b_hat)
     if contraction.constant_left:
         da = jnp.zeros_like(a)
-        dqa = _step_of_constant(contraction, a, quantizer_a, b_hat, cotangent)
+        dqa = _cotangents_of_constant(contraction, a, quantizer_a, b_hat, cotangent)
         return da, db, dqa, dqb
     d_a_hat = contraction.left_gradient(a, b_hat, cotangent)
     if quantizer_a is None or jnp.ndim(step_a) or not contraction.sums_suffice:
         da, dqa = _cotangents(a, quantizer_a, d_a_hat)
     else:
         total = jnp.sum(d_b_hat * b_hat.astype(contraction.dtype))
-        step, lower, upper, g = quantizer_a
-        da, ds = lsq.vjp_of_total(a, step, lower, upper, g, d_a_hat, total)
-        dqa = _step_cotangent(quantizer_a, ds)
+        (lower, upper), g = quantizer_a.ends, quantizer_a.gradient_scale
+        da, ds = lsq.vjp_of_total(a, quantizer_a.step, lower, upper, g, d_a_hat, total)
+        dqa = quantizer_a.cotangent(ds, _offset_cotangent(a, quantizer_a, d_a_hat))
     return da, db, dqa, dqb
 
 
@@ -401,30 +362,36 @@ def _on_grid(x: Array, quantizer: Quantizer | None) -> Array:
 def _cotangents(x: Array, quantizer: Quantizer | None, d_hat: Array):
     if quantizer is None:
         return d_hat.astype(x.dtype), None
-    step, lower, upper, g = quantizer
-    dx, ds = lsq.vjp(x, step, lower, upper, g, d_hat)
-    return dx, _step_cotangent(quantizer, ds)
+    dx, ds = lsq.vjp(x, quantizer.step, *quantizer.ends, quantizer.gradient_scale, d_hat)
+    return dx, quantizer.cotangent(ds, _offset_cotangent(x, quantizer, d_hat))
 
 
-def _step_of_constant(contraction, a, quantizer, b_hat, cotangent):
-    """The step's cotangent where ``a`` takes none.
+def _offset_cotangent(x: Array, quantizer: Quantizer, d_hat: Array) -> Array | None:
+    if quantizer.offset is None:
+        return None
+    return lsq.offset_vjp(x, quantizer.step, *quantizer.ends, quantizer.gradient_scale, d_hat)
+
+
+def _cotangents_of_constant(contraction, a, quantizer, b_hat, cotangent):
+    """The cotangents of the step and the offset where ``a`` takes none.
 
     ``dL/ds = g sum(dL/da_hat . da_hat/ds)``, and ``b_hat`` may change places in a sum of products:
     ``g sum(b_hat . right_gradient(da_hat/ds))``. So no gradient of ``a`` is made.
     """
     if quantizer is None:
         return None
-    step, lower, upper, g = quantizer
+    step, ends = quantizer.step, quantizer.ends
     if jnp.ndim(step):
         raise ValueError(f"constant_left needs one step for the operand, got {jnp.shape(step)}")
-    derivative = lsq.step_derivative(a, step, lower, upper)
-    moved = contraction.right_gradient(derivative, b_hat, cotangent)
-    return _step_cotangent(quantizer, g * jnp.sum(b_hat * moved))
 
+    def along(derivative: Array) -> Array:
+        moved = contraction.right_gradient(derivative, b_hat, cotangent)
+        return quantizer.gradient_scale * jnp.sum(b_hat * moved)
 
-def _step_cotangent(quantizer: Quantizer, ds: Array) -> Quantizer:
-    _, *others = quantizer
-    return Quantizer(ds, *(jnp.zeros_like(x) for x in others))
+    d_offset = None
+    if quantizer.offset is not None:
+        d_offset = along(jnp.where(lsq.inside(a, step, *ends), 0.0, step))
+    return quantizer.cotangent(along(lsq.step_derivative(a, step, *ends)), d_offset)
 
 
 _fake_product.defvjp(_fake_product_fwd, _fake_product_bwd)

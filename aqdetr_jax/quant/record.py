@@ -53,13 +53,28 @@ class OpRecord:
 
 
 _rows: contextvars.ContextVar[list[OpRecord] | None] = contextvars.ContextVar("rows", default=None)
+_prefix: contextvars.ContextVar[str] = contextvars.ContextVar("prefix", default="")
+
+FLOAT_PATH = "float_path"
+"""First part of the paths of what the distillation from a float path computes, once and without a
+gradient; see ``models.attention.float_maps``."""
 
 
 def record(row: OpRecord) -> None:
     """Adds a row if a recording is active; otherwise does nothing."""
     rows = _rows.get()
     if rows is not None:
-        rows.append(row)
+        rows.append(dataclasses.replace(row, path=_prefix.get() + row.path))
+
+
+@contextlib.contextmanager
+def recorded_under(path: str) -> Iterator[None]:
+    """The rows of the body have paths under ``path``."""
+    token = _prefix.set(f"{path}/")
+    try:
+        yield
+    finally:
+        _prefix.reset(token)
 
 
 @contextlib.contextmanager

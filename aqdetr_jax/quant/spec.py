@@ -13,7 +13,16 @@ SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8)
 CALIBRATED = ("_zero", "_shift", "_scale")
 """Endings of names of parameters that only calibration sets."""
 
-GRID_PARAMETERS = ("_step", *CALIBRATED)
+ALIGNMENT = "alignment"
+"""Name of the module that aligns a co-attention's query, see ``Policy.align_queries``."""
+
+GRID_PARAMETERS = (
+    "_step",
+    "_offset",
+    *CALIBRATED,
+    f"/{ALIGNMENT}/scale",
+    f"/{ALIGNMENT}/bias",
+)
 """Endings of the names of all parameters that a quantized model has and its float model has not."""
 
 
@@ -29,14 +38,18 @@ class QuantSpec:
         operand and is never guessed from array shapes.
       zero_point: asymmetric grid: the real value 0 sits on an integer code found by calibration,
         so that the grid covers ``[-z, 2^b - 1 - z]``. Activations only.
+      offset: a signed grid that a learned whole number of steps moves (LSQ+). Activations only.
     """
 
     bits: int
     signed: bool = True
     granularity: Granularity = "tensor"
     zero_point: bool = False
+    offset: bool = False
 
     def __post_init__(self):
+        if self.offset and (self.zero_point or not self.signed):
+            raise ValueError("a grid with a learned offset is signed and has no zero point")
         if self.bits not in SUPPORTED_BITS:
             raise ValueError(f"bits must be one of {SUPPORTED_BITS}, got {self.bits!r}")
 
@@ -56,11 +69,11 @@ class QuantSpec:
         return 2**self.bits
 
     def describe(self) -> str:
-        """Short text for tables, e.g. ``s4/channel`` or ``u8+z``."""
+        """Short text for tables, e.g. ``s4/channel``, ``u8+z`` or ``s4+o``."""
         text = f"{'s' if self.signed else 'u'}{self.bits}"
         if self.granularity != "tensor":
             text += f"/{self.granularity}"
-        return text + ("+z" if self.zero_point else "")
+        return text + "+z" * self.zero_point + "+o" * self.offset
 
 
 def packed_size(count: int, bits: int) -> int:

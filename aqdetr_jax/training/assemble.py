@@ -180,6 +180,6 @@ def _without_optimizer(state: TrainState) -> TrainState:
 
 def stand_in_teacher(config: ExperimentConfig) -> Detector | None:
     """A module of the teacher's sizes where the model itself is not needed; None without one."""
-    if config.task == "pretrain" or not config.distill.weights.active:
+    if config.task == "pretrain" or not config.distill.needs_teacher:
         return None
     return build_detector(dataclasses.replace(config.model, num_auxiliary=0, auxiliary_groups=1))

@@ -39,15 +39,35 @@ class AuxiliaryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """Distillation from a float teacher.
+    """Distillation from a float teacher, or from the student's own float path.
 
     Attributes:
+      source: "teacher" (another network), or "float_path": the target of an attention is the same
+        attention unquantized, with its weights of that step and on its own input.
       teacher: folder of the teacher's parameters; "" = the model of ``init_from``.
-      weights: what is distilled and how much; all 0 = no teacher.
+      weights: what is distilled and how much; all 0 = no distillation.
     """
 
+    source: Literal["teacher", "float_path"] = "teacher"
     teacher: str = ""
     weights: DistillationWeights = dataclasses.field(default_factory=DistillationWeights)
+
+    def __post_init__(self):
+        if self.source == "float_path" and self.weights.foreground:
+            raise ValueError(
+                "distill.weights.foreground compares with another network's queries: set "
+                "distill.source='teacher', or the weight to 0"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher network runs in a step."""
+        return self.weights.active and self.source == "teacher"
+
+    @property
+    def from_float_path(self) -> bool:
+        """Whether a step computes attentions' float paths."""
+        return self.weights.active and self.source == "float_path"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,11 +234,17 @@ class ExperimentConfig:
                 f"loss.kind must be {wanted!r} with model.family={self.model.family!r}: DETR's "
                 "class head has a no-object output, Deformable DETR's one sigmoid a class"
             )
-        weights = self.distill.weights
-        if self.model.deformable.two_stage and weights.decoder_self + weights.decoder_cross > 0:
+        weights, teacher = self.distill.weights, self.distill.needs_teacher
+        two_stage = self.model.deformable.two_stage
+        if two_stage and teacher and weights.decoder_self + weights.decoder_cross > 0:
             raise ValueError(
                 "distill.weights.decoder_self and decoder_cross must be 0 with two stages: the "
                 "teacher's queries are its own proposals and do not correspond to the student's"
+            )
+        if self.distill.from_float_path and not self.quant.quantized:
+            raise ValueError(
+                "distill.source='float_path' compares a quantized attention with the same one "
+                "unquantized, and quant.policy is 'float'"
             )
         if self.task == "pretrain" and self.quant.quantized:
             raise ValueError("task='pretrain' trains a float backbone: set quant.policy='float'")

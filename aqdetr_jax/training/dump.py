@@ -31,8 +31,8 @@ from aqdetr_jax.training import setup, sizing
 from aqdetr_jax.training.assemble import TRAINED_KEYS, assemble, loss_function, restore
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.faults import bad_parameters, culprits, in_words
+from aqdetr_jax.training.metrics import is_loss
 from aqdetr_jax.training.state import TrainState
-from aqdetr_jax.training.step import is_loss
 from aqdetr_jax.trees import flatten, path_name
 
 DUMPS = "dumps"

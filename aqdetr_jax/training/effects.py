@@ -114,6 +114,35 @@ def check_evaluation_keys(overrides: Iterable[str]) -> None:
             )
 
 
+_TRAINED = (
+    "train.*",
+    "optimizer.*",
+    "auxiliary.*",
+    "distill.*",
+    "loss.*",
+    "model.num_auxiliary",
+    "model.auxiliary_groups",
+    "model.remat",
+)
+"""Patterns of the keys that only training reads, but for the batch of its evaluations."""
+
+
+def check_calibration_keys(overrides: Iterable[str]) -> None:
+    """Refuses what changes nothing where a model is calibrated and judged, and not trained.
+
+    Args:
+      overrides: ``a.b=value`` texts.
+
+    Raises:
+      ConfigError: one is of training alone.
+    """
+    for text in overrides:
+        key = text.partition("=")[0]
+        batch = key in ("train.eval_batch_size", "train.eval_batch_per_chip")
+        if not batch and any(fnmatchcase(key, pattern) for pattern in _TRAINED):
+            raise ConfigError(f"command line: config.{key} has no effect: nothing is trained")
+
+
 def idle(config: ExperimentConfig) -> Iterator[Rule]:
     """The keys that a configuration makes idle."""
     yield from _data(config)
@@ -176,9 +205,9 @@ def _quant(config: ExperimentConfig) -> Iterator[Rule]:
         for key in (
             "residual",
             "attention_granularity",
-            "zero_point",
+            "grid",
             "renormalize",
-            "center",
+            "align_queries",
             "equalize",
             "calibration_*",
         ):
@@ -186,8 +215,8 @@ def _quant(config: ExperimentConfig) -> Iterator[Rule]:
         for key in ("optimizer.lr_steps", "train.quantizers_every"):
             yield key, "there are no step sizes: quant.policy is 'float'"
         return
-    if not quant.center:
-        yield "quant.equalize", "it scales centred inputs, and quant.center is False"
+    if quant.grid != "centred":
+        yield "quant.equalize", f"it scales centred inputs, and quant.grid is {quant.grid!r}"
     if quant.policy == "float":
         yield "quant.residual", "quant.policy is 'float': quant.rules say all there is"
 
@@ -211,8 +240,16 @@ def _auxiliary(config: ExperimentConfig) -> Iterator[Rule]:
 def _distill(config: ExperimentConfig) -> Iterator[Rule]:
     weights = config.distill.weights
     if not weights.active:
-        for key in ("teacher", "weights.kind", "weights.locations"):
+        for key in ("source", "teacher", "weights.kind", "weights.locations", "weights.tau"):
             yield f"distill.{key}", "no distillation weight is positive: distill.weights"
+        return
+    if config.distill.source == "float_path":
+        yield "distill.teacher", "distill.source is 'float_path', which is no other network"
+    if not weights.foreground:
+        yield "distill.weights.tau", "it is of distill.weights.foreground, which is 0"
+    if not weights.maps:
+        for key in ("kind", "locations"):
+            yield f"distill.weights.{key}", "no weight of attention maps is positive"
     elif config.model.family == "detr":
         yield "distill.weights.locations", "only deformable attention has sampling locations"
     elif weights.kind not in ("kl", "mse"):

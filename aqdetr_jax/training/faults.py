@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqdetr_jax.training.step import is_loss
+from aqdetr_jax.training.metrics import is_loss
 from aqdetr_jax.trees import flatten, path_name
 
 KEPT_STEPS = 64

@@ -167,5 +167,6 @@ class _NoWriter:
 
 def _shown(values: dict[str, float]) -> dict[str, float]:
     """The few terms that fit a progress line."""
-    shown = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_distill_encoder")
+    losses = ("loss", "loss_ce", "loss_bbox", "loss_giou")
+    shown = (*losses, "loss_distill_encoder", "loss_distill_foreground")
     return {name: values[name] for name in shown if name in values}

@@ -27,6 +27,11 @@ METRICS = "metrics.jsonl"
 """Name of the metrics file in a work directory."""
 
 
+def is_loss(name: str) -> bool:
+    """Whether a metric is a term of the loss."""
+    return name.rpartition("/")[2].startswith("loss")
+
+
 class MetricsWriter:
     """Appends metrics to ``WORKDIR/metrics.jsonl`` and to TensorBoard files in ``WORKDIR/tb``.
 

@@ -1,4 +1,4 @@
-"""AdamW in groups: backbone, step sizes, slow and frozen parameters, and the rest."""
+"""AdamW in groups: backbone, step sizes and offsets, slow and frozen parameters, and the rest."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ from aqdetr_jax.training.packing import FROZEN, Packing
 
 STEP_FLOOR = 1e-9
 """Step sizes are kept above this after every update."""
+
+
+OFFSET_RATE = 8
+"""Steps that a grid's offset moves while a step size grows by all of itself, which moves the ends
+of a 4-bit grid as far [ours]."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int):
@@ -46,7 +51,7 @@ def learning_rate(config: OptimizerConfig, steps: int):
 
 
 def group_of(path: str, config: OptimizerConfig, *, frozen_norms: bool) -> str:
-    """The group of a parameter: "frozen", "steps", "backbone", "slow" or "rest".
+    """The group of a parameter: "frozen", "steps", "offsets", "backbone", "slow" or "rest".
 
     Args:
       path: parameter path, e.g. "encoder/layer_0/norm1/scale".
@@ -62,6 +67,8 @@ def group_of(path: str, config: OptimizerConfig, *, frozen_norms: bool) -> str:
         return FROZEN
     if leaf.endswith("_step"):
         return "steps"
+    if leaf.endswith("_offset"):
+        return "offsets"
     if path.startswith("backbone/"):
         return "backbone"
     return "slow" if any(re.search(pattern, path) for pattern in config.slow) else "rest"
@@ -119,7 +126,7 @@ def make_optimizer(
     """The optimizer of a run.
 
     Gradients are clipped by their global norm over everything that is trained. Weight decay is
-    decoupled (AdamW) and acts on kernels and embeddings, not on norms, biases or step sizes.
+    decoupled (AdamW) and acts on kernels and embeddings, not on norms, biases, steps or offsets.
 
     Args:
       params: parameter tree (or its shapes).
@@ -152,6 +159,10 @@ def make_optimizer(
             optax.scale_by_adam(),
             relative_to_parameter(),
             optax.scale_by_schedule(rate(config.lr_steps)),
+        ),
+        "offsets": optax.chain(
+            optax.scale_by_adam(),
+            optax.scale_by_schedule(rate(OFFSET_RATE * config.lr_steps)),
         ),
     }
     chain = [optax.partition(transforms, packing.groups)]

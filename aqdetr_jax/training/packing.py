@@ -28,8 +28,8 @@ FROZEN = "frozen"
 class Packing:
     """Which leaves of a parameter tree are trained, and which of them share a vector.
 
-    A leaf of at most one dimension is packed with those of its group, and so is every step size,
-    unless a rule splits it over devices.
+    A leaf of at most one dimension is packed with those of its group, and so is every step size
+    and offset, unless a rule splits it over devices.
 
     Attributes:
       groups: a packed tree of group names.
@@ -52,7 +52,7 @@ class Packing:
             split = any(re.search(pattern, "/".join(path)) for pattern, _ in rules)
             if group == FROZEN:
                 continue
-            if split or (len(shapes[path]) > 1 and group != "steps"):
+            if split or (len(shapes[path]) > 1 and group not in ("steps", "offsets")):
                 self._alone.append(path)
                 alone[path] = group
             else:
@@ -132,6 +132,7 @@ def _name(keys: list[str]) -> str:
         return "/".join(keys[1:])
     return {
         "steps": "a step size",
+        "offsets": "a grid's offset",
         "backbone": "a bias or norm of the backbone",
         "slow": "a slow bias or norm",
     }.get(keys[1], "a bias or norm")

@@ -88,8 +88,8 @@ def load_source(path: str, key: str) -> ModelBundle:
 
 
 def teacher_key(config: ExperimentConfig) -> str | None:
-    """The key that leads to the teacher of a distillation, None without one."""
-    if not config.distill.weights.active:
+    """The key that leads to the teacher network of a distillation, None without one."""
+    if not config.distill.needs_teacher:
         return None
     return "distill.teacher" if config.distill.teacher else "init_from"
 
@@ -140,12 +140,15 @@ def load_teacher(config: ExperimentConfig) -> ModelBundle | None:
 
 def _compared(model: DetrConfig, weights: DistillationWeights) -> dict[str, Any]:
     """What teacher and student must have in common, by name."""
-    names = ["family", "encoder_layers", "heads"]
+    names = ["family"]
     decoder = weights.decoder_self + weights.decoder_cross > 0
     if decoder:
         names += ["decoder_layers", "num_queries"]
-    if decoder or weights.kind == "output":
+    if decoder or weights.kind == "output" or weights.foreground:
         names.append("dim")
+    if not weights.maps:  # features of queries alone, which need not see the same tokens
+        return {name: getattr(model, name) for name in names}
+    names += ["encoder_layers", "heads"]
     wanted = {name: getattr(model, name) for name in names}
     wanted["backbone.output_stride"] = model.backbone.output_stride
     if model.family == "deformable":

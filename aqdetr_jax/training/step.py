@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from aqdetr_jax.losses.auxiliary import AuxiliaryLossConfig, aqdetr_detection_loss
 from aqdetr_jax.losses.dense import dense_assignment, dense_loss
 from aqdetr_jax.losses.distillation import DistillationWeights, layer_by_layer_loss
+from aqdetr_jax.losses.foreground import foreground_distillation
 from aqdetr_jax.losses.proposals import proposal_loss
 from aqdetr_jax.losses.targets import Predictions, Targets
 from aqdetr_jax.models.dense import DensePretrainer
@@ -23,6 +24,7 @@ from aqdetr_jax.models.output import DetrOutput
 from aqdetr_jax.parallel.mesh import batch_sharding, replicated
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.metrics import is_loss
 from aqdetr_jax.training.state import TrainState, variables
 
 Batch = dict[str, Array]
@@ -34,11 +36,6 @@ and terms of all parts add up to those of the whole."""
 
 DROPOUT = 1
 """Purpose number of the dropout key, see ``step_key``."""
-
-
-def is_loss(name: str) -> bool:
-    """Whether a metric is a term of the loss."""
-    return name.rpartition("/")[2].startswith("loss")
 
 
 def step_key(seed: int, step: Array, purpose: int) -> Array:
@@ -80,15 +77,17 @@ def distillation_loss(
     teacher: DetrOutput,
     student: DetrOutput,
     num_queries: int,
+    targets: Targets,
     part: Part | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """``λ_dist L_dist`` and the optional decoder terms.
+    """``λ_dist L_dist``, the optional decoder terms, and Q-DETR's over foreground queries.
 
     Args:
       weights: λ of each term.
-      teacher: float model's output on the same images.
+      teacher: float model's output on the same images, or ``float_targets``.
       student: quantized model's output.
       num_queries: N; only the object queries' cross-attention is compared.
+      targets: the images' boxes.
       part: given where the images are a part of a batch: the terms, which are means over images or
         over valid tokens, are then the part's share of the batch's.
 
@@ -116,6 +115,16 @@ def distillation_loss(
             None,
             weights.locations,
         )
+    if weights.foreground:  # of the last layer, whose boxes are predicted from these features
+        terms["loss_distill_foreground"] = foreground_distillation(
+            student.boxes[-1],
+            teacher.boxes[-1],
+            student.decoder_cross_attention[-1].output[:, :num_queries],
+            teacher.decoder_cross_attention[-1].output,
+            targets.boxes,
+            targets.valid,
+            weights.tau,
+        )
     if part is not None:
         images = jnp.float32(len(student.memory_valid) / len(part.valid))
         tokens = jnp.sum(student.memory_valid) / jnp.maximum(part.tokens, 1)
@@ -124,8 +133,22 @@ def distillation_loss(
         "loss_distill_encoder": weights.encoder,
         "loss_distill_decoder_self": weights.decoder_self,
         "loss_distill_decoder_cross": weights.decoder_cross,
+        "loss_distill_foreground": weights.foreground,
     }
     return sum((scale[k] * v for k, v in terms.items()), jnp.float32(0.0)), terms
+
+
+def float_targets(student: DetrOutput) -> DetrOutput:
+    """A model's output with the maps of its attentions' float paths in place of its own."""
+
+    def of(maps: tuple) -> Any:
+        return tuple(each.float_path for each in maps)
+
+    return student._replace(
+        encoder_attention=of(student.encoder_attention),
+        decoder_self_attention=of(student.decoder_self_attention),
+        decoder_cross_attention=of(student.decoder_cross_attention),
+    )
 
 
 def detection_loss_fn(
@@ -136,13 +159,13 @@ def detection_loss_fn(
     Args:
       config: weights and seed.
       model: the student (or a float model).
-      teacher: float module of the teacher, None without distillation.
+      teacher: float module of the teacher, None where no teacher is needed.
     """
     sizes = model.config
     auxiliary = AuxiliaryLossConfig(
         config.auxiliary.weight, config.auxiliary.repeats, sizes.auxiliary_groups
     )
-    weights = config.distill.weights
+    weights, float_path = config.distill.weights, config.distill.from_float_path
 
     def loss_fn(params, batch_stats, teacher_variables, batch, step, part=None):
         keys = dropout_keys(config.seed, step, batch) if part is None else part.keys
@@ -154,6 +177,7 @@ def detection_loss_fn(
                 batch["mask"],
                 train=True,
                 auxiliary=sizes.num_auxiliary > 0,
+                float_path=float_path,
                 mutable=["batch_stats"],
             )
         extra = (
@@ -168,10 +192,14 @@ def detection_loss_fn(
             config.loss,
             auxiliary,
         )
+        target: Any = float_targets(output) if float_path else None
         if teacher is not None:
-            target: Any = teacher.apply(teacher_variables, batch["images"], batch["mask"])
+            target = teacher.apply(teacher_variables, batch["images"], batch["mask"])
             target = jax.lax.stop_gradient(target)
-            more, distilled = distillation_loss(weights, target, output, sizes.num_queries, part)
+        if target is not None:
+            more, distilled = distillation_loss(
+                weights, target, output, sizes.num_queries, targets, part
+            )
             loss, terms = loss + more, terms | distilled
         replaced = diagnostics["replaced_costs"]
         if output.proposal_logits is not None:

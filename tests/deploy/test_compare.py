@@ -16,10 +16,11 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 CASES = {
     "detr-w4a4": ("detr", "w4a4", {}),
     "detr-w8a8": ("detr", "w8a8", {}),
-    "detr-w2a2": ("detr", "w2a2", {"center": True, "renormalize": True}),
+    "detr-w2a2": ("detr", "w2a2", {"grid": "centred", "renormalize": True}),
     "detr-attn8": ("detr", "w4a4-attn8", {"attention_granularity": "tensor"}),
-    "plain-w3a3": ("plain", "w3a3", {"zero_point": True, "renormalize": True}),
-    "two_stage-w4a4": ("two_stage", "w4a4", {"center": True}),
+    "detr-qdetr": ("detr", "w4a4", {"grid": "offset", "align_queries": True}),
+    "plain-w3a3": ("plain", "w3a3", {"grid": "zero_point", "renormalize": True}),
+    "two_stage-w4a4": ("two_stage", "w4a4", {"grid": "centred", "align_queries": True}),
 }
 
 

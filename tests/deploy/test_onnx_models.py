@@ -39,14 +39,19 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 BATCH = 2
 
 
+QDETR = {"grid": "offset", "align_queries": True}
+"""Options of the policy that is called "qdetr" here, of w4a4."""
+
+
 @functools.cache
 def deployed(name, policy="float"):
+    policy, more = ("w4a4", QDETR) if policy == "qdetr" else (policy, {})
     config = dataclasses.replace(tiny_models.CONFIGS[name], num_auxiliary=0, auxiliary_groups=1)
-    variables = tiny_models.variables_of(name, policy)
+    variables = tiny_models.variables_of(name, policy, **more)
     return deployed_bundle(
         ModelBundle(
             config,
-            QuantConfig(policy=policy),
+            QuantConfig(policy=policy, **more),
             InputRule((tiny_models.BUCKET,)),
             ("a", "b", "c"),
             (1, 2, 3),
@@ -106,9 +111,12 @@ def test_codes_are_those_of_the_deployed_network(name, file):
     assert comparison.boxes < 1e-4
 
 
-@pytest.mark.parametrize("policy", ["w8a8", "float"])
-def test_other_bits(policy, file):
-    comparison = compared("detr", policy, OnnxDetector(file(written("detr", policy)), threads=1))
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("detr", "w8a8"), ("detr", "float"), ("detr", "qdetr"), ("plain", "qdetr")],
+)
+def test_other_grids(name, policy, file):
+    comparison = compared(name, policy, OnnxDetector(file(written(name, policy)), threads=1))
     assert comparison.different <= 1
     assert comparison.logits < 1e-4
     assert comparison.boxes < 1e-4

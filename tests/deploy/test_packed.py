@@ -18,8 +18,9 @@ from aqdetr_jax.deploy.packed import read_packed, used, write_packed
 
 CASES = {
     "detr": ("detr", "w4a4", {}),
-    "plain": ("plain", "w3a3", {"zero_point": True}),
-    "two_stage": ("two_stage", "w2a2", {"center": True}),
+    "plain": ("plain", "w3a3", {"grid": "zero_point"}),
+    "two_stage": ("two_stage", "w2a2", {"grid": "centred"}),
+    "qdetr": ("detr", "w4a4", {"grid": "offset", "align_queries": True}),
     "float": ("detr", "float", {}),
 }
 

@@ -183,10 +183,15 @@ def test_damages():
         3: {"AP": 0.47, "noise": 0.3},
         2: {"AP": 0.30, "noise": 0.9},
     }
-    assert damages(rows, 0.5, "noise") == {8: 0.0, 4: 0.2, 3: 0.3, 2: 0.9}
-    found = damages(rows, 0.5, "AP")
-    np.testing.assert_allclose([found[b] for b in (8, 4, 3, 2)], [0, 0.05, 0.05, 0.2], atol=1e-6)
-    assert found[3] > found[4]  # by noise, where AP says that more is lost at more bits
+    policy, bits = rows[4], (8, 4, 3, 2)
+    found = damages(rows, policy, 4, "noise")
+    np.testing.assert_allclose([found[b] for b in bits], [-0.2, 0, 0.1, 0.7], atol=1e-12)
+    found = damages(rows, policy, 4, "AP")
+    np.testing.assert_allclose([found[b] for b in bits], [-0.06, 0, 0, 0.15], atol=1e-6)
+    assert found[3] > found[4]  # by noise, where AP says that fewer bits gain
+    # A group of several bits is at none of them: only their order is taken to hold.
+    found = damages(rows, {"AP": 0.46, "noise": 0.2}, None, "AP")
+    np.testing.assert_allclose([found[b] for b in bits], [-0.05, 0.01, 0.01, 0.16], atol=1e-6)
 
 
 def test_a_loss_that_cannot_be_kept():
@@ -278,7 +283,7 @@ DEFORMABLE = dataclasses.replace(
 CASES = {
     "detr": (
         tiny.FLOAT,
-        dict(center=True, renormalize=True),
+        dict(grid="centred", renormalize=True),
         (
             QuantConfig(),
             QuantConfig("w4a4", rules=(WEIGHTS_ONLY, Rule("decoder/layer_0/", 2, 8, 3))),
@@ -286,7 +291,7 @@ CASES = {
     ),
     "deformable": (
         DEFORMABLE,
-        dict(zero_point=True, attention_granularity="tensor"),
+        dict(grid="offset", attention_granularity="tensor"),
         (QuantConfig(), QuantConfig("w3a3-attn8")),
     ),
 }
@@ -486,6 +491,7 @@ def test_again_it_measures_nothing_and_takes_another_budget(study, capsys):
         (("--bits=four",), "candidate bits are written 8,4,3,2; got 'four'"),
         (("--budget=small",), "a budget of 'small' is none"),
         (("quant.policy=float",), "tiny_student quantizes nothing"),
+        (("quant.align_queries=True",), "set --config.quant.align_queries=False"),
         (("model.dim=16", "model.heads=2"), "is not the model of the checkpoint"),
     ],
 )

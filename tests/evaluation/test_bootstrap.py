@@ -20,7 +20,7 @@ def case(seed):
         for _ in range(rng.integers(1, 5)):
             box = np.concatenate([rng.uniform(0, 80, 2), rng.uniform(20, 90, 2)])
             category = int(rng.choice([1, 7]))
-            boxes.append((image, category, box.tolist()))
+            boxes.append((image, category, box.tolist(), int(rng.random() < 0.2)))
             moved = (box + rng.normal(0, 4, 4)).tolist()
             if rng.random() < 0.9:
                 results.append((image, category, moved, float(rng.random())))
@@ -35,8 +35,15 @@ def coco_json(boxes, results, images):
         "images": [{"id": i, "width": 200, "height": 200} for i in images],
         "categories": [{"id": 1, "name": "a"}, {"id": 7, "name": "b"}],
         "annotations": [
-            {"id": k, "image_id": i, "category_id": c, "bbox": b, "area": b[2] * b[3], "iscrowd": 0}
-            for k, (i, c, b) in enumerate(boxes, start=1)
+            {
+                "id": k,
+                "image_id": i,
+                "category_id": c,
+                "bbox": b,
+                "area": b[2] * b[3],
+                "iscrowd": crowd,
+            }
+            for k, (i, c, b, crowd) in enumerate(boxes, start=1)
         ],
     }
     found = [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in results]
@@ -66,6 +73,7 @@ def test_each_draw_is_a_set_of_its_own_to_pycocotools():
             r += [(copy + 1, *row[1:]) for row in results if row[0] == 10 + position]
         wanted.append(pycocotools_ap(*coco_json(b, r, range(1, IMAGES + 1))))
     assert len(set(wanted)) > 3
+    assert any(crowd for *_, crowd in boxes)
     found = bootstrap_ap(*coco_json(boxes, results, range(10, 10 + IMAGES)), draws)
     np.testing.assert_allclose(found, wanted, atol=1e-12)
 

@@ -195,9 +195,17 @@ def test_what_else_a_model_may_be(converted):
 # --- low bits -------------------------------------------------------------------------------------
 
 STUDENTS = {
-    "detr_bottleneck": QuantConfig("w4a4", center=True),
-    "deformable_refine": QuantConfig("w3a3-attn8"),
+    "detr_bottleneck": QuantConfig("w4a4", grid="centred"),
+    "deformable_refine": QuantConfig("w3a3-attn8", grid="offset"),
 }
+
+
+def test_queries_that_are_aligned_have_no_place_there():
+    quant = QuantConfig("w4a4", align_queries=True)
+    student = random_bundle(parity_cases.TINY["detr_bottleneck"], quant)
+    for fake in (False, True):
+        with pytest.raises(ValueError, match=r"ours: .*quant\.align_queries.*--format=packed or"):
+            export_bundle(student, "ours", fake_quantized=fake)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -222,7 +230,7 @@ def test_fake_quantized_weights(name, tmp_path, monkeypatch, capsys):
     convert(tmp_path / "out" / "theirs", tmp_path / "float")
     exported = load_model(tmp_path / "float")
     given, params = flat(student), flat(exported)
-    assert params.keys() == {k for k in given if not re.search(r"_(step|zero|shift|scale)$", k)}
+    assert params.keys() == {k for k in given if not re.search(r"_(step|offset|shift|scale)$", k)}
 
     # --- values ---------------------------------------------------------------------------------
     bits = {"detr_bottleneck": 4, "deformable_refine": 3}[name]

@@ -12,7 +12,7 @@ from aqdetr_jax.models.deformable_attention import DeformableAttention
 from aqdetr_jax.quant.policy import stock_policy
 
 SHAPES = ((6, 4), (3, 2))
-OPTIONS = {"zero_point": True, "renormalize": True}
+OPTIONS = {"grid": "offset", "renormalize": True}
 
 
 @functools.cache
@@ -27,7 +27,12 @@ def attention(sampling, arithmetic="fake"):
     layer = DeformableAttention(64, 2, 2, 4, policy, sampling, remat=True)
     given = (reference, x, valid, SHAPES)
     shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, *given))
-    variables = jax.tree.map(lambda v: rng.uniform(0.05, 0.2, v.shape).astype("f4"), shapes)
+
+    def drawn(path, leaf):
+        scale = 20 if path[-1].key.endswith("_offset") else 1  # in steps: 1 to 4
+        return scale * rng.uniform(0.05, 0.2, leaf.shape).astype("f4")
+
+    variables = jax.tree_util.tree_map_with_path(drawn, shapes)
 
     def run(variables, x):
         return layer.apply(variables, x, *given)[0]
@@ -44,7 +49,7 @@ def attention(sampling, arithmetic="fake"):
 
 
 @pytest.mark.usefixtures("quick_compile")
-def test_the_kernel_is_the_gather_with_quantizers_and_their_steps():
+def test_the_kernel_is_the_gather_with_quantizers_their_steps_and_offsets():
     (out, gradient), (want, wanted) = attention("kernel"), attention("gather")
     np.testing.assert_allclose(out, want, rtol=0, atol=1e-5)
     for (path, b), a in zip(
@@ -53,7 +58,7 @@ def test_the_kernel_is_the_gather_with_quantizers_and_their_steps():
         # What an input's step gets is a small difference of large sums.
         atol = (1e-4 if "input_step" in str(path) else 1e-5) * np.abs(b).max()
         np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=str(path))
-        if "core" in str(path) and "step" in str(path):
+        if "core" in str(path) and ("step" in str(path) or "offset" in str(path)):
             assert np.all(np.asarray(b) != 0)
 
 

@@ -99,7 +99,7 @@ def test_a_quantized_model_only_adds_step_sizes():
     }
     assert all(path.endswith("_step") for path in low if path not in plain)
     # Centring adds two vectors to every dense layer whose input can be negative.
-    centred = shapes(stock_policy("w4a4", center=True))
+    centred = shapes(stock_policy("w4a4", grid="centred"))
     assert {path: s.shape for path, s in centred.items() if path in low} == {
         path: s.shape for path, s in low.items()
     }

@@ -60,7 +60,7 @@ def test_both_operands_are_on_their_grids_and_the_sum_is_not(kind):
     np.testing.assert_array_equal(plain, floats)  # calibration sees the float model
 
     found, captured = jax.jit(lambda v: block.apply(v, x, mutable=[CODES]))(variables)
-    operands = {name: values.reshape(found.shape) for name, values in seen.items()}
+    operands = {name: seen[name].reshape(found.shape) for name in ("branch", "identity")}
     lowest = -4 if "shortcut" in kind else 0  # a block's input is what a ReLU left
     codes = {
         "branch": np.rint(np.clip(operands["branch"] / 0.5, -4, 3)),
@@ -119,7 +119,7 @@ def test_in_bfloat16_the_sum_is_rounded_once():
 
 
 @pytest.mark.parametrize(
-    ("residual", "options", "bits"), [(8, {}, 8), (4, {}, 4), (8, {"zero_point": True}, 8)]
+    ("residual", "options", "bits"), [(8, {}, 8), (4, {}, 4), (8, {"grid": "zero_point"}, 8)]
 )
 def test_rows_and_sites_of_the_sums(residual, options, bits):
     block, x = block_of("basic with shortcut", stock_policy("w4a4", residual=residual, **options))
@@ -149,7 +149,7 @@ def test_float_sums_have_no_sites(policy):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_site_leaves_its_codes(name):
-    options = {"zero_point": True, "renormalize": True, "center": True}
+    options = {"grid": "offset", "renormalize": True}
     variables, given = variables_of(name, "w4a4", **options), batch()
     module = build_detector(CONFIGS[name], stock_policy("w4a4", **options))
     captured = jax.eval_shape(lambda v: module.apply(v, *given, mutable=[CODES])[1], variables)

@@ -15,7 +15,7 @@ from aqdetr_jax.models.layers import BatchNorm, norm_affine
 from aqdetr_jax.models.quantized import QConv, QDense
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import Policy, Rule, stock_policy
-from aqdetr_jax.quant.product import SumSteps
+from aqdetr_jax.quant.quantizer import SumSteps
 
 W4A4 = stock_policy("w4a4")
 RNG = np.random.default_rng(0)
@@ -111,7 +111,7 @@ def test_of_a_centred_layer_the_whole_bias_is_rounded():
     """Where the input is its own mean, nothing but m W + b is left."""
     shift = RNG.normal(size=6).astype(np.float32)
     params = {**PARAMS, "input_shift": shift, "input_scale": np.full(6, 2, np.float32)}
-    layer = QDense(4, stock_policy("w4a4", center=True))
+    layer = QDense(4, stock_policy("w4a4", grid="centred"))
     (found,) = layer.apply({"params": params}, shift[None])
     unit = PARAMS["input_step"] * PARAMS["kernel_step"]
     whole = np.float64(shift) @ PARAMS["kernel"] + PARAMS["bias"]

@@ -96,7 +96,7 @@ def test_totals_of_two_layers_by_hand():
 def test_centred_inputs_cost_two_floats_a_channel():
     sizes = {}
     for center in (False, True):
-        toy = Toy(stock_policy("w4a4", center=center))
+        toy = Toy(stock_policy("w4a4", grid="centred" if center else "symmetric"))
         with recording() as rows:
             jax.eval_shape(toy.init, jax.random.key(0), jnp.zeros((3, 7, 6)))
         report = bit_report(rows)
@@ -149,7 +149,10 @@ def test_every_product_of_the_model_is_in_the_report(name):
     assert {"norm", "add", "position", "embedding"} <= set(kinds)
 
 
-@pytest.mark.parametrize("options", [{}, {"zero_point": True}, {"attention_granularity": "tensor"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"grid": "zero_point"}, {"grid": "offset"}, {"attention_granularity": "tensor"}],
+)
 def test_every_step_size_belongs_to_a_row_and_the_reverse(options):
     rows, variables = recorded(stock_policy("w4a4", **options))
     paths = set(traverse_util.flatten_dict(variables["params"], sep="/"))
@@ -158,7 +161,10 @@ def test_every_step_size_belongs_to_a_row_and_the_reverse(options):
     zeros = {path for path in paths if path.endswith("_zero")}
     wanted = {f"{path}_zero" for path, spec in site_specs(rows).items() if spec.zero_point}
     assert zeros == wanted
-    assert bool(zeros) == ("zero_point" in options)
+    assert bool(zeros) == (options.get("grid") == "zero_point")
+    offsets = {path for path in paths if path.endswith("_offset")}
+    assert offsets == {f"{path}_offset" for path, spec in site_specs(rows).items() if spec.offset}
+    assert bool(offsets) == (options.get("grid") == "offset")
 
 
 def test_bits_of_the_rows_follow_the_policy():

@@ -84,6 +84,26 @@ def test_lsq_and_percentile_formulas():
         first_step(values, QuantSpec(8), "max")
 
 
+def test_minmax_covers_everything_and_percentile_all_but_the_tails():
+    values = np.float32([[-3, -1, 0.5, 1], [0.1, 0.2, 7.5, 1]])
+    step, _ = first_step(values, QuantSpec(4), "minmax")
+    np.testing.assert_allclose(step, [3 / 8, 7.5 / 7])
+    step, _ = first_step(np.abs(values), QuantSpec(4, signed=False), "minmax")
+    np.testing.assert_allclose(step, [3 / 15, 7.5 / 15])
+    # Of grids that move: from -3 to 1 fifteen steps of 4/15, 0 the code 11 of them; a range that
+    # is all positive begins with 0. With an offset it is the signed grid that is moved.
+    step, zero = first_step(values, QuantSpec(4, signed=False, zero_point=True), "minmax")
+    np.testing.assert_allclose(step, [4 / 15, 7.5 / 15])
+    np.testing.assert_array_equal(zero, [11, 0])
+    step, offset = first_step(values, QuantSpec(4, offset=True), "minmax")
+    np.testing.assert_allclose(step, [4 / 15, 7.5 / 15])
+    np.testing.assert_array_equal(offset, [-3, 8])
+    values = np.linspace(-1, 3, 40001, dtype=np.float32)[None]
+    step, zero = first_step(values, QuantSpec(8, signed=False, zero_point=True), "percentile")
+    np.testing.assert_allclose(step, 4 * 0.998 / 255, rtol=1e-4)
+    assert zero == np.rint(0.996 / step)[0]
+
+
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 1.5, 10.0])
 def test_zero_points_are_integers_inside_the_grid(shift):
     values = RNG.normal(size=(1, 2000)).astype(np.float32) + np.float32(shift)
@@ -107,7 +127,7 @@ def test_zero_point_grid_of_an_asymmetric_range_by_hand():
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(4, signed=False, zero_point=True)])
-@pytest.mark.parametrize("method", ["mse", "lsq", "percentile"])
+@pytest.mark.parametrize("method", ["mse", "lsq", "percentile", "minmax"])
 def test_a_site_of_zeros_gets_a_positive_step(spec, method):
     step, zero = first_step(np.zeros((2, 5), np.float32), spec, method)
     assert np.all(step > 0)
@@ -324,7 +344,7 @@ def test_calibration_reads_as_many_batches_as_it_is_told():
 
 def test_a_calibrated_zero_point_covers_its_range():
     batch = pixels(*range(0, 151, 10))
-    module, params = calibrated_pixels([batch], 1, zero_point=True)
+    module, params = calibrated_pixels([batch], 1, grid="zero_point")
     np.testing.assert_allclose(params["input_step"], 0.2, rtol=1e-6)
     assert params["input_zero"] == 5
     # All values lie on the grid: only the weights are rounded.
@@ -332,3 +352,29 @@ def test_a_calibrated_zero_point_covers_its_range():
     expected = (batch["images"] / 50 - 1) @ (w_hat * params["kernel_step"])
     out = module.apply({"params": {"fc": params}}, batch["images"], None)
     np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", ["symmetric", "offset", "centred"])
+def test_minmax_sees_every_value(grid):
+    """One pixel in 30 000, which no sample need hold: all grids reach it."""
+    images = np.full((1, 100, 100, 3), 60, np.uint8)
+    images[0, :, ::2] = 40
+    images[0, 7, 7] = 250, 240, 230
+    batch = {"images": images, "size": np.array([[100, 100]], np.int32)}
+    seen = {
+        method: calibrated_pixels([batch], 1, grid=grid, calibration_method=method, equalize=0.0)[1]
+        for method in ("mse", "minmax")
+    }
+    steps = {method: float(params["input_step"]) for method, params in seen.items()}
+    if grid == "centred":
+        # Means of about 0 in all channels; the largest value of any is 4 above it.
+        top = 4 - float(seen["minmax"]["input_shift"][0])
+        np.testing.assert_allclose(steps["minmax"], top / 7, rtol=1e-6)
+    else:
+        levels = 7 if grid == "symmetric" else 15
+        lowest = 0 if grid == "symmetric" else -0.2
+        np.testing.assert_allclose(steps["minmax"], (4 - lowest) / levels, rtol=1e-6)
+    assert steps["mse"] < steps["minmax"]
+    if grid == "offset":
+        # Zero is code 1 of 0..15 from the lower end on: 8 - 1 steps up from the middle.
+        assert seen["minmax"]["input_offset"] == 7

@@ -69,7 +69,7 @@ def test_centred_steps_are_those_of_the_centred_operands():
 
 def _calibrated_dense(x, kernel, center):
     """Output of a 4-bit dense layer calibrated on its own input, and of the float one."""
-    policy = Policy("test", (Rule(".*", 4, 4, 4),), center=center)
+    policy = Policy("test", (Rule(".*", 4, 4, 4),), grid="centred" if center else "symmetric")
     layer = QDense(kernel.shape[1], policy)
     params = dict(layer.init(jax.random.key(0), x)["params"])
     params |= {"kernel": kernel, "bias": jnp.linspace(-1, 1, kernel.shape[1])}

@@ -76,7 +76,7 @@ def test_weights_half_way_between_codes_go_where_the_layer_puts_them():
 def test_layers_with_activations_left_float(kind, center, monkeypatch):
     """A w4a4 layer whose input goes past its grid is the float layer of the exported weights."""
     rng = np.random.default_rng(1)
-    policy = stock_policy("w4a4", center=center)
+    policy = stock_policy("w4a4", grid="centred" if center else "symmetric")
     x = rng.normal(3, 2, (2, 5, 6, 8)).astype(np.float32)
     kernel = rng.normal(size=(8, 7)).astype(np.float32)
     params = {"kernel": kernel, "bias": rng.normal(size=7).astype(np.float32)}

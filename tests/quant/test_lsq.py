@@ -185,6 +185,72 @@ def test_zero_point_grid_holds_integers_and_zero(v, s, bits, data):
     assert stored.max() <= 2**bits - 1
 
 
+def lsq_plus(v, s, n, qn, qp):
+    """Q-DETR's eq. 1-2 with ``z = s n`` in float64: (codes x_q, values), one scalar at a time."""
+    z = np.float64(s) * n
+    codes = np.array([np.rint(np.clip((np.float64(x) - z) / s, -qn, qp)) for x in v.ravel()])
+    return codes.reshape(v.shape), (s * codes + z).reshape(v.shape)
+
+
+# v, x_q, value, d value / d s, d value / d n, d value / d v for s = 0.5, n = -3: [-5.5, 2].
+MOVED = [
+    (-6.0, -8, -5.5, -11.0, 0.5, 0),
+    (-5.5, -8, -5.5, -11.0, 0.5, 0),
+    (-5.3, -8, -5.5, -11 + 10.6, 0.0, 1),
+    (0.0, 3, 0.0, 0.0, 0.0, 1),
+    (1.6, 6, 1.5, 3 - 3.2, 0.0, 1),
+    (2.0, 7, 2.0, 4.0, 0.5, 0),
+    (9.0, 7, 2.0, 4.0, 0.5, 0),
+]
+
+
+def test_a_grid_with_an_offset_by_hand():
+    v = np.float32([row[0] for row in MOVED])
+    s, n = np.float32(0.5), np.float32(-3)
+    lower, upper = np.float32(-8) + n, np.float32(7) + n
+    codes, values = lsq_plus(v, 0.5, -3, 8, 7)
+    np.testing.assert_array_equal(codes, [row[1] for row in MOVED])
+    np.testing.assert_allclose(values, [row[2] for row in MOVED])
+    np.testing.assert_array_equal(lsq.codes(v, s, lower, upper) - n, codes)
+    np.testing.assert_allclose(quantize(v, s, lower, upper), values)
+    for (x, _, _, ds, dn, dv), one in zip(MOVED, v, strict=True):
+        got_v, got_s = lsq.vjp(one, s, lower, upper, 1.0, np.float32(1))
+        np.testing.assert_allclose((got_v, got_s), (dv, ds), atol=1e-5, err_msg=str(x))
+        got_n = lsq.offset_vjp(one, s, lower, upper, 0.25, np.float32(2))
+        np.testing.assert_allclose(got_n, 0.25 * 2 * dn, err_msg=str(x))
+
+
+@given(VALUES, STEPS, st.sampled_from([2, 3, 4, 8]), st.data())
+@settings(max_examples=30)
+def test_a_moved_grid_is_the_equations_and_holds_zero(v, s, bits, data):
+    spec = QuantSpec(bits, offset=True)
+    raw = data.draw(st.floats(-300, 300, width=32))
+    n = np.asarray(lsq.whole_offset(np.float32(raw), -spec.upper, -spec.lower))
+    assert n == np.rint(np.clip(raw, -spec.upper, -spec.lower))
+    lower, upper = spec.lower + n, spec.upper + n
+    assert lower <= 0 <= upper  # padding is exact, and b bits hold what is left of the lower end
+    assert upper - lower == 2**bits - 1
+    got = np.asarray(lsq.codes(v, np.float32(s), lower, upper))
+    codes, _ = lsq_plus(v, np.float32(s), n, -spec.lower, spec.upper)
+    # A tie goes to the even code of either count.
+    ratio = v / np.float32(s)
+    tie = np.abs(ratio - np.floor(ratio) - 0.5) < 1e-3
+    np.testing.assert_array_equal((got - n)[~tie], codes[~tie])
+    assert np.abs(got - n - codes).max() <= 1
+
+
+def test_the_gradient_of_an_offset_leads_back_into_its_range():
+    def slope(raw, sign):
+        _, pullback = jax.vjp(lambda n: lsq.whole_offset(n, -7.0, 8.0), np.float32(raw))
+        return float(pullback(np.float32(sign))[0])
+
+    for raw in (-6.4, 0.0, 0.5, 7.9):
+        assert (slope(raw, 2), slope(raw, -2)) == (2, -2)
+    # Descent goes against the gradient: down at the lower end is nowhere, up is inside.
+    assert (slope(-7, 2), slope(-7, -2)) == (0, -2)
+    assert (slope(9, 2), slope(9, -2)) == (2, 0)
+
+
 @pytest.mark.parametrize("bits", [0, 1, 9, 32, "4"])
 def test_unsupported_bits_are_refused(bits):
     with pytest.raises(ValueError, match="bits must be one of"):
@@ -197,3 +263,7 @@ def test_grids_of_the_paper():
     assert (QuantSpec(2).lower, QuantSpec(2).upper, QuantSpec(2).levels) == (-2, 1, 4)
     assert QuantSpec(3, granularity="channel").describe() == "s3/channel"
     assert QuantSpec(8, signed=False, zero_point=True).describe() == "u8+z"
+    assert QuantSpec(4, granularity="head", offset=True).describe() == "s4/head+o"
+    for other in ({"signed": False}, {"zero_point": True}):
+        with pytest.raises(ValueError, match="offset is signed and has no zero point"):
+            QuantSpec(4, offset=True, **other)

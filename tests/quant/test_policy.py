@@ -1,9 +1,12 @@
 """The rule table: what a path gets, and what is said about an unknown name."""
 
+import dataclasses
+from typing import get_args
+
 import pytest
 
-from aqdetr_jax.quant.config import QuantConfig
-from aqdetr_jax.quant.policy import Policy, Rule, stock_policy
+from aqdetr_jax.quant.config import QuantConfig, saved_quant
+from aqdetr_jax.quant.policy import Grid, Policy, Rule, stock_policy
 from aqdetr_jax.quant.spec import QuantSpec
 
 
@@ -69,7 +72,7 @@ def test_first_layers_have_eight_bits(path):
 
 def test_residual_sums_have_a_row_of_their_own():
     path = "backbone/layer1_0/residual"
-    policy = stock_policy("w2a2", zero_point=True)
+    policy = stock_policy("w2a2", grid="zero_point")
     assert policy.residual_spec(path, unsigned=False) == QuantSpec(8, signed=True)
     assert policy.residual_spec(path, unsigned=True) == QuantSpec(8, signed=False)
     assert stock_policy("w2a2", residual=3).residual_spec(path, unsigned=True).bits == 3
@@ -95,7 +98,7 @@ def test_options():
     policy = stock_policy("w4a4", attention_granularity="tensor", renormalize=True)
     assert policy.attention_spec("core", unsigned=False).granularity == "tensor"
     assert policy.renormalize
-    policy = stock_policy("w4a4", zero_point=True)
+    policy = stock_policy("w4a4", grid="zero_point")
     offset = QuantSpec(4, signed=False, zero_point=True)
     assert policy.activation_spec("x", unsigned=False) == offset
     # Each head is its own product: its own step and zero point.
@@ -105,6 +108,38 @@ def test_options():
     # Where values cannot be negative an offset has nothing to add; weights stay symmetric.
     assert not policy.activation_spec("x", unsigned=True).zero_point
     assert not policy.weight_spec("x").zero_point
+
+    policy = stock_policy("w4a4", grid="offset")
+    assert policy.activation_spec("x", unsigned=False) == QuantSpec(4, offset=True)
+    assert policy.attention_spec("x", unsigned=False) == QuantSpec(
+        4, granularity="head", offset=True
+    )
+    for spec in (
+        policy.activation_spec("x", unsigned=True),
+        policy.weight_spec("x"),
+        policy.residual_spec("backbone/layer1_0/residual", unsigned=False),
+    ):
+        assert not spec.offset
+    assert [stock_policy("w4a4", grid=grid).center for grid in get_args(Grid)] == [False] * 3 + [
+        True
+    ]
+
+
+def test_models_saved_with_two_switches_have_their_grid():
+    plain = {"policy": "w4a4", "zero_point": False, "center": False, "equalize": 0.5}
+    for switches, grid in (
+        ({}, "symmetric"),
+        ({"center": True}, "centred"),
+        ({"zero_point": True}, "zero_point"),
+    ):
+        read = QuantConfig(**saved_quant(plain | switches))
+        assert read == QuantConfig("w4a4", grid=grid, equalize=0.5)
+    old = {key: value for key, value in plain.items() if key != "center"}
+    assert QuantConfig(**saved_quant(old)) == QuantConfig("w4a4", equalize=0.5)
+    new = dataclasses.asdict(QuantConfig("w4a4", grid="offset"))
+    assert saved_quant(new) == new
+    with pytest.raises(ValueError, match=r"train it again with quant\.grid='centred'"):
+        saved_quant(plain | {"zero_point": True, "center": True})
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_gradient_factor_of_a_head_counts_its_own_elements():
 
 RECTIFIED = {
     "quantized": stock_policy("w4a4"),
-    "zero_point": stock_policy("w4a4", zero_point=True),
+    "zero_point": stock_policy("w4a4", grid="zero_point"),
     "observed": stock_policy("w4a4", arithmetic="observe"),
     "float": stock_policy("float"),
 }

@@ -11,15 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqdetr_jax.quant import lsq
-from aqdetr_jax.quant.product import (
-    Conv,
-    Dense,
-    Mix,
-    MixSamples,
-    Quantizer,
-    Scores,
-    quantized_product,
-)
+from aqdetr_jax.quant.product import Conv, Dense, Mix, MixSamples, Scores, quantized_product
+from aqdetr_jax.quant.quantizer import Quantizer
 
 # contraction, shapes of both operands, shapes of both steps
 CASES = {
@@ -170,6 +163,54 @@ def test_zero_point_grid_in_integers(name):
     np.testing.assert_allclose(
         fake, plain_product(name, on_grid(a, qa), on_grid(b, qb)), rtol=1e-5, atol=1e-4
     )
+
+
+def straight_through(x, q):
+    """Q-DETR's eq. 1-2 with ``z = s n``, rounding passed by: JAX differentiates the rest."""
+    z = q.step * q.offset
+    code = jnp.clip((x - z) / q.step, q.lower, q.upper)
+    code = code + jax.lax.stop_gradient(jnp.round(code) - code)
+    return q.step * code + z
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("name", CASES)
+def test_a_learned_offset_in_both_arithmetics_and_its_gradient(name):
+    kind, options, *_ = CASES[name]
+    contraction = kind(**options)
+    a, b, qa, qb = operands(name, seed=6)
+    # Positive values, the upper half of which would be beyond a grid that is not moved.
+    a = 3 * np.abs(a)
+    qa = qa._replace(offset=np.full_like(qa.step, 5), gradient_scale=np.float32(1))
+    qb = qb._replace(gradient_scale=np.float32(1))
+    fake = product(name)(a, b, qa, qb)
+    np.testing.assert_array_equal(fake, product(name, "integer")(a, b, qa, qb))
+    b_hat = on_grid(b, qb)
+    expected = plain_product(name, straight_through(a, qa), b_hat)
+    np.testing.assert_allclose(fake, expected, rtol=1e-5, atol=1e-5)
+
+    cotangent = np.random.default_rng(7).normal(size=fake.shape).astype(np.float32)
+
+    def ours(contraction):
+        def loss(a, step, offset):
+            quantizer = qa._replace(step=step, offset=offset)
+            return jnp.sum(quantized_product(contraction, a, b, quantizer, qb) * cotangent)
+
+        return jax.grad(loss, (0, 1, 2))
+
+    def composed(a, step, offset):
+        a_hat = straight_through(a, qa._replace(step=step, offset=offset))
+        return jnp.sum(contraction.contract(a_hat, b_hat, jnp.float32) * cotangent)
+
+    at = a, qa.step, qa.offset
+    wanted = jax.jit(jax.grad(composed, (0, 1, 2)))(*at)
+    assert np.any(np.asarray(wanted[2]))
+    for mine, reference in zip(jax.jit(ours(contraction))(*at), wanted, strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=1e-4, atol=1e-4)
+    if not np.ndim(qa.step):  # of data, to which no gradient goes
+        constant = jax.jit(ours(kind(**options, constant_left=True)))(*at)
+        assert not np.any(constant[0])
+        np.testing.assert_allclose(constant[1:], wanted[1:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import OptimizerConfig
 from aqdetr_jax.training.faults import Recent, bad_parameters, culprits, in_words
+from aqdetr_jax.training.metrics import is_loss
 from aqdetr_jax.training.state import TrainState
-from aqdetr_jax.training.step import is_loss, make_train_step
+from aqdetr_jax.training.step import make_train_step
 
 PARAMS = {
     "encoder": {"kernel": np.ones((2, 3), np.float32), "bias": np.zeros(3, np.float32)},

@@ -47,6 +47,10 @@ PARAMS = {
         ("encoder/layer_0/norm1/scale", True, "rest"),
         ("encoder/layer_0/self_attention/q_step", True, "steps"),
         ("encoder/layer_0/self_attention/q_zero", True, "frozen"),
+        ("encoder/layer_0/self_attention/core/q_offset", True, "offsets"),
+        ("backbone/stem/input_offset", True, "offsets"),
+        ("decoder/layer_0/cross_attention/sampling_offsets/bias", True, "rest"),
+        ("decoder/layer_0/cross_attention/alignment/scale", True, "rest"),
         ("input_proj/kernel", True, "rest"),
         ("query_embed", True, "rest"),
         ("auxiliary_queries", True, "rest"),
@@ -101,6 +105,17 @@ def test_first_update_of_each_group():
     assert float(attention["q_zero"]) == 0.0
     for leaf in updates["backbone"]["stem_norm"].values():
         np.testing.assert_array_equal(leaf, 0.0)
+
+
+def test_offsets_move_by_steps_at_eight_times_the_rate_of_steps():
+    params = {"v_offset": jnp.full((2, 1, 1), -3.0), "v_step": jnp.full((2, 1, 1), 0.25)}
+    config = OptimizerConfig(lr_steps=1e-4, weight_decay=0.1, clip_norm=0.0, drop_at=())
+    updates = _update(config, jax.tree.map(jnp.ones_like, params), params=params)
+    np.testing.assert_allclose(updates["v_offset"], -8e-4, rtol=1e-5)  # whatever it is, no decay
+    np.testing.assert_allclose(updates["v_step"], -1e-4 * 0.25, rtol=1e-5)
+    after = {"v_offset": jnp.full(2, -3.0)}  # of either sign: no floor
+    kept = optim.keep_steps_positive(after, {"v_offset": "offsets"})
+    np.testing.assert_array_equal(kept["v_offset"], -3)
 
 
 def test_clipping_ignores_frozen_parameters():

@@ -24,6 +24,7 @@ from aqdetr_jax.training.step import (
     distillation_loss,
     jit_train_step,
     make_train_step,
+    targets_of,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -296,7 +297,7 @@ def test_distilled_terms_and_their_weights_against_numpy(pair):
 
     # Another kind, which looks at the mixed values, by the same way.
     other = dataclasses.replace(WEIGHTS, kind="output")
-    found, terms = distillation_loss(other, teacher, student, n)
+    found, terms = distillation_loss(other, teacher, student, n, targets_of(pair.batch))
     wanted = restated_terms("output", teacher, student, n)
     for name in DISTILLED:
         assert float(terms[name]) == pytest.approx(wanted[name], rel=1e-4), name

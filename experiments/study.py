@@ -1,0 +1,174 @@
+"""What all studies share: rows that are trained, calibrated or judged, kept one by one.
+
+A study is a list of rows. Each is one ordinary run under ``--work`` (``aqdetr train``, ``aqdetr
+ptq`` or ``aqdetr eval`` in a process of its own), and goes into the study's JSON file when it is
+done; stopped or killed anywhere, the same command goes on. A row keeps the results block, what the
+run cost, the manifest (in ``experiments/manifests``), and its AP on ``DRAWS`` sets of images drawn
+with replacement, the same for all rows of a set, so that two rows can be compared image by image
+wherever they were run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from aqdetr_jax.data.open import open_dataset
+from aqdetr_jax.evaluation.bootstrap import bootstrap_ap, image_draws
+from aqdetr_jax.evaluation.evaluator import Detections
+from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.training.arguments import parse_arguments
+from aqdetr_jax.training.experiment import load_experiment
+
+ROOT = Path(__file__).resolve().parent
+RESULTS, MANIFESTS = ROOT / "results", ROOT / "manifests"
+DRAWS = 1000
+
+Kind = Literal["train", "ptq", "eval"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run of a study.
+
+    Attributes:
+      name: of the row, and of its folder.
+      config: configuration with its variant, as on the command line.
+      kind: "train", "ptq" (calibrated, not trained) or "eval" (``model`` as it is).
+      overrides: of the configuration.
+      facts: what tells the rows apart in tables: family, method, bits, seed.
+      model: of "eval".
+    """
+
+    name: str
+    config: str
+    kind: Kind = "train"
+    overrides: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: str = ""
+
+    def command(self, folder: Path | str, more: Sequence[str] = ()) -> list[str]:
+        """The words after ``aqdetr`` that make the row."""
+        overrides = [f"--config.{word}" for word in (*self.overrides, *more)]
+        config = f"--config={self.config}"
+        if self.kind == "train":
+            return ["train", config, f"--workdir={folder}", *overrides]
+        if self.kind == "ptq":
+            return ["ptq", config, f"--out={folder}", *overrides]
+        return ["eval", config, f"--model={self.model}", f"--out={folder}", *overrides]
+
+
+class Stopped(Exception):
+    """The study was asked to stop; what is done is kept."""
+
+
+def run_study(name: str, rows: Iterable[Row], description: str) -> None:
+    """Makes the missing rows of a study, in their order, as its command line asks.
+
+    Args:
+      name: of the JSON file in ``experiments/results`` and of the manifests' folder.
+      rows: all of them.
+      description: for ``--help``.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.set_defaults(overrides=True)
+    parser.add_argument("--work", required=True, type=Path, help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    parser.add_argument("--only", default="", help="rows with all of these words in their name")
+    parser.add_argument("--minutes", type=float, help="begin no row after so many")
+    parser.add_argument("--list", action="store_true", help="say what is done, and end")
+    options, overrides = parse_arguments(parser, sys.argv[1:])
+    words = options.only.split(",")
+    wanted = [row for row in rows if all(word in row.name for word in words)]
+    done = {row["name"] for row in rows_of(options.out)}
+    if options.list:
+        for row in wanted:
+            print(f"{'done' if row.name in done else 'missing':8s} {row.name}")
+        return
+    start, child = time.monotonic(), _Child()
+    signal.signal(signal.SIGTERM, child.stop)
+    for number, row in enumerate(wanted, start=1):
+        if row.name in done:
+            continue
+        if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
+            print(f"{options.minutes:g} minutes are over: run the same command to go on")
+            return
+        print(f"=== {number}/{len(wanted)} {row.name}", flush=True)
+        made = made_row(row, options.work / row.name, overrides, child)
+        kept = [other for other in rows_of(options.out) if other["name"] != row.name]
+        write_json_atomic(options.out, {"draws": DRAWS, "rows": [*kept, made]}, indent=1)
+        manifest = options.work / row.name / "manifest.json"
+        if manifest.is_file():
+            folder = MANIFESTS / name
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(manifest, folder / f"{row.name}.json")
+        print(f"=== {row.name}: AP {made['AP']:.4f}", flush=True)
+
+
+class _Child:
+    """The run that is under way."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+
+    def run(self, command: Sequence[str]) -> None:
+        if self._stopped:
+            raise Stopped
+        self._process = subprocess.Popen([sys.executable, "-m", "aqdetr_jax", *command])
+        status = self._process.wait()
+        self._process = None
+        if self._stopped:
+            raise Stopped
+        if status != 0:
+            raise SystemExit(f"aqdetr {' '.join(command)} ended with status {status}")
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopped = True
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+
+
+def made_row(
+    row: Row, folder: Path, overrides: Sequence[str] = (), child: _Child | None = None
+) -> dict[str, Any]:
+    """Runs a row, or goes on with it; returns what is kept of it."""
+    child = child or _Child()
+    start = time.monotonic()
+    try:
+        child.run(row.command(folder, overrides))
+    except Stopped:
+        raise SystemExit(75) from None
+    block = read_json(folder / "results.json")
+    config = load_experiment(row.config, (*row.overrides, *overrides))
+    truth = open_dataset(config.data, train=False).coco_ground_truth()
+    draws = image_draws(len(truth["images"]), DRAWS)
+    ap = bootstrap_ap(truth, Detections.read(folder, 0.0).results, draws)
+    return {
+        "name": row.name,
+        "facts": dict(row.facts),
+        "command": "aqdetr " + " ".join(row.command("DIR", hidden(overrides))),
+        **block,
+        "run_seconds": round(time.monotonic() - start, 1),
+        "AP_draws": [round(float(x), 5) for x in ap],
+    }
+
+
+def hidden(overrides: Sequence[str]) -> list[str]:
+    """Overrides as others would type them, without this machine's folders."""
+    keys = [(word.partition("=")[0], word) for word in overrides]
+    return [f"{k}=FOLDER" if k.endswith(("root", "cache_dir")) else word for k, word in keys]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows that a study has so far."""
+    return read_json(path)["rows"] if path.is_file() else []
