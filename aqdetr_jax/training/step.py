@@ -329,7 +329,6 @@ def make_train_step(
         packing = optimizer.packing
         # Small parameters side by side: what follows is one operation for all of a group.
         old, gradients = packing.pack(state.params), packing.pack(gradients)
-        # What the norm is the root of: of its parts, XLA makes one each.
         squares = jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(gradients)])
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, old)
