@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from aqdetr_jax.models import grid_use
 from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.ops.convolution import same_padding
 from aqdetr_jax.quant import lsq
@@ -150,6 +151,10 @@ def activation_quantizer(
     if capturing(module):
         codes = quantizer.codes(cast(Array, x)).astype(jnp.int16)
         module.variable(CODES, name, lambda: codes).value = codes
+    if grid_use.watched(module):
+        some = watched(cast(Array, x), head_axis if shape else None, grid_use.SAMPLES)[""]
+        channels = None if seen is None else seen[""]
+        grid_use.note_activation(module, name, some, spec, (step, *quantizer.ends), channels)
     return quantizer
 
 
@@ -211,9 +216,12 @@ def weight_quantizer(
 
     count = kernel.size // channels
     step = module.param(f"{name}_step", init)
+    limits = _limits(module, name, spec)
+    if grid_use.watched(module):
+        grid_use.note_weight(module, name, kernel, spec, (step, *limits))
     return Quantizer(
         step.reshape((1,) * (kernel.ndim - 1) + (channels,)),
-        *_limits(module, name, spec),
+        *limits,
         jnp.float32(lsq.gradient_scale(count, spec.upper)),
     )
 
@@ -268,7 +276,7 @@ class QDense(nn.Module):
             x = rectify(self, x, input_spec, self.policy)
         seen, centred = None, self.policy.center and input_spec is not None and not unsigned
         if centred:
-            if observing(self):
+            if observing(self) or grid_use.watched(self):
                 seen = watched(x, x.ndim - 1, SAMPLES_PER_CHANNEL)
             x, kernel, bias = channel_affine(self, x, kernel, bias)
         q_x = activation_quantizer(self, "input", x, input_spec, seen=seen)

@@ -24,6 +24,7 @@ from aqdetr_jax.models.output import DetrOutput
 from aqdetr_jax.parallel.mesh import batch_sharding, replicated
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.metrics import is_loss
 from aqdetr_jax.training.state import TrainState, variables
 
 Batch = dict[str, Array]
@@ -300,8 +301,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
     """The update step: loss, gradient, guarded AdamW update, step sizes kept positive, average.
 
-    If the loss or the gradient norm is not finite, nothing but the step number changes, and
-    ``bad_in_a_row`` counts it; the metrics then show which term was at fault.
+    If a loss term or the gradient is not finite, or a step size would not be finite and positive
+    after it, nothing but the step number changes, and ``bad_in_a_row`` counts it; the metrics then
+    show what was at fault (``training.faults``).
 
     Args:
       config: for the moving average's decay, and ``train.accumulate``.
@@ -310,8 +312,9 @@ def make_train_step(
 
     Returns:
       ``step(state, teacher_variables, batch) -> (state, metrics)``, to be jitted with the state
-      donated. Metrics are scalars on the device; ``replaced_costs`` (int32 ``[B]``, non-finite
-      matching costs of each image) is the exception.
+      donated. Metrics are scalars on the device, but for ``replaced_costs`` (int32 ``[B]``,
+      non-finite matching costs of each image) and ``gradient_squares`` (of each part of
+      ``Packing.names``, the sum of the squares of its gradient).
     """
     decay = config.optimizer.ema
     if config.train.accumulate > 1:
@@ -326,10 +329,15 @@ def make_train_step(
         packing = optimizer.packing
         # Small parameters side by side: what follows is one operation for all of a group.
         old, gradients = packing.pack(state.params), packing.pack(gradients)
+        squares = jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(gradients)])
         norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, old)
         params = optim.keep_steps_positive(optax.apply_updates(old, updates), packing.groups)
+        bad_steps = optim.count_bad_steps(params, packing.groups)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (bad_steps == 0)
+        for name, term in terms.items():
+            if is_loss(name):
+                finite &= jnp.isfinite(term)
 
         def guard(new, old):
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -358,6 +366,8 @@ def make_train_step(
         metrics = {
             **terms,
             "gradient_norm": norm,
+            "gradient_squares": squares,
+            "bad_step_sizes": bad_steps,
             "bad_in_a_row": new.bad_in_a_row,
             "skipped": new.skipped,
         }
