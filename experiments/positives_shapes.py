@@ -2,9 +2,9 @@
 
 python experiments/positives_shapes.py --work=DIR [--only=...] [--minutes=M] [--list]
 
-M auxiliary queries, every box K times; no distillation. DETR on the embedded set by the quickstart's
-schedule, each from the packaged teacher (the float ones trained on as long). At 4 bits M = 0 is
-LSQ.
+M auxiliary queries, every box K times; no distillation. DETR on the embedded set by the
+quickstart's schedule, each from the packaged teacher (the float ones trained on as long). At 4 bits
+M = 0 is LSQ.
 """
 
 from __future__ import annotations
