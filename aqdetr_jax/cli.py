@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from aqdetr_jax import host, verbs
 from aqdetr_jax.training.arguments import parse_arguments
@@ -45,6 +44,8 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if arguments.traceback:
             raise
+        if isinstance(error, host.HostError) and not str(error):  # the first process says it
+            return 1
         print(f"aqdetr: {type(error).__name__}: {error}", file=sys.stderr)
         print("(--traceback shows where this came from)", file=sys.stderr)
         return 1
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--runs", type=int, metavar="N", help="timed runs of each model instead")
     sub.add_argument("--image", metavar="FILE", help="default: one of the embedded set")
     sub.add_argument("--openvino", action="store_true", help="ONNX files in OpenVINO too")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="where rows and raw figures go")
+    sub.add_argument("--json", metavar="FILE", help="where rows and raw figures go")
     text = "a float detector becomes a 4-bit one, in minutes"
     sub = verb("quickstart", verbs.quickstart, text, overrides=True)
     sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
@@ -175,7 +176,6 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("inspect-data", verbs.inspect, "check a data set before training", config=True)
     sub.add_argument(
         "--pictures",
-        type=Path,
         metavar="FILE.png|DIR",
         help="draw images with their boxes, those with problems first: one picture, or one a set",
     )
@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", type=int, metavar="N", help="size of the training set")
     sub.add_argument("--fast", action="store_true", help="stop before code is generated")
     sub.add_argument("--search", action="store_true", help="find the largest batch that fits")
-    sub.add_argument("--out", type=Path, metavar="FILE.json", help="where the plan is written too")
+    sub.add_argument("--out", metavar="FILE.json", help="where the plan is written too")
     text = "parameters, multiply-adds, bits, and bytes of the packed file"
     sub = verb("complexity", verbs.complexity, text, computes=False)
     sub.set_defaults(overrides=True)
@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--height", type=int, metavar="N", help="of an image, pixels")
     sub.add_argument("--width", type=int, metavar="N", help="default: the largest in evaluation")
     sub.add_argument("--operations", action="store_true", help="list every operation too")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="where all of it is written too")
+    sub.add_argument("--json", metavar="FILE", help="where all of it is written too")
     sub = verb(
         "sensitivity", verbs.sensitivity, "which operations can do with few bits", config=True
     )

@@ -27,6 +27,10 @@ _MOST_THREADS_A_HEAP = 16
 (They feed accelerators.)"""
 
 
+class HostError(RuntimeError):
+    """What another process of the run failed with; empty where the first process says it."""
+
+
 class StoppedError(RuntimeError):
     """A run was asked to stop (SIGTERM or SIGINT); its state is saved."""
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from aqdetr_jax import host
@@ -47,6 +46,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from aqdetr_jax.evaluation.coco import format_results
     from aqdetr_jax.evaluation.models import INPUT_KEYS, evaluate_bundle, input_rule
     from aqdetr_jax.io import write_json_atomic
+    from aqdetr_jax.paths import as_path
     from aqdetr_jax.training.effects import check_evaluation_keys
     from aqdetr_jax.training.sizing import eval_batch_size
 
@@ -56,7 +56,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         overrides = (*overrides, "data.fit=0")  # the keys it would decide are given
     config = _experiment(arguments, overrides)
     if arguments.out:
-        Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        as_path(arguments.out).mkdir(parents=True, exist_ok=True)
     bundle = open_model(arguments.model)
     rule = input_rule(bundle, config.data, given)
     block, detections = evaluate_bundle(
@@ -69,7 +69,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         progress=_counter("evaluated", "batches"),
     )
     if arguments.out:  # before anything is said of it
-        out = Path(arguments.out)
+        out = as_path(arguments.out)
         write_json_atomic(out / "results.json", block)
         detections.write(out)
         print(f"written to {out}")
@@ -199,11 +199,12 @@ def benchmark(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Times models side by side."""
     from aqdetr_jax.deploy.benchmark import benchmark, format_benchmark, parse_threads
     from aqdetr_jax.io import write_json_atomic
+    from aqdetr_jax.paths import as_path
 
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width go together")
     if arguments.json:  # not found out after all the timing
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        as_path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
     result = benchmark(
         arguments.models,
         size=None if arguments.height is None else (arguments.height, arguments.width),
@@ -250,10 +251,11 @@ def quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def finetune(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Trains on a folder of images."""
     from aqdetr_jax.finetune import finetune
+    from aqdetr_jax.paths import as_path
 
     finetune(
         arguments.data,
-        arguments.workdir or f"runs/finetune-{Path(arguments.data).resolve().name}",
+        arguments.workdir or f"runs/finetune-{as_path(arguments.data).resolve().name}",
         family=arguments.model,
         source=arguments.source or "",
         baseline=arguments.baseline,
@@ -290,6 +292,7 @@ def inspect(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Checks a data set."""
     from aqdetr_jax.data.inspect import format_report, inspect_dataset
     from aqdetr_jax.data.open import open_dataset
+    from aqdetr_jax.paths import as_path
     from aqdetr_jax.training.data_check import reasons_to_stop
     from aqdetr_jax.viz.contact_sheet import write_contact_sheets
 
@@ -306,7 +309,7 @@ def inspect(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(format_report(report))
     if arguments.pictures:
         sets = list(zip((train, evaluation), reports, strict=True))
-        for path in write_contact_sheets(arguments.pictures, sets, seed=config.seed):
+        for path in write_contact_sheets(as_path(arguments.pictures), sets, seed=config.seed):
             print(f"written to {path}")
     reasons = reasons_to_stop(config, train, evaluation, reports)
     for reason in reasons:

@@ -10,7 +10,7 @@ import aqdetr_jax
 ROOT = Path(aqdetr_jax.__file__).parent
 
 LAYERS = (
-    ("host", "io", "config_types", "provenance", "trees"),
+    ("host", "io", "paths", "stores", "config_types", "provenance", "trees"),
     ("ops",),
     ("quant",),
     ("losses", "models", "data", "parallel"),

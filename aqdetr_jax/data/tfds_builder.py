@@ -31,6 +31,7 @@ from aqdetr_jax.data.dataset import (
     RecordDataset,
 )
 from aqdetr_jax.data.images import MAX_PIXELS, read_header, read_image
+from aqdetr_jax.paths import as_path
 
 _INFO, _FEATURES, _METADATA = "dataset_info.json", "features.json", "metadata.json"
 _DESCRIBED = {"ground_truth", "drops", "drop_examples", "clipped"}
@@ -163,7 +164,7 @@ def prepare(
     # TFDS insists on a download folder, also when nothing is downloaded.
     with tempfile.TemporaryDirectory() as downloads:
         builder.download_and_prepare(download_dir=downloads)
-    return pathlib.Path(os.fspath(builder.data_path))
+    return as_path(os.fspath(builder.data_path))
 
 
 def prepared_splits(data_dir: str | os.PathLike[str]) -> list[str]:
@@ -269,7 +270,7 @@ class TfdsDataset(RecordDataset):
 def _open(data_dir: str | os.PathLike[str]) -> AqdetrDetection:
     """The builder of a prepared folder, what it is made from checked."""
     version = AqdetrDetection.VERSION
-    folder = pathlib.Path(data_dir) / AqdetrDetection.name / str(version)
+    folder = as_path(data_dir) / AqdetrDetection.name / str(version)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no prepared dataset in {folder}: write one with aqdetr prepare-data --out={data_dir}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,12 +15,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from aqdetr_jax.host import HostError
+
 # Set by the launchers that jax.distributed.initialize() knows how to read.
 _CLUSTER_VARIABLES = (
     "JAX_COORDINATOR_ADDRESS",
     "COORDINATOR_ADDRESS",
     "MEGASCALE_COORDINATOR_ADDRESS",
 )
+
+_MESSAGE = 2000  # bytes of an error that one process tells the others
 
 
 def initialize_distributed(
@@ -81,6 +86,39 @@ def agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """What fails on one process fails on all, and is said by the first one alone.
+
+    The body must do no collective work. Without this the others would wait for the one that
+    stopped, or say the same once more.
+
+    Raises:
+      HostError: of another process: on the first one with its message, on the others without a
+        word. (An error of the first process's own stays what it is there.)
+    """
+    failure: BaseException | None = None
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        failure = error
+    if jax.process_count() == 1:
+        if failure is not None:
+            raise failure
+        return
+    text = f"{type(failure).__name__}: {failure}" if failure is not None else ""
+    text = f"process {jax.process_index()} on {platform.node()}: {text}" if text else ""
+    message = np.zeros(_MESSAGE, np.uint8)
+    data = text.encode("utf-8", "backslashreplace")[:_MESSAGE]
+    message[: len(data)] = np.frombuffer(data, np.uint8)
+    found = np.asarray(multihost_utils.process_allgather(message))
+    said = [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in found]
+    if failure is not None and is_main():
+        raise failure
+    if any(said):
+        raise HostError(next(filter(None, said)) if is_main() else "")
 
 
 def one_for_all(tree: Any) -> Any:

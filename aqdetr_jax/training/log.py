@@ -125,6 +125,9 @@ class _NoWriter:
     def write(self, step: int, metrics: object) -> None:
         """Other processes than the main one write nothing."""
 
+    def sync(self) -> None:
+        """Nor have they anything to wait for."""
+
 
 def _shown(values: dict[str, float]) -> dict[str, float]:
     """The few terms that fit a progress line."""

@@ -23,7 +23,7 @@ from aqdetr_jax.evaluation.evaluator import Detections, Evaluator
 from aqdetr_jax.host import StoppedError
 from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
 from aqdetr_jax.models.detector import Detector, example_input, record_ops
-from aqdetr_jax.parallel.hosts import agree, is_main, one_for_all, say, stop_request
+from aqdetr_jax.parallel.hosts import agree, agreed, is_main, one_for_all, say, stop_request
 from aqdetr_jax.parallel.mesh import (
     bytes_a_device,
     make_mesh,
@@ -31,6 +31,7 @@ from aqdetr_jax.parallel.mesh import (
     put_batch,
     replicated,
 )
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import initial, remedies, setup, sizing
@@ -46,7 +47,7 @@ from aqdetr_jax.training.profile import STEP, StepTrace, check_profile
 from aqdetr_jax.training.programs import step_programs
 from aqdetr_jax.training.resume import facts
 from aqdetr_jax.training.state import TrainState
-from aqdetr_jax.training.workdir import prepare_workdir
+from aqdetr_jax.training.workdir import Workdir, prepare_workdir
 
 GUARD = "disallow"
 """``jax.transfer_guard`` of the loop: what is transferred is transferred explicitly."""
@@ -93,12 +94,13 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
         sizing.devices_along_data(config, config.train.batch_size // config.train.accumulate),
         config.mesh.model,
     )
-    train_set = open_dataset(config.data, train=True)
-    eval_set = open_dataset(config.data, train=False)
-    config = check_data(config, train_set, eval_set)
-    sizing.say_sizes(given, config, train_set)
-    known = facts(config, Path(workdir), train_set, eval_set)
-    check_profile(config)
+    with agreed():
+        train_set = open_dataset(config.data, train=True)
+        eval_set = open_dataset(config.data, train=False)
+        config = check_data(config, train_set, eval_set)
+        sizing.say_sizes(given, config, train_set)
+        known = facts(config, as_path(workdir), train_set, eval_set)
+        check_profile(config)
     with (
         prepare_workdir(workdir, from_dataclass(config), **known) as folder,
         jax.set_mesh(mesh),
@@ -106,7 +108,7 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     ):
         if folder.changes:
             say(f"{config.name}: changed since the last start: {'; '.join(folder.changes)}")
-        run = _Run(given, config, folder.path, mesh, train_set, eval_set, clock)
+        run = _Run(given, config, folder, mesh, train_set, eval_set, clock)
         try:
             return run.run()
         except StoppedError:  # when the progress line has ended
@@ -115,10 +117,11 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
 
 
 class _Run:
-    def __init__(self, given, config, path, mesh, train_set, eval_set, clock):
+    def __init__(self, given, config, folder, mesh, train_set, eval_set, clock):
         self.given: ExperimentConfig = given
         self.config: ExperimentConfig = config
-        self.path: Path = path
+        self.folder: Workdir = folder
+        self.path: Path = folder.path
         self.mesh = mesh
         self.train_set: DetectionDataset = train_set
         self.eval_set: DetectionDataset = eval_set
@@ -175,6 +178,8 @@ class _Run:
                     stopping = not last and stop.seen(done)
                     if self._due(done, config.train.checkpoint_every) or last or stopping:
                         with self.clock.within("checkpoint"):
+                            self.folder.check()
+                            writer.sync()
                             checkpoints.save(done, state, wait=last or stopping)
                     if stopping:
                         raise StoppedError(
@@ -220,7 +225,7 @@ class _Run:
             block = read_json(results)
             found = Detections.read(self.path, block["seconds"])
             return RunResult(self.config, load_model(self.path), block, found)
-        done = agree((self.path / MODEL_FOLDER).is_dir())
+        done = agree((self.path / MODEL_FOLDER / "manifest.json").is_file())
         return RunResult(self.config, load_model(self.path)) if done else None
 
     def _state(self, checkpoints: Checkpoints) -> tuple[Assembly, TrainState, int | None]:

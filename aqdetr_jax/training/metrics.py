@@ -19,6 +19,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from aqdetr_jax.io import write_text_atomic
+from aqdetr_jax.paths import as_path
+from aqdetr_jax.training.mirror import Mirror
+
 logger = logging.getLogger(__name__)
 
 
@@ -42,16 +46,19 @@ class MetricsWriter:
         Raises:
           ValueError: an existing ``metrics.jsonl`` has a line that is not one of metrics.
         """
-        self.path = Path(workdir) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = as_path(workdir)
+        self.path = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
         _repair(self.path, resume_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._mirror = Mirror(folder)
+        self._mirror.fetch(self.path.name)
+        self._file = (self._mirror.folder / self.path.name).open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # here, because importing it takes a second
 
             purge = None if resume_step is None else resume_step + 1
-            self._board = SummaryWriter(str(self.path.parent / "tb"), purge_step=purge)
+            self._board = SummaryWriter(str(self._mirror.folder / "tb"), purge_step=purge)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -88,12 +95,24 @@ class MetricsWriter:
             line["nonfinite"] = nonfinite
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+        self._mirror.send()
+
+    def sync(self) -> None:
+        """Waits until what was written is where it belongs: before a checkpoint of that step.
+
+        Raises:
+          OSError: an object store refuses.
+        """
+        if self._board is not None:
+            self._board.flush()
+        self._mirror.send(now=True)
 
     def close(self) -> None:
         """Closes the files."""
         self._file.close()
         if self._board is not None:
             self._board.close()
+        self._mirror.close()
 
 
 def _repair(path: Path, resume_step: int | None) -> None:
@@ -107,9 +126,7 @@ def _repair(path: Path, resume_step: int | None) -> None:
         return
     if len(kept) < len(lines):
         logger.info("%s: dropped %d lines after step %s", path, len(lines) - len(kept), resume_step)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_text_atomic(path, text)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -66,4 +66,6 @@ def facts(
 
 def _has_state(path: Path) -> bool:
     """Whether a work directory holds anything trained; until then its configuration may change."""
-    return (path / MODEL_FOLDER).exists() or any(path.glob("checkpoints/step_*.manifest.json"))
+    return (path / MODEL_FOLDER / "manifest.json").is_file() or any(
+        path.glob("checkpoints/step_*.manifest.json")
+    )

@@ -14,6 +14,7 @@ import datetime
 import errno
 import os
 import platform
+import secrets
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.io import read_json, write_bytes_atomic, write_json_atomic
+from aqdetr_jax.parallel.hosts import agreed
+from aqdetr_jax.paths import as_path, is_local
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training.config_tools import (
     changed_keys,
@@ -31,6 +36,7 @@ from aqdetr_jax.training.config_tools import (
     flatten_config,
     to_plain,
 )
+from aqdetr_jax.training.lease import Lease
 
 # Keys that change neither what was computed so far nor its meaning.
 CHANGEABLE = ("train.steps", "eval.*", "log.*")
@@ -62,7 +68,7 @@ class Workdir:
     path: Path
     resumed: bool
     changes: list[str]
-    _lock: int | None = None
+    _lock: _FileLock | Lease | None = None
 
     def __enter__(self) -> Workdir:
         return self
@@ -73,8 +79,17 @@ class Workdir:
     def release(self) -> None:
         """Unlocks the folder; the end of the process, however it comes, does so too."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
+
+    def check(self) -> None:
+        """Whether the folder still is this run's, which in an object store may change.
+
+        Raises:
+          InUseError: another process took it, while this one could not be reached.
+        """
+        if self._lock is not None:
+            self._lock.check()
 
 
 def prepare_workdir(
@@ -111,23 +126,65 @@ def prepare_workdir(
       WorkdirError: another process uses the folder; it holds another configuration or data set
         (the differences are listed).
     """
-    if "://" in str(path):
-        raise WorkdirError(
-            f"the work directory {path} is not a folder of this machine: give a local folder, or "
-            "one that all hosts of a pod share"
-        )
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise WorkdirError(f"the work directory {path} is a file; choose another --workdir")
-    path.mkdir(parents=True, exist_ok=True)
     config = to_plain(config_dict)
-    if jax.process_index() != 0:
-        return Workdir(path, (path / "config.json").is_file(), [])
-    lock = _lock(path / ".lock")
+    with agreed():
+        path = as_path(path)
+        if str(path).startswith("s3:"):
+            raise WorkdirError(
+                f"the work directory {path}: checkpoints are written to disks and to gs:// only; "
+                "s3:// may hold data and models"
+            )
+        if path.exists() and not path.is_dir():
+            raise WorkdirError(f"the work directory {path} is a file; choose another --workdir")
+        path.mkdir(parents=True, exist_ok=True)
+    check_shared(path)
+    with agreed():
+        if jax.process_index() == 0:
+            now = {"dataset": to_plain(dataset), "models": dict(models)}
+            return _prepared(path, config, seed, now, teacher, changeable)
+    return Workdir(path, (path / "config.json").is_file(), [])
+
+
+def check_shared(path: Path) -> None:
+    """Whether all processes of a run see the same folder.
+
+    Raises:
+      WorkdirError: they do not; the message names those that see another one.
+    """
+    if jax.process_count() == 1:
+        return
+    token = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbelow(1 << 31)))
+    mark = path / f".shared-{int(token)}"
+    with agreed():
+        if jax.process_index() == 0:
+            write_bytes_atomic(mark, b"")
+    try:
+        seen = multihost_utils.process_allgather(np.int32(mark.exists()))
+    finally:
+        if jax.process_index() == 0:
+            mark.unlink(missing_ok=True)
+    blind = [str(process) for process in np.flatnonzero(np.asarray(seen) == 0)]
+    with agreed():
+        if blind:
+            raise WorkdirError(
+                f"the work directory {path} is not one folder for all hosts: process "
+                f"{', '.join(blind)} of {jax.process_count()} does not see what process 0 writes "
+                "there. Give a folder that all hosts share, or gs://BUCKET/NAME"
+            )
+
+
+def _prepared(
+    path: Path,
+    config: dict[str, Any],
+    seed: int | None,
+    now: Mapping[str, Any],
+    teacher: str | None,
+    changeable: Sequence[str],
+) -> Workdir:
+    lock = _lock(path / ".lock") if is_local(path) else Lease(path)
     try:
         existing = (path / "config.json").is_file()
         manifest = _read_manifest(path) if existing else {}
-        now = {"dataset": to_plain(dataset), "models": dict(models)}
         changes = _changes(path, config, manifest, now, teacher, changeable) if existing else []
         if "*" in changeable:  # nothing depends on it yet
             manifest = manifest and {**manifest, **now}
@@ -140,7 +197,7 @@ def prepare_workdir(
         if changes or not existing:
             write_json_atomic(path / "config.json", config)
     except BaseException:
-        os.close(lock)
+        lock.close()
         raise
     return Workdir(path, existing, changes, lock)
 
@@ -289,7 +346,21 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def _lock(path: Path) -> int:
+class _FileLock:
+    """A locked file."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+
+    def check(self) -> None:
+        """The system keeps it."""
+
+    def close(self) -> None:
+        """Unlocks it."""
+        os.close(self._descriptor)
+
+
+def _lock(path: Path) -> _FileLock:
     """Takes an exclusive lock that the operating system drops when the process ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -311,7 +382,7 @@ def _lock(path: Path) -> int:
         ) from error
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
-    return descriptor
+    return _FileLock(descriptor)
 
 
 def _lock_descriptor(descriptor: int) -> None:
