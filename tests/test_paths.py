@@ -316,11 +316,11 @@ def test_refusals_say_what_to_do(bucket, store, impatient):
     with pytest.raises(FileNotFoundError):
         missing.read_bytes()
     body = b'{"error": {"code": 403, "message": "account may not storage.objects.create"}}'
-    with store.failing(lambda method, path: Fault(403, body=body)):
-        with pytest.raises(
-            StoreError, match=rf"cannot write {bucket}/x: these credentials may not"
-        ):
-            (bucket / "x").write_bytes(b"1")
+    with (
+        store.failing(lambda method, path: Fault(403, body=body)),
+        pytest.raises(StoreError, match=rf"cannot write {bucket}/x: these credentials may not"),
+    ):
+        (bucket / "x").write_bytes(b"1")
     body = b'{"error": {"code": 401, "message": "Anonymous caller does not have access"}}'
     with (
         store.failing(lambda method, path: Fault(401, body=body)),

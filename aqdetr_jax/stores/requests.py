@@ -52,8 +52,6 @@ def _filesystem(scheme: str) -> Any:
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     if emulator and "://" in emulator:
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)  # Orbax's arrays
-    # One kind of client for every bucket, the one that is tested.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import aiohttp
         import fsspec
@@ -68,6 +66,12 @@ def _filesystem(scheme: str) -> Any:
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its tracebacks are said in words
         if scheme != "gs":
             return fsspec.filesystem(scheme)
+        # One kind of client for every bucket, the one that is tested: not the one that asks another
+        # service first, over gRPC, what kind of bucket it is.
+        from gcsfs.core import GCSFileSystem
+
+        for name in ("gs", "gcs"):
+            fsspec.register_implementation(name, GCSFileSystem, clobber=True)
         limits = aiohttp.ClientTimeout(total=None, sock_connect=_STALL, sock_read=_STALL)
         return fsspec.filesystem("gs", requests_timeout=limits)
     except ImportError as error:
