@@ -22,13 +22,14 @@ from typing import Any, cast
 
 from aqdetr_jax.parallel.hosts import say
 from aqdetr_jax.stores.paths import ObjectPath
+from aqdetr_jax.training.places import WorkdirError
 
 BEAT = 10.0
 SILENT = 60.0
 FOLDER = ".lock"
 
 
-class InUseError(RuntimeError):
+class InUseError(WorkdirError):
     """Another process has the folder, or took it."""
 
 

@@ -89,6 +89,7 @@ class StepLog:
         self.restart(done)
         values["learning_rate"] = float(rate) * self._config.optimizer.lr
         values |= {f"time/{part}": seconds for part, seconds in lap.items()}
+        values["data/wait"] = lap["input"] / max(sum(lap.values()), 1e-9)
         values["goodput"] = self._clock.goodput
         values["truncated_boxes"] = float(self._stats.truncated_boxes)
         values["skipped_images"] = float(self._stats.skipped_images)

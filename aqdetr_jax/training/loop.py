@@ -31,7 +31,6 @@ from aqdetr_jax.parallel.mesh import (
     put_batch,
     replicated,
 )
-from aqdetr_jax.paths import as_path
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import initial, remedies, setup, sizing
@@ -43,6 +42,7 @@ from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.data_check import check_data
 from aqdetr_jax.training.log import StepLog, open_writer
 from aqdetr_jax.training.notices import say_limits
+from aqdetr_jax.training.places import place_of
 from aqdetr_jax.training.profile import STEP, StepTrace, check_profile
 from aqdetr_jax.training.programs import step_programs
 from aqdetr_jax.training.resume import facts
@@ -95,14 +95,15 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
         config.mesh.model,
     )
     with agreed():
+        place = place_of(workdir)
         train_set = open_dataset(config.data, train=True)
         eval_set = open_dataset(config.data, train=False)
         config = check_data(config, train_set, eval_set)
         sizing.say_sizes(given, config, train_set)
-        known = facts(config, as_path(workdir), train_set, eval_set)
+        known = facts(config, place, train_set, eval_set)
         check_profile(config)
     with (
-        prepare_workdir(workdir, from_dataclass(config), **known) as folder,
+        prepare_workdir(place, from_dataclass(config), **known) as folder,
         jax.set_mesh(mesh),
         contextlib.closing(clock),
     ):

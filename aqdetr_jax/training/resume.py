@@ -23,6 +23,7 @@ CHANGEABLE = (
     "train.abort_after",
     "train.pictures",
     "train.profile",
+    "data.workers",
     "data.num_threads",
     "data.prefetch",
     "data.cache_dir",

@@ -8,27 +8,21 @@ The same data and models at another place are the same run.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import errno
-import os
 import platform
-import secrets
 import sys
 import types
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from aqdetr_jax.io import read_json, write_bytes_atomic, write_json_atomic
+from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.parallel.hosts import agreed
-from aqdetr_jax.paths import as_path, is_local
+from aqdetr_jax.paths import is_local
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training.config_tools import (
     changed_keys,
@@ -37,6 +31,7 @@ from aqdetr_jax.training.config_tools import (
     to_plain,
 )
 from aqdetr_jax.training.lease import Lease
+from aqdetr_jax.training.places import FileLock, WorkdirError, check_shared, lock_file, place_of
 
 # Keys that change neither what was computed so far nor its meaning.
 CHANGEABLE = ("train.steps", "eval.*", "log.*")
@@ -49,10 +44,6 @@ DATA_PATHS = (
     "data.eval_annotations",
 )
 """Keys that say where the data lie: they may change while the data are the same."""
-
-
-class WorkdirError(RuntimeError):
-    """A work directory that this run must not use; the message says why and what to do."""
 
 
 @dataclasses.dataclass
@@ -68,7 +59,7 @@ class Workdir:
     path: Path
     resumed: bool
     changes: list[str]
-    _lock: _FileLock | Lease | None = None
+    _lock: FileLock | Lease | None = None
 
     def __enter__(self) -> Workdir:
         return self
@@ -128,12 +119,7 @@ def prepare_workdir(
     """
     config = to_plain(config_dict)
     with agreed():
-        path = as_path(path)
-        if str(path).startswith("s3:"):
-            raise WorkdirError(
-                f"the work directory {path}: checkpoints are written to disks and to gs:// only; "
-                "s3:// may hold data and models"
-            )
+        path = place_of(path)
         if path.exists() and not path.is_dir():
             raise WorkdirError(f"the work directory {path} is a file; choose another --workdir")
         path.mkdir(parents=True, exist_ok=True)
@@ -145,34 +131,6 @@ def prepare_workdir(
     return Workdir(path, (path / "config.json").is_file(), [])
 
 
-def check_shared(path: Path) -> None:
-    """Whether all processes of a run see the same folder.
-
-    Raises:
-      WorkdirError: they do not; the message names those that see another one.
-    """
-    if jax.process_count() == 1:
-        return
-    token = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbelow(1 << 31)))
-    mark = path / f".shared-{int(token)}"
-    with agreed():
-        if jax.process_index() == 0:
-            write_bytes_atomic(mark, b"")
-    try:
-        seen = multihost_utils.process_allgather(np.int32(mark.exists()))
-    finally:
-        if jax.process_index() == 0:
-            mark.unlink(missing_ok=True)
-    blind = [str(process) for process in np.flatnonzero(np.asarray(seen) == 0)]
-    with agreed():
-        if blind:
-            raise WorkdirError(
-                f"the work directory {path} is not one folder for all hosts: process "
-                f"{', '.join(blind)} of {jax.process_count()} does not see what process 0 writes "
-                "there. Give a folder that all hosts share, or gs://BUCKET/NAME"
-            )
-
-
 def _prepared(
     path: Path,
     config: dict[str, Any],
@@ -181,7 +139,7 @@ def _prepared(
     teacher: str | None,
     changeable: Sequence[str],
 ) -> Workdir:
-    lock = _lock(path / ".lock") if is_local(path) else Lease(path)
+    lock = lock_file(path / ".lock") if is_local(path) else Lease(path)
     try:
         existing = (path / "config.json").is_file()
         manifest = _read_manifest(path) if existing else {}
@@ -239,7 +197,7 @@ def _changes(
 
 def _describe_start(changes: list[str]) -> dict[str, Any]:
     # The program's own folder is this machine's business; what the user typed is kept.
-    program = Path(sys.argv[0]).name
+    program = PurePath(sys.argv[0]).name
     command = ["aqdetr" if program == "__main__.py" else program, *sys.argv[1:]]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -344,56 +302,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("starts"), list):
         raise WorkdirError(f"{manifest} is not a run's manifest. Restore the file or delete it.")
     return content
-
-
-class _FileLock:
-    """A locked file."""
-
-    def __init__(self, descriptor: int):
-        self._descriptor = descriptor
-
-    def check(self) -> None:
-        """The system keeps it."""
-
-    def close(self) -> None:
-        """Unlocks it."""
-        os.close(self._descriptor)
-
-
-def _lock(path: Path) -> _FileLock:
-    """Takes an exclusive lock that the operating system drops when the process ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        _lock_descriptor(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            os.close(descriptor)
-            raise WorkdirError(
-                f"cannot lock the work directory {path.parent} ({error.strerror}): its file system "
-                "must support file locks; choose another --workdir"
-            ) from error
-        holder = ""
-        with contextlib.suppress(OSError):
-            holder = f" ({os.read(descriptor, 200).decode(errors='replace').strip()})"
-        os.close(descriptor)
-        raise WorkdirError(
-            f"another process is using the work directory {path.parent}{holder}. "
-            "Wait for it, stop it, or choose another --workdir."
-        ) from error
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
-    return _FileLock(descriptor)
-
-
-def _lock_descriptor(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        # A byte far behind the text, which stays readable for the message of the other process.
-        os.lseek(descriptor, 1 << 20, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

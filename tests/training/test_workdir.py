@@ -223,8 +223,8 @@ def test_a_run_of_another_version_has_no_old_values_to_use(tmp_path):
 def test_lock_keeps_a_second_process_out_and_dies_with_its_owner(tmp_path):
     source = (
         "import sys\nfrom pathlib import Path\n"
-        "from aqdetr_jax.training.workdir import _lock\n"
-        "_lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+        "from aqdetr_jax.training.places import lock_file\n"
+        "kept = lock_file(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", source, str(tmp_path / ".lock")],
