@@ -169,7 +169,18 @@ def _parser() -> argparse.ArgumentParser:
         "--effort", type=float, default=1.0, metavar="X", help="length of every stage, 1 = recipe"
     )
     sub = verb(
-        "prepare-data", verbs.prepare, "write a data set as TFDS or COCO folder", config=True
+        "prepare-data", verbs.prepare, "write a data set as TFDS or COCO folder", overrides=True
+    )
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="configs/NAME.py", help="whose data are written")
+    what.add_argument(
+        "--set", choices=("coco2017", "voc0712"), help="a published set, see --manual"
+    )
+    sub.add_argument(
+        "--manual", metavar="DIR", help="of --set: folder with its archives, or unpacked"
+    )
+    sub.add_argument(
+        "--partial", action="store_true", help="of --set: accept other numbers of images"
     )
     sub.add_argument("--format", choices=("tfds", "coco"), default="tfds")
     sub.add_argument("--out", required=True, metavar="DIR")

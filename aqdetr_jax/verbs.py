@@ -267,20 +267,18 @@ def finetune(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def prepare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Writes a data set."""
     from aqdetr_jax.data.coco_writer import write_coco_folder
-    from aqdetr_jax.data.open import find_places, open_dataset
+    from aqdetr_jax.data.official import open_official
+    from aqdetr_jax.data.open import open_both
     from aqdetr_jax.data.tfds_builder import prepare
 
-    data = _experiment(arguments, overrides).data
-    places = find_places(data)
-    if len({place.split for place in places}) < 2:
-        raise ValueError(
-            f"config.data.train_split and eval_split are both {places[0].split!r}: a prepared set "
-            "needs two"
-        )
-    sets = {
-        place.split: open_dataset(data, train=train)
-        for train, place in zip((True, False), places, strict=True)
-    }
+    if arguments.set and overrides:
+        raise ValueError(f"{overrides[0]} has no effect: --set reads no configuration")
+    if arguments.set:
+        sets = open_official(arguments.set, arguments.manual, partial=arguments.partial)
+    elif arguments.manual or arguments.partial:
+        raise ValueError("--manual and --partial are of --set")
+    else:
+        sets = open_both(_experiment(arguments, overrides).data)
     if arguments.format == "tfds":
         print(f"written to {prepare(sets, arguments.out)}")
     else:

@@ -86,6 +86,25 @@ def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
     return load_dataset(place.kind, **parameters)
 
 
+def open_both(data: DataConfig) -> dict[str, DetectionDataset]:
+    """The training and the evaluation set of a configuration, by the names of their splits.
+
+    Raises:
+      DatasetError, FileNotFoundError: see ``open_dataset``.
+      ValueError: both are the same split.
+    """
+    places = find_places(data)
+    if len({place.split for place in places}) < 2:
+        raise ValueError(
+            f"config.data.train_split and eval_split are both {places[0].split!r}: a prepared set "
+            "needs two"
+        )
+    return {
+        place.split: open_dataset(data, train=train)
+        for train, place in zip((True, False), places, strict=True)
+    }
+
+
 def find_places(data: DataConfig) -> tuple[Place, Place]:
     """Where the training and the evaluation split of a configuration are.
 

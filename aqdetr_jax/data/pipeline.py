@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -231,7 +232,7 @@ def train_map_dataset(
         example = transforms.augment(example, rng, config.augment, bucket)
         return Row(example, index, original_size), bucket
 
-    def batch(rows: Sequence[tuple[Row, tuple[int, int]]]) -> Batch:
+    def batch(rows: Sequence[tuple[Row, tuple[int, int]]]) -> dict[str, Any]:
         made = assemble([row for row, _ in rows], rows[0][1], config.max_boxes, counts)
         # In a worker the counts are a copy.
         return {**made, _LEFT_OUT: counts.take()} if config.workers else made

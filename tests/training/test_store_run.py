@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_bit_for_bit_through_a_bad_hour(place, store, capfd
 
     def bad(method, path):
         number = next(numbers)
-        return Fault(503) if number % 31 == 0 else Fault(cut=1) if number % 47 == 0 else None
+        return Fault(503) if number % 150 == 9 else Fault(cut=1) if number % 250 == 60 else None
 
     with store.failing(bad):
         assert main(["train", f"--config={file}", f"--workdir={broken}"]) == 0
@@ -170,9 +170,9 @@ def test_bad_places_are_one_line_each(place, store, tmp_path, capsys, impatient)
     assert "gcloud auth" in line
     line = refused(*train, "--workdir=s3://bucket/run")
     assert "gs:// only" in line
-    line = refused(*train, f"--data.root={bucket}/nowhere", f"--workdir={tmp_path}/x")
+    line = refused(*train, f"--config.data.root={bucket}/nowhere", f"--workdir={tmp_path}/x")
     assert f"{bucket}/nowhere" in line
-    line = refused(*train, f"--init_from={bucket}/nowhere", f"--workdir={tmp_path}/x")
+    line = refused(*train, f"--config.init_from={bucket}/nowhere", f"--workdir={tmp_path}/x")
     assert f"{bucket}/nowhere" in line
     assert not (tmp_path / "x" / "checkpoints").exists()
 
