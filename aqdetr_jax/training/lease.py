@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import platform
+import secrets
 import threading
 import time
 from pathlib import Path
@@ -47,6 +48,7 @@ class Lease:
     def __init__(self, folder: Path):
         self._folder = cast(ObjectPath, folder)
         self._beats = 0
+        self._name = secrets.token_hex(8)  # two of one process are two
         self._lost = ""
         self._stop = threading.Event()
         self._number = self._take()
@@ -148,7 +150,7 @@ class Lease:
         return content if isinstance(content, dict) else None
 
     def _content(self, state: str) -> bytes:
-        content = {"state": state, "beat": self._beats, **_this_process()}
+        content = {"state": state, "beat": self._beats, "name": self._name, **_this_process()}
         return json.dumps(content).encode()
 
 

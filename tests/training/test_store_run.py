@@ -22,6 +22,8 @@ from aqdetr_jax.data.coco_writer import write_coco_folder
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.paths import as_path, files_of
+from aqdetr_jax.training import loop
+from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.lease import FOLDER
 from aqdetr_jax.viz.records import read_metrics
 
@@ -59,6 +61,7 @@ def place(store, tmp_path_factory, quick_compile):
     for train in (True, False):
         write_coco_folder(open_dataset(tiny.FLOAT.data, train=train), bucket / "data")
     tiny.save_teacher(bucket / "teacher")
+    train = {"steps": 4, "eval_every": 4, "pictures": 0, "profile": "2:2"}
     config = dataclasses.replace(
         tiny.FLOAT,
         init_from=f"{bucket}/teacher",
@@ -69,7 +72,9 @@ def place(store, tmp_path_factory, quick_compile):
             buckets=tiny.FLOAT.data.buckets,
             augment=tiny.FLOAT.data.augment,
         ),
-        train=dataclasses.replace(tiny.FLOAT.train, steps=4, eval_every=4, profile="2:2"),
+        train=dataclasses.replace(
+            tiny.FLOAT.train, steps=4, eval_every=4, pictures=0, profile="2:2"
+        ),
     )
     file = tiny.write_config(config, tmp_path_factory.mktemp("config") / "config.json")
     return bucket, file
@@ -82,10 +87,10 @@ def state(folder) -> dict[str, str]:
     return {name: tiny.digest(leaf) for name, leaf in tree.items()}
 
 
-def test_a_killed_run_goes_on_bit_for_bit_through_a_bad_hour(place, store, capfd):
+def test_a_killed_run_goes_on_bit_for_bit_through_a_bad_hour(place, store, tmp_path, capfd):
     bucket, file = place
-    straight, broken = bucket / "runs" / "straight", bucket / "runs" / "broken"
-    assert main(["train", f"--config={file}", f"--workdir={straight}"]) == 0
+    straight, broken = tmp_path / "straight", bucket / "runs" / "broken"
+    loop.train(load_experiment(str(file)), straight)  # on a disk, from the same data
 
     command = [sys.executable, "-c", KILLED, f"--config={file}", f"--workdir={broken}"]
     child = subprocess.run(command, capture_output=True, text=True, timeout=tiny.HUNG_SECONDS)
@@ -121,7 +126,7 @@ def test_a_killed_run_goes_on_bit_for_bit_through_a_bad_hour(place, store, capfd
     locks = [path for path in files_of(broken) if FOLDER in path.parts]
     assert [json.loads(path.read_text())["state"] for path in locks] == ["released"]
     # Once more: it is finished, and says so.
-    assert main(["train", f"--config={file}", f"--workdir={broken}"]) == 0
+    loop.train(load_experiment(str(file)), broken)
     assert "this run is finished" in capfd.readouterr().out
     params = load_model(broken).variables["params"]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
