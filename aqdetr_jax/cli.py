@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 
 from aqdetr_jax import host, verbs
@@ -19,7 +20,7 @@ def entry_point() -> None:
     arguments, overrides = parse_arguments(_parser(), sys.argv[1:])
     if arguments.computes:
         host.prepare()
-    sys.exit(_run(arguments, overrides))
+    sys.exit(_run(arguments, overrides, leave=True))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,25 +31,37 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
       Exit status: 0, 1 for bad input (one line on stderr says what), 75 for a run that was asked
-      to stop and can go on.
+      to stop and can go on, 76 for one that another process left alone, or that hung, and that can
+      go on.
     """
     return _run(*parse_arguments(_parser(), argv))
 
 
-def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _run(arguments: argparse.Namespace, overrides: Sequence[str], *, leave: bool = False) -> int:
+    """Runs a verb; with ``leave``, one process of several that fails ends here."""
     try:
         return arguments.run(arguments, overrides) or 0
     except host.StoppedError as stop:
         print(f"aqdetr: {stop}", file=sys.stderr)
         return EXIT_STOPPED
-    except (ValueError, OSError, RuntimeError) as error:
+    except host.ElsewhereError:  # one line, on one host
+        status, reason = 1, ""
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if arguments.traceback:
-            raise
-        if isinstance(error, host.HostError) and not str(error):  # the first process says it
-            return 1
+            if not leave:
+                raise
+            traceback.print_exc()
         print(f"aqdetr: {type(error).__name__}: {error}", file=sys.stderr)
-        print("(--traceback shows where this came from)", file=sys.stderr)
-        return 1
+        if not arguments.traceback:
+            print("(--traceback shows where this came from)", file=sys.stderr)
+        lost = isinstance(error, host.LostError)
+        status = host.EXIT_LOST if lost else 1
+        reason = "" if lost else f"{type(error).__name__}: {error}"
+    if leave and "jax" in sys.modules:
+        from aqdetr_jax.parallel.watch import leave_others
+
+        leave_others(status, reason)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
 
     verb("train", verbs.train, "train, evaluate and report one run", config=True, workdir=True)
     verb("pretrain", verbs.pretrain, "dense pretraining of a backbone", config=True, workdir=True)
+    text = "do a run again from its manifest, and compare"
+    sub = verb("rerun", verbs.rerun, text, workdir=True)
+    sub.add_argument("manifest", metavar="MANIFEST", help="a run's manifest.json, or its folder")
+    text = "take the step again that ended a run for values that are not finite"
+    sub = verb("replay", verbs.replay, text)
+    sub.add_argument("dump", metavar="DUMP", help="WORKDIR/dumps/step_N")
     sub = verb("eval", verbs.evaluate, "COCO numbers of a model", config=True)
     anything = "a run, its model folder, a packed model"
     sub.add_argument("--model", required=True, metavar="DIR", help=anything)

@@ -27,12 +27,20 @@ _MOST_THREADS_A_HEAP = 16
 (They feed accelerators.)"""
 
 
-class HostError(RuntimeError):
-    """What another process of the run failed with; empty where the first process says it."""
+EXIT_LOST = 76
+"""Exit status where another process ended, or nothing moved: the same command goes on."""
 
 
 class StoppedError(RuntimeError):
     """A run was asked to stop (SIGTERM or SIGINT); its state is saved."""
+
+
+class ElsewhereError(RuntimeError):
+    """This process stops for a reason that another process of the run prints."""
+
+
+class LostError(RuntimeError):
+    """Another process of the run ended or hangs; the same command goes on from what is saved."""
 
 
 def prepare(*, compilation_cache: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,16 @@ def flatten(tree: Any) -> list[tuple[Path, Any]]:
     """
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(tuple(_key_name(key) for key in path), leaf) for path, leaf in pairs]
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 over the bytes of every leaf, its path, shape and dtype included, hex."""
+    total = hashlib.sha256()
+    for path, leaf in sorted(flatten(jax.device_get(tree)), key=lambda item: item[0]):
+        array = np.asarray(leaf)
+        total.update(f"{path_name(path)} {array.shape} {array.dtype}\n".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
 
 
 def path_name(path: Path) -> str:

@@ -40,17 +40,39 @@ def pretrain(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     train(arguments, overrides, pretrain=True)
 
 
+def rerun(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Does a run again from its manifest."""
+    from aqdetr_jax.parallel.hosts import initialize_distributed, say
+    from aqdetr_jax.training.rerun import format_rerun, rerun
+
+    initialize_distributed()
+    made = rerun(arguments.manifest, arguments.workdir)
+    say(format_rerun(made))
+    return int(not made["equal"])
+
+
+def replay(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Takes the step of a dump again."""
+    from aqdetr_jax.training.dump import format_replay, replay
+
+    made = replay(arguments.dump)
+    print(format_replay(made))
+    return int(not made["reproduced"])
+
+
 def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Judges a model."""
     from aqdetr_jax.deploy.load import open_model
     from aqdetr_jax.evaluation.coco import format_results
     from aqdetr_jax.evaluation.models import INPUT_KEYS, evaluate_bundle, input_rule
     from aqdetr_jax.io import write_json_atomic
+    from aqdetr_jax.parallel.hosts import initialize_distributed, is_main
     from aqdetr_jax.paths import as_path
     from aqdetr_jax.training.effects import check_evaluation_keys
     from aqdetr_jax.training.sizing import eval_batch_size
 
     check_evaluation_keys(overrides)
+    initialize_distributed()
     given = [text.partition("=")[0] for text in overrides]
     if any(key in INPUT_KEYS for key in given) and "data.fit" not in given:
         overrides = (*overrides, "data.fit=0")  # the keys it would decide are given
@@ -66,8 +88,10 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         batch_size=eval_batch_size(config),
         seed=config.seed,
         rule=rule,
-        progress=_counter("evaluated", "batches"),
+        progress=_counter("evaluated", "batches") if is_main() else None,
     )
+    if not is_main():
+        return
     if arguments.out:  # before anything is said of it
         out = as_path(arguments.out)
         write_json_atomic(out / "results.json", block)

@@ -14,6 +14,7 @@ from typing import Any
 
 import render_complexity
 import render_deploy
+import render_reliability
 import render_sensitivity
 import render_tpu
 from outside.table import outside_table
@@ -394,6 +395,8 @@ def main() -> None:
     ]
     replace(ROOT / "docs" / "parity.md", "parity", parity_table())
     replace(ROOT / "docs" / "quantization.md", "residual", residual_table())
+    text = render_reliability.kill_points_text(load("kill_points.json"), load("stop_points.json"))
+    replace(ROOT / "docs" / "reliability.md", "kill-points", text)
     plan = ROOT / "docs" / "plan.md"
     replace(plan, "tpu-step", render_tpu.step_table(load("tpu_step.json")))
     replace(plan, "tpu-plan", render_tpu.plan_table(load("plan.json")))

@@ -135,6 +135,7 @@ LOCAL = {
     "training/config_tools.py": "configurations of the package",
     "training/lease.py": "/proc",
     "training/mirror.py": "what grows, before it is sent",
+    "training/dump.py": "arrays in memory and in an open file",
     "training/places.py": "the lock of a disk",
     "data/shapes/dataset.py": "the cache of this machine",
     "data/tfds_builder.py": "the folder that TFDS writes to",

@@ -11,10 +11,11 @@ step without its manifest was cut off while it was saved, and is never restored.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from aqdetr_jax import trees
 from aqdetr_jax.checkpoint.checksums import find_damage, read_manifest, write_manifest
 from aqdetr_jax.checkpoint.store import STEP, CheckpointError, load_tree
 from aqdetr_jax.io import remove_folder
-from aqdetr_jax.parallel.hosts import barrier
+from aqdetr_jax.parallel.hosts import anywhere
 from aqdetr_jax.paths import as_path
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,15 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        # What ends the body is told; other processes need not be here.
+        with contextlib.suppress(Exception):
+            if self._pending is not None:
+                self._pending[1].result()
+        self._executor.shutdown()
 
     def save(
         self,
@@ -102,14 +110,13 @@ class Checkpoints:
         # Through JSON here, so that a value that has no JSON form fails in the caller's thread.
         facts = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
         extra = {"step": int(step), "metric": metric, "metadata": facts}
-        try:
+        response: Any = None
+        with self._all_saving(step):
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._delete(step)
-            barrier(f"save_{step}")
+        with self._all_saving(step):
             response = ocp.save_async(self._folder(step), trees.nest(leaves))
-        except Exception as error:
-            raise self._save_error(step, error) from error
         self._pending = step, self._executor.submit(self._finish, step, response, extra)
         if wait:
             self.wait()
@@ -176,10 +183,8 @@ class Checkpoints:
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None
-        try:
+        with self._all_saving(step):
             future.result()
-        except Exception as error:
-            raise self._save_error(step, error) from error
 
     def close(self) -> None:
         """Waits for the save in flight and stops the background thread."""
@@ -247,6 +252,20 @@ class Checkpoints:
             return read_manifest(self._manifest(step))["metric"]
         except (OSError, ValueError):
             return None
+
+    @contextlib.contextmanager
+    def _all_saving(self, step: int) -> Iterator[None]:
+        """A part of a save that has failed everywhere if it fails on one process."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failed = anywhere(error is not None)
+        if error is not None:
+            raise self._save_error(step, error) from error
+        if failed:
+            raise CheckpointError(f"saving step {step} failed on another process, which says why")
 
     def _save_error(self, step: int, error: Exception) -> CheckpointError:
         if isinstance(error, CheckpointError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -38,6 +40,7 @@ class PipelineStats:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._skipped: set[str] = set()
+        self._reading: dict[int, tuple[str, float]] = {}
         self.truncated_boxes = 0
         self.skipped_names: list[str] = []
         self._untold: list[tuple[str, str]] = []
@@ -74,6 +77,24 @@ class PipelineStats:
             images = "image" if self.skipped_images == 1 else "images"
             parts.append(f"{self.skipped_images} unreadable {images} ({first})")
         return ", ".join(parts)
+
+    @contextlib.contextmanager
+    def reading(self, file_name: str) -> Iterator[None]:
+        """This thread reads an image: should it never come back, its name is known."""
+        thread = threading.get_ident()
+        self._reading[thread] = file_name, time.monotonic()
+        try:
+            yield
+        finally:
+            self._reading.pop(thread, None)
+
+    def slowest(self) -> str:
+        """The image that has been read for the longest time, in words; "" if none is."""
+        found = sorted(self._reading.copy().values(), key=lambda item: item[1])
+        if not found:
+            return ""
+        name, since = found[0]
+        return f"{name} for {time.monotonic() - since:.0f} s"
 
     def add_truncated(self, count: int) -> None:
         """Counts ``count`` truncated boxes."""

@@ -300,7 +300,8 @@ class EvalBatches:
             return None
         config = self._config
         try:
-            example = self._dataset[index]
+            with self.stats.reading(self._dataset.file_name(index)):
+                example = self._dataset[index]
         except ImageReadError as error:
             if config.on_error == "error":
                 raise _with_remedy(error) from error
@@ -395,7 +396,8 @@ def _read_or_next(
     reason = ""
     for _ in range(min(len(dataset), _MAX_SKIPS_IN_A_ROW)):
         try:
-            return index, dataset[index]
+            with stats.reading(dataset.file_name(index)):
+                return index, dataset[index]
         except ImageReadError as error:
             if on_error == "error":
                 raise _with_remedy(error) from error

@@ -147,6 +147,11 @@ class Evaluator:
             reserved=reserved,
         )
 
+    @property
+    def stats(self) -> PipelineStats:
+        """What is read, and was left out, in the evaluation under way."""
+        return self._batches.stats
+
     def compile(self, variables: Any) -> None:
         """Compiles for every bucket that the set needs, on accelerators.
 

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from aqdetr_jax.models import grid_use
 from aqdetr_jax.models.attention import merge_heads, row_sum
 from aqdetr_jax.models.layers import FLOAT
 from aqdetr_jax.models.quantized import (
@@ -183,8 +184,8 @@ class SamplingCore(nn.Module):
                 values.astype(self.dtype), locations, shapes, self.sampling
             )
 
-        # Only calibration and comparisons look at samples, at those of all heads.
-        watched = observing(self) or capturing(self)
+        # Only calibration, comparisons and health look at samples, at those of all heads.
+        watched = observing(self) or capturing(self) or grid_use.watched(self)
         samples = (sample if watched else functools.partial(jax.eval_shape, sample))(
             values, locations
         )

@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from aqdetr_jax.models import grid_use
 from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.policy import Policy
@@ -140,6 +141,9 @@ def activation_quantizer(
     if capturing(module):
         seen = lsq.codes(cast(Array, x), step, lower, upper).astype(jnp.int16)
         module.variable(CODES, name, lambda: seen).value = seen
+    if grid_use.watched(module):
+        sampled = _sample(cast(Array, x), head_axis if shape else None, grid_use.SAMPLES)
+        grid_use.note_activation(module, name, sampled, spec, (step, lower, upper), sample)
     count = math.prod(x.shape[1:]) // max(math.prod(shape), 1)
     return Quantizer(step, lower, upper, jnp.float32(lsq.gradient_scale(count, spec.upper)))
 
@@ -191,9 +195,12 @@ def weight_quantizer(
 
     count = kernel.size // channels
     step = module.param(f"{name}_step", init)
+    limits = _limits(module, name, spec)
+    if grid_use.watched(module):
+        grid_use.note_weight(module, name, kernel, spec, (step, *limits))
     return Quantizer(
         step.reshape((1,) * (kernel.ndim - 1) + (channels,)),
-        *_limits(module, name, spec),
+        *limits,
         jnp.float32(lsq.gradient_scale(count, spec.upper)),
     )
 

@@ -50,6 +50,10 @@ class Programs:
         self._batches = {_signature(batch): batch for batch in batches}
         self._programs: dict[Any, Callable[..., Any]] = {}
 
+    def reserve(self, count: int) -> None:
+        """Says how many bytes on each device are in use besides what the function is given."""
+        self._reserved = count
+
     def compile_all(self, *held: Any) -> None:
         """Compiles what is not compiled yet, and says what each takes.
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from aqdetr_jax.host import HostError
+from aqdetr_jax.host import ElsewhereError
 
 # Set by the launchers that jax.distributed.initialize() knows how to read.
 _CLUSTER_VARIABLES = (
@@ -23,8 +24,6 @@ _CLUSTER_VARIABLES = (
     "COORDINATOR_ADDRESS",
     "MEGASCALE_COORDINATOR_ADDRESS",
 )
-
-_MESSAGE = 2000  # bytes of an error that one process tells the others
 
 
 def initialize_distributed(
@@ -88,39 +87,6 @@ def agree(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-@contextlib.contextmanager
-def agreed() -> Iterator[None]:
-    """What fails on one process fails on all, and is said by the first one alone.
-
-    The body must do no collective work. Without this the others would wait for the one that
-    stopped, or say the same once more.
-
-    Raises:
-      HostError: of another process: on the first one with its message, on the others without a
-        word. (An error of the first process's own stays what it is there.)
-    """
-    failure: BaseException | None = None
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        failure = error
-    if jax.process_count() == 1:
-        if failure is not None:
-            raise failure
-        return
-    text = f"{type(failure).__name__}: {failure}" if failure is not None else ""
-    text = f"process {jax.process_index()} on {platform.node()}: {text}" if text else ""
-    message = np.zeros(_MESSAGE, np.uint8)
-    data = text.encode("utf-8", "backslashreplace")[:_MESSAGE]
-    message[: len(data)] = np.frombuffer(data, np.uint8)
-    found = np.asarray(multihost_utils.process_allgather(message))
-    said = [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in found]
-    if failure is not None and is_main():
-        raise failure
-    if any(said):
-        raise HostError(next(filter(None, said)) if is_main() else "")
-
-
 def one_for_all(tree: Any) -> Any:
     """Process 0's arrays on every process.
 
@@ -138,11 +104,107 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def exchange(text: str) -> list[str]:
+    """Every process's text, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode("utf-8", "backslashreplace"), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    # To a power of two: a gather is compiled for each length.
+    padded = np.zeros(1 << max(int(np.max(sizes)) - 1, 1).bit_length(), np.uint8)
+    padded[: len(data)] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [
+        bytes(row[:size]).decode() for row, size in zip(rows, np.ravel(sizes).tolist(), strict=True)
+    ]
+
+
+def anywhere(value: bool) -> bool:
+    """Whether a value is true on any process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.int32(value))))
+
+
+def process_name(index: int, host: str) -> str:
+    """A process of the run in words."""
+    return f"process {index} ({host})"
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """All processes get through the body, or all stop, and one of them says why.
+
+    Without it one process would end and the others wait for it. The body must not wait for other
+    processes.
+
+    Raises:
+      ElsewhereError: another process failed, and says so.
+      RuntimeError: on process 0, the failure of another process, which is named.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    text = "" if error is None else f"{type(error).__name__}: {error}"
+    found = exchange(f"{platform.node()}\n{text}" if text else "")
+    failed = [i for i, line in enumerate(found) if line]
+    if not failed:
+        return
+    if not is_main():
+        raise ElsewhereError(f"process {failed[0]} failed: process 0 says why") from error
+    if error is not None:
+        raise error
+    host, _, reason = found[failed[0]].partition("\n")
+    raise RuntimeError(f"{process_name(failed[0], host)} cannot start: {reason}")
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Whether all processes were given the same; else all stop, and process 0 names what differs.
+
+    Args:
+      facts: values with a JSON form, by the name that the message uses.
+
+    Raises:
+      ValueError: on process 0: a value differs.
+      ElsewhereError: on the others.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = {"host": platform.node(), "facts": dict(facts)}
+    found = [json.loads(text) for text in exchange(json.dumps(mine))]
+    first = found[0]
+    for index, other in enumerate(found):
+        names = [*first["facts"], *(other["facts"].keys() - first["facts"].keys())]
+        for name in names:
+            values = [x["facts"].get(name) for x in (first, other)]
+            if values[0] == values[1]:
+                continue
+            if not is_main():
+                raise ElsewhereError(f"{name} differs: process 0 says how")
+            raise ValueError(
+                f"{name} differs between the hosts: {_short(values[0])} in "
+                f"{process_name(0, first['host'])}, {_short(values[1])} in "
+                f"{process_name(index, other['host'])}: give all of them the same command, the "
+                "same files and the same version"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:100]}..."
+
+
 class StopRequest:
     """Set by SIGTERM or the first SIGINT; the second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._asked = 0
 
     def set(self) -> None:
         """Asks the run to stop."""
@@ -151,21 +213,22 @@ class StopRequest:
     def seen(self, step: int) -> bool:
         """Whether the run should stop after ``step``; the same answer on every process.
 
-        In a multi-process run the processes ask each other every tenth step: a signal rarely
-        reaches all of them within the same step.
+        A signal rarely reaches all processes of a run within the same step: JAX's preemption
+        service, which takes the signal there, tells the others, and all stop at the first question
+        that none of them has asked yet. Every process must ask the same questions.
         """
         if jax.process_count() == 1:
             return self._event.is_set()
-        if step % 10:
-            return False
-        flags = multihost_utils.process_allgather(np.int32(self._event.is_set()))
-        return bool(np.any(flags))
+        self._asked += 1
+        return bool(multihost_utils.reached_preemption_sync_point(self._asked))
 
     def handle(self, number: int, frame: object) -> None:
         """Signal handler."""
         if self._event.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._event.set()
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -175,7 +238,9 @@ def stop_request() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    old = {s: signal.signal(s, request.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    lone = jax.process_count() == 1
+    numbers = (signal.SIGTERM, signal.SIGINT) if lone else (signal.SIGINT,)
+    old = {number: signal.signal(number, request.handle) for number in numbers}
     try:
         yield request
     finally:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from aqdetr_jax.checkpoint.steps import Checkpoints
 from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detector import Detector, build_detector
 from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
@@ -27,6 +28,7 @@ from aqdetr_jax.training.step import (
     make_train_step,
     pretrain_loss_fn,
 )
+from aqdetr_jax.trees import ParameterMismatchError, flatten
 
 TRAINED_KEYS = ("images", "mask", "boxes", "labels", "valid")
 """The entries of a batch that the training step reads; the rest stays on the host."""
@@ -95,17 +97,21 @@ def batch_shapes(config: ExperimentConfig, bucket: tuple[int, int], rows: int) -
     }
 
 
-def assemble(config: ExperimentConfig, variables: Any, mesh: Mesh) -> Assembly:
+def assemble(
+    config: ExperimentConfig, variables: Any, mesh: Mesh, split: bool | None = None
+) -> Assembly:
     """Optimizer, state and placement of a run.
 
     Args:
       config: with its number of steps.
       variables: ``{"params", "batch_stats"}``, arrays or shapes.
       mesh: devices.
+      split: the state as it is where layers are split over devices; None = as ``config.mesh`` says.
     """
     params, stats = variables["params"], variables["batch_stats"]
     frozen = config.model.backbone.norm == "frozen"
-    rules = MODEL_PARALLEL if config.mesh.model > 1 else ()
+    split = config.mesh.model > 1 if split is None else split
+    rules = MODEL_PARALLEL if split else ()
     optimizer = optim.make_optimizer(
         params, config.optimizer, config.train.steps, frozen_norms=frozen, rules=rules
     )
@@ -120,6 +126,56 @@ def assemble(config: ExperimentConfig, variables: Any, mesh: Mesh) -> Assembly:
         parameter_shardings(shapes, mesh, rules),
     )
     return Assembly(config, mesh, state, create, optimizer)
+
+
+def restore(
+    checkpoints: Checkpoints, assembly: Assembly, variables: Any
+) -> tuple[TrainState, int] | None:
+    """The state of a checkpoint on a mesh, whatever mesh it was saved from.
+
+    What the optimizer packs depends on whether layers are split over devices; a state of the other
+    kind is packed anew.
+
+    Args:
+      checkpoints: of the run.
+      assembly: of the run on this mesh.
+      variables: what it was assembled from.
+
+    Returns:
+      (state, step), None without a checkpoint.
+
+    Raises:
+      CheckpointError, ParameterMismatchError: see ``Checkpoints.restore``.
+    """
+    try:
+        return checkpoints.restore(assembly.state)
+    except ParameterMismatchError as error:
+        mine = assembly.config.mesh.model > 1
+        other = assemble(assembly.config, variables, assembly.mesh, split=not mine)
+        try:
+            restored = checkpoints.restore(other.state)
+        except ParameterMismatchError:
+            raise error from None
+    assert restored is not None
+    wanted = assembly.state.opt_state
+
+    def repack(state: Any) -> Any:
+        old = other.optimizer.packing
+        leaves = old.repacked(dict(flatten(state)), assembly.optimizer.packing)
+        ordered = [leaves[path] for path, _ in flatten(wanted)]
+        return jax.tree.unflatten(jax.tree.structure(wanted), ordered)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, assembly.state)
+    state, step = restored
+    state = dataclasses.replace(
+        jax.device_put(_without_optimizer(state), _without_optimizer(shardings)),
+        opt_state=jax.jit(repack, out_shardings=shardings.opt_state)(state.opt_state),
+    )
+    return state, step
+
+
+def _without_optimizer(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, opt_state=None)
 
 
 def stand_in_teacher(config: ExperimentConfig) -> Detector | None:

@@ -12,11 +12,13 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from aqdetr_jax.data.batching import PipelineStats
+from aqdetr_jax.parallel.watch import Position
 from aqdetr_jax.training.metrics import format_seconds, shares
 
 PARTS = {
@@ -64,6 +66,10 @@ class RunClock:
     Args:
       now: seconds.
       wait: returns when a value has been computed.
+
+    Attributes:
+      started_steps: steps given to the devices.
+      finished_steps: steps that they have done.
     """
 
     def __init__(
@@ -79,6 +85,20 @@ class RunClock:
         self._steps: queue.Queue[tuple[float, Any] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self.total = dict.fromkeys(PARTS, 0.0)
+        self.started_steps = self.finished_steps = 0
+
+    def position(self, reads: Mapping[str, PipelineStats | None], count: int = 0) -> Position:
+        """Where the run is; any thread may ask.
+
+        Args:
+          reads: what knows of the images that are read, by part.
+          count: see ``Position``.
+        """
+        part = self._part
+        doing, stats = PARTS[part], reads.get(part)
+        if stats is not None and stats.slowest():
+            doing += f" (reading {stats.slowest()})"
+        return Position(self.started_steps, self.finished_steps, part, doing, count)
 
     @contextlib.contextmanager
     def within(self, part: str) -> Iterator[None]:
@@ -105,6 +125,7 @@ class RunClock:
             self._thread.start()
         start = self._now()
         state, metrics = run(*arguments)
+        self.started_steps += 1
         self._steps.put((start, jax.tree.leaves(metrics)[0]))
         if len(self._segments) >= _MANY:
             self._fold()
@@ -164,5 +185,6 @@ class RunClock:
             done = self._now()
             self._busy.append((max(start, last), done))
             last = done
+            self.finished_steps += 1
             del item, value
             self._steps.task_done()

@@ -115,8 +115,15 @@ class TrainConfig:
       eval_every: steps between evaluations; 0 = only at the end.
       checkpoint_every: steps between checkpoints; 0 = only at the end.
       keep_checkpoints: newest checkpoints kept.
+      on_save_error: "stop" (a checkpoint that cannot be written ends the run) or "go_on" (it is
+        told, and the run goes on without it; what was saved before is kept either way).
       log_every: steps between metric lines.
-      abort_after: stop after this many steps in a row with a non-finite loss or gradient.
+      quantizers_every: steps between looks at every quantizer (share of clipped values and of codes
+        in use); 0 = never.
+      abort_after: stop after this many steps in a row with a non-finite loss, gradient or step
+        size.
+      watchdog: seconds without a step, after which the run ends with the stacks of all threads of
+        all hosts; 0 = however long it takes.
       pictures: validation images drawn in the report.
       profile: "FIRST:LAST", steps whose profiler trace is written; "" = none.
     """
@@ -131,8 +138,11 @@ class TrainConfig:
     eval_every: int = 0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    on_save_error: Literal["stop", "go_on"] = "stop"
     log_every: int = 20
+    quantizers_every: int = 1000
     abort_after: int = 20
+    watchdog: float = 1800.0
     pictures: int = 8
     profile: str = ""
 
@@ -215,7 +225,10 @@ class ExperimentConfig:
         for name in ("batch_size", "accumulate", "eval_batch_size", "log_every", "abort_after"):
             if getattr(self.train, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1")
-        for name in ("epochs", "steps", "batch_per_chip", "eval_batch_per_chip"):
+        for name in (
+            *("epochs", "steps", "batch_per_chip", "eval_batch_per_chip"),
+            *("quantizers_every", "watchdog"),
+        ):
             if getattr(self.train, name) < 0:
                 raise ValueError(f"train.{name} must not be negative")
         if self.optimizer.reference_batch < 0:

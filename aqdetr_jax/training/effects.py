@@ -184,7 +184,8 @@ def _quant(config: ExperimentConfig) -> Iterator[Rule]:
             "calibration_*",
         ):
             yield f"quant.{key}", "nothing is quantized: quant.policy is 'float'"
-        yield "optimizer.lr_steps", "there are no step sizes: quant.policy is 'float'"
+        for key in ("optimizer.lr_steps", "train.quantizers_every"):
+            yield key, "there are no step sizes: quant.policy is 'float'"
         return
     if not quant.center:
         yield "quant.equalize", "it scales centred inputs, and quant.center is False"

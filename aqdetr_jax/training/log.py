@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from aqdetr_jax.parallel.hosts import is_main
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.clock import RunClock
 from aqdetr_jax.training.config import ExperimentConfig
-from aqdetr_jax.training.metrics import MetricsWriter, Progress
+from aqdetr_jax.training.faults import Recent, bad_parameters, culprits
+from aqdetr_jax.training.metrics import METRICS, MetricsWriter, Progress, read_lines
 from aqdetr_jax.training.notices import check_step, counts_by_image
 from aqdetr_jax.training.state import TrainState
 
@@ -35,6 +36,7 @@ class StepLog:
       stats: what the input pipeline leaves out.
       state: what the run starts from.
       first: steps that were done then.
+      parts: names of the parts of the gradient, see ``faults.culprits``.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class StepLog:
         stats: PipelineStats,
         state: TrainState,
         first: int,
+        parts: Sequence[str],
     ):
+        self._parts, self._recent = parts, Recent()
         self._config, self._writer, self._clock = config, writer, clock
         self._dataset, self._stats = dataset, stats
         self._rate = jax.jit(optim.learning_rate(config.optimizer, config.train.steps))
@@ -66,20 +70,30 @@ class StepLog:
         """Images a second are counted from here on."""
         self._since, self._counted = time.perf_counter(), done
 
-    def step(self, done: int, metrics: Mapping[str, jax.Array], index: np.ndarray) -> None:
+    def note(self, done: int, metrics: Mapping[str, jax.Array], index: np.ndarray) -> None:
+        """Notes a step that is not logged: should it have been skipped, it is told why.
+
+        Args: as for :meth:`step`.
+        """
+        self._recent.add(done, metrics, index)
+
+    def step(
+        self, done: int, metrics: Mapping[str, jax.Array], index: np.ndarray, params: Any = None
+    ) -> None:
         """Logs a step.
 
         Args:
           done: steps done.
           metrics: of the last one, on the devices.
           index: int ``[B / processes]``, dataset indices of this process's part of its batch.
+          params: the parameters after it.
 
         Raises:
           TrainingDivergedError: see ``notices.check_step``.
         """
         train = self._config.train
         found = fetch(metrics)
-        values = {k: float(np.sum(v)) for k, v in found.items()}
+        values = {k: float(np.sum(v)) for k, v in found.items() if k != "gradient_squares"}
         # Skipped updates do not advance the schedule.
         updates = np.int32(max(done - 1 - int(values["skipped"]), 0))
         rate = fetch(self._rate(put(updates, self._everywhere)))
@@ -96,9 +110,26 @@ class StepLog:
         self._writer.write(done, values)
         skipped = int(values["skipped"])
         replaced = counts_by_image(found.get("replaced_costs"), index, self._dataset)
-        check_step(done, values, replaced, skipped - self._skipped, train.abort_after)
+        new, bad, earlier = skipped - self._skipped, [], []
         self._skipped = skipped
+        if new:
+            bad = culprits(found, self._parts)
+            with jax.transfer_guard("allow"):
+                earlier = self._earlier(done)
+                if bad and params is not None:
+                    bad = [*(f"parameter {name}" for name in bad_parameters(params)), *bad]
+        self._recent.clear()
+        check_step(done, values, replaced, new, train.abort_after, bad=bad, earlier=earlier)
         self._progress.update(done, _shown(values), lap)
+
+    def _earlier(self, done: int) -> list[tuple[int, list[str], list[int | str]]]:
+        """The skipped ones of the steps since the last line, what was at fault, and image ids."""
+        told = []
+        for number, metrics, index in self._recent.take(done):
+            bad = culprits(metrics, self._parts)
+            if bad:
+                told.append((number, bad, list(counts_by_image(None, index, self._dataset))))
+        return told
 
     def close(self) -> None:
         """Ends the progress line."""
@@ -115,10 +146,18 @@ def put(value: np.generic, where: jax.sharding.Sharding) -> jax.Array:
     return jax.device_put(value, where)
 
 
-def open_writer(path: Path, first: int) -> contextlib.AbstractContextManager:
+def has_metric(workdir: Path, step: int, name: str) -> bool:
+    """Whether a run has logged a metric for a step."""
+    file = workdir / METRICS
+    return file.is_file() and any(row["step"] == step and name in row for row in read_lines(file))
+
+
+def open_writer(
+    path: Path, first: int, *, keep_going: bool = False
+) -> contextlib.AbstractContextManager:
     """The metrics writer; a run killed before its first checkpoint logs from step 1 again."""
     if is_main():
-        return MetricsWriter(path, resume_step=first)
+        return MetricsWriter(path, resume_step=first, keep_going=keep_going)
     return contextlib.nullcontext(_NoWriter())
 
 
@@ -134,3 +173,8 @@ def _shown(values: dict[str, float]) -> dict[str, float]:
     """The few terms that fit a progress line."""
     shown = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_distill_encoder")
     return {name: values[name] for name in shown if name in values}
+
+
+def flat_results(block: dict[str, Any]) -> dict[str, float]:
+    """The 12 numbers as ``eval/AP`` etc."""
+    return {f"eval/{k}": v for k, v in block.items() if k.startswith(("AP", "AR"))}

@@ -7,6 +7,8 @@ A value that is NaN or infinite is written as null and its name is listed under 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
@@ -25,6 +27,9 @@ from aqdetr_jax.training.mirror import Mirror
 
 logger = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
+"""Name of the metrics file in a work directory."""
+
 
 class MetricsWriter:
     """Appends metrics to ``WORKDIR/metrics.jsonl`` and to TensorBoard files in ``WORKDIR/tb``.
@@ -33,7 +38,11 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, workdir: str | Path, resume_step: int | None = None, tensorboard: bool = True
+        self,
+        workdir: str | Path,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        keep_going: bool = False,
     ):
         """Opens the files.
 
@@ -42,17 +51,20 @@ class MetricsWriter:
           resume_step: the step that training goes on from. Lines of later steps are dropped: a
             killed run had logged them, and this one will log them again. None keeps every line.
           tensorboard: also write TensorBoard event files.
+          keep_going: lines that cannot be written are kept until they can.
 
         Raises:
           ValueError: an existing ``metrics.jsonl`` has a line that is not one of metrics.
         """
         folder = as_path(workdir)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         folder.mkdir(parents=True, exist_ok=True)
         _repair(self.path, resume_step)
         self._mirror = Mirror(folder)
-        self._mirror.fetch(self.path.name)
-        self._file = (self._mirror.folder / self.path.name).open("a", encoding="utf-8")
+        self._mirror.fetch(METRICS)
+        # Without a buffer: what is not written whole is known at once.
+        self._file = (self._mirror.folder / METRICS).open("ab", buffering=0)
+        self._keep_going, self._unwritten = keep_going, b""
         self._board: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # here, because importing it takes a second
@@ -93,33 +105,68 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, step)
         if nonfinite:
             line["nonfinite"] = nonfinite
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        self._mirror.send()
+        self._append((json.dumps(line, allow_nan=False) + "\n").encode())
+        with self._kept():
+            self._mirror.send()
 
     def sync(self) -> None:
         """Waits until what was written is where it belongs: before a checkpoint of that step.
 
         Raises:
-          OSError: an object store refuses.
+          OSError: an object store refuses, unless the run keeps going.
         """
         if self._board is not None:
             self._board.flush()
-        self._mirror.send(now=True)
+        with self._kept():
+            self._mirror.send(now=True)
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """What cannot be sent now goes with the next try, where the run keeps going."""
+        try:
+            yield
+        except OSError as error:
+            if not self._keep_going:
+                raise
+            logger.warning("%s cannot be sent now (%s): its lines are kept", METRICS, error)
+
+    def _append(self, line: bytes) -> None:
+        """Appends whole lines, those that could not be written before first."""
+        first = not self._unwritten
+        lines = self._unwritten + line
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(lines)
+            if written != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), end)
+            if not self._keep_going:
+                raise
+            self._unwritten = lines
+            if first:
+                logger.warning("%s cannot be written now (%s): its lines are kept", METRICS, error)
+        else:
+            self._unwritten = b""
 
     def close(self) -> None:
         """Closes the files."""
+        if self._unwritten:
+            with contextlib.suppress(OSError):
+                self._append(b"")
         self._file.close()
         if self._board is not None:
             self._board.close()
-        self._mirror.close()
+        with self._kept():
+            self._mirror.close()
 
 
 def _repair(path: Path, resume_step: int | None) -> None:
     """Drops a half-written last line, and the lines after the step that training resumes from."""
     if not path.exists():
         return
-    lines = _read_lines(path)
+    lines = read_lines(path)
     kept = [line for line in lines if resume_step is None or line["step"] <= resume_step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     if text == path.read_text(encoding="utf-8"):
@@ -129,7 +176,7 @@ def _repair(path: Path, resume_step: int | None) -> None:
     write_text_atomic(path, text)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """Reads the lines of a metrics file; a last line that a kill cut off is left out."""
     texts = path.read_text(encoding="utf-8").split("\n")
     lines = []

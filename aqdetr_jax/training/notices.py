@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -11,14 +11,37 @@ import numpy as np
 from aqdetr_jax.data import resampling
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.notices import say_findings
+from aqdetr_jax.host import LostError
+from aqdetr_jax.parallel.compiled import DoesNotFitError
 from aqdetr_jax.parallel.hosts import say
+from aqdetr_jax.parallel.watch import Watch
 from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.faults import in_words
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient."""
+    """Too many steps in a row had a non-finite loss, gradient or step size."""
+
+
+def in_one_line(
+    error: jax.errors.JaxRuntimeError, watch: Watch, remedies: str
+) -> RuntimeError | None:
+    """What an error of the devices or of the network means; None if that is not known.
+
+    Args:
+      error: as it was raised.
+      watch: of the run.
+      remedies: what helps if memory is short.
+    """
+    text = " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        return DoesNotFitError(f"the devices are out of memory: {remedies} ({text[:300]})")
+    if jax.process_count() == 1:
+        return None
+    reason = watch.lost()
+    return LostError(f"{reason} ({text[:200]})") if reason else None
 
 
 def say_limits(
@@ -76,6 +99,9 @@ def check_step(
     replaced: Mapping[int | str, int],
     skipped: int,
     abort_after: int,
+    *,
+    bad: Sequence[str] = (),
+    earlier: Sequence[tuple[int, Sequence[str], Sequence[int | str]]] = (),
 ) -> None:
     """Reports skipped steps and replaced costs; stops after too many bad steps in a row.
 
@@ -85,18 +111,22 @@ def check_step(
       replaced: non-finite matching costs that were replaced, for each image id of its batch.
       skipped: steps skipped since the last call.
       abort_after: see ``TrainConfig``.
+      bad: what was at fault if the last one was skipped.
+      earlier: (step, what was at fault, image ids) of skipped steps since the last call.
 
     Raises:
       TrainingDivergedError: ``abort_after`` steps in a row were bad.
     """
-    bad = [k for k, v in values.items() if not np.isfinite(v)]
-    if bad:
-        ids = list(replaced)
-        logger.warning("step %d skipped: %s not finite; image ids %s", step, bad, ids)
-    elif skipped:
+    now = [(step, bad, list(replaced))] if bad else []
+    for number, names, ids in (*earlier, *now):
+        logger.warning(
+            "step %d skipped: %s not finite; image ids %s", number, in_words(names), list(ids)
+        )
+    untold = skipped - len(earlier) - len(now)
+    if untold > 0:
         logger.warning(
             "%d steps before step %d were skipped for a non-finite loss or gradient",
-            skipped,
+            untold,
             step,
         )
     culprits = {name: count for name, count in replaced.items() if count}
@@ -107,7 +137,7 @@ def check_step(
     if values["bad_in_a_row"] >= abort_after:
         raise TrainingDivergedError(
             f"{int(values['bad_in_a_row'])} steps in a row up to step {step} had a non-finite "
-            f"loss or gradient (now: {', '.join(bad) or 'the gradient'}); nothing was updated "
+            f"loss, gradient or step size (now: {in_words(bad) or 'none'}); nothing was updated "
             "in them. Look at the images named in the log, or start again with a lower "
             "config.optimizer.lr in another --workdir."
         )

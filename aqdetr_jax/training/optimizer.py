@@ -172,3 +172,18 @@ def keep_steps_positive(params: Any, groups: Any) -> Any:
         params,
         groups,
     )
+
+
+def count_bad_steps(params: Any, groups: Any) -> jax.Array:
+    """Number of step sizes that are not finite and positive, int32 [].
+
+    Args:
+      params: a tree.
+      groups: a tree like it of group names.
+    """
+    counts = [
+        jnp.sum(~(jnp.isfinite(leaf) & (leaf > 0)), dtype=jnp.int32)
+        for leaf, group in zip(jax.tree.leaves(params), jax.tree.leaves(groups), strict=True)
+        if group == "steps"
+    ]
+    return sum(counts, jnp.int32(0))

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from aqdetr_jax.parallel.placement import Rules
+from aqdetr_jax.trees import Path
 
 FROZEN = "frozen"
 """Group of the parameters that are left out."""
@@ -59,6 +60,48 @@ class Packing:
         self._shapes = shapes
         self.groups = {"alone": unflatten_dict(alone), "packed": {g: g for g in self._packed}}
 
+    @property
+    def names(self) -> list[str]:
+        """What the leaves of a packed tree are, in their order: a parameter, or a group of them."""
+        paths = jax.tree_util.tree_leaves_with_path(self.groups)
+        return [_name([key.key for key in path]) for path, _ in paths]
+
+    def repacked(self, leaves: dict[Path, Any], other: Packing) -> dict[Path, Any]:
+        """Leaves of a tree that holds packed ones, as another packing would have them.
+
+        Args:
+          leaves: by path; those below a packed tree of group g end in ("alone", *parameter) or in
+            ("packed", g).
+          other: the same groups of parameters, packed otherwise.
+        """
+        made: dict[Path, Any] = {}
+        vectors: dict[Path, dict[tuple[str, ...], Any]] = defaultdict(dict)
+        for path, value in leaves.items():
+            if "alone" in path:
+                at = path.index("alone")
+                vectors[path[:at]][path[at + 1 :]] = value
+            elif "packed" in path:
+                at = path.index("packed")
+                start = 0
+                for parameter in self._packed[path[at + 1]]:
+                    stop = start + math.prod(self._shapes[parameter])
+                    piece = value[start:stop].reshape(self._shapes[parameter])
+                    vectors[path[:at]][parameter] = piece
+                    start = stop
+            else:
+                made[path] = value
+        for prefix, found in vectors.items():
+            packed: dict[str, list[Any]] = defaultdict(list)
+            groups = {path: group for group, paths in other._packed.items() for path in paths}
+            for parameter in sorted(found):
+                if parameter in groups:
+                    packed[groups[parameter]].append(jnp.ravel(found[parameter]))
+                else:
+                    made[(*prefix, "alone", *parameter)] = found[parameter]
+            for group, parts in packed.items():
+                made[(*prefix, "packed", group)] = jnp.concatenate(parts)
+        return made
+
     def pack(self, tree: Any) -> dict[str, Any]:
         """A tree like the parameters' as ``{"alone": tree, "packed": {group: vector}}``."""
         leaves = flatten_dict(tree)
@@ -82,6 +125,16 @@ class Packing:
                 leaves[path] = _slice(packed["packed"][group], start, stop).reshape(shape)
                 start = stop
         return unflatten_dict(leaves)
+
+
+def _name(keys: list[str]) -> str:
+    if keys[0] == "alone":
+        return "/".join(keys[1:])
+    return {
+        "steps": "a step size",
+        "backbone": "a bias or norm of the backbone",
+        "slow": "a slow bias or norm",
+    }.get(keys[1], "a bias or norm")
 
 
 def _slice(vector: Array, start: int, stop: int) -> Array:

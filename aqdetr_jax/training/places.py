@@ -1,4 +1,4 @@
-"""Where a run's files may go, whether all of its hosts see them there, and the lock of a disk.
+"""Where a run's files may go, and the lock of a disk.
 
 The lock of an object store is in :mod:`aqdetr_jax.training.lease`.
 """
@@ -9,16 +9,9 @@ import contextlib
 import errno
 import os
 import platform
-import secrets
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
-from aqdetr_jax.io import write_bytes_atomic
-from aqdetr_jax.parallel.hosts import agreed
 from aqdetr_jax.paths import as_path
 
 
@@ -39,34 +32,6 @@ def place_of(path: str | Path) -> Path:
             "s3:// may hold data and models"
         )
     return found
-
-
-def check_shared(path: Path) -> None:
-    """Whether all processes of a run see the same folder.
-
-    Raises:
-      WorkdirError: they do not; the message names those that see another one.
-    """
-    if jax.process_count() == 1:
-        return
-    token = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbelow(1 << 31)))
-    mark = path / f".shared-{int(token)}"
-    with agreed():
-        if jax.process_index() == 0:
-            write_bytes_atomic(mark, b"")
-    try:
-        seen = multihost_utils.process_allgather(np.int32(mark.exists()))
-    finally:
-        if jax.process_index() == 0:
-            mark.unlink(missing_ok=True)
-    blind = [str(process) for process in np.flatnonzero(np.asarray(seen) == 0)]
-    with agreed():
-        if blind:
-            raise WorkdirError(
-                f"the work directory {path} is not one folder for all hosts: process "
-                f"{', '.join(blind)} of {jax.process_count()} does not see what process 0 writes "
-                "there. Give a folder that all hosts share, or gs://BUCKET/NAME"
-            )
 
 
 class FileLock:

@@ -36,6 +36,11 @@ DROPOUT = 1
 """Purpose number of the dropout key, see ``step_key``."""
 
 
+def is_loss(name: str) -> bool:
+    """Whether a metric is a term of the loss."""
+    return name.rpartition("/")[2].startswith("loss")
+
+
 def step_key(seed: int, step: Array, purpose: int) -> Array:
     """The random key of a step: ``fold_in(fold_in(key(seed), step), purpose)``."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
@@ -268,8 +273,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
     """The update step: loss, gradient, guarded AdamW update, step sizes kept positive, average.
 
-    If the loss or the gradient norm is not finite, nothing but the step number changes, and
-    ``bad_in_a_row`` counts it; the metrics then show which term was at fault.
+    If a loss term or the gradient is not finite, or a step size would not be finite and positive
+    after it, nothing but the step number changes, and ``bad_in_a_row`` counts it; the metrics then
+    show what was at fault (``training.faults``).
 
     Args:
       config: for the moving average's decay, and ``train.accumulate``.
@@ -278,8 +284,9 @@ def make_train_step(
 
     Returns:
       ``step(state, teacher_variables, batch) -> (state, metrics)``, to be jitted with the state
-      donated. Metrics are scalars on the device; ``replaced_costs`` (int32 ``[B]``, non-finite
-      matching costs of each image) is the exception.
+      donated. Metrics are scalars on the device, but for ``replaced_costs`` (int32 ``[B]``,
+      non-finite matching costs of each image) and ``gradient_squares`` (of each part of
+      ``Packing.names``, the sum of the squares of its gradient).
     """
     decay = config.optimizer.ema
     if config.train.accumulate > 1:
@@ -294,10 +301,16 @@ def make_train_step(
         packing = optimizer.packing
         # Small parameters side by side: what follows is one operation for all of a group.
         old, gradients = packing.pack(state.params), packing.pack(gradients)
+        # What the norm is the root of: of its parts, XLA makes one each.
+        squares = jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(gradients)])
         norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, old)
         params = optim.keep_steps_positive(optax.apply_updates(old, updates), packing.groups)
+        bad_steps = optim.count_bad_steps(params, packing.groups)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (bad_steps == 0)
+        for name, term in terms.items():
+            if is_loss(name):
+                finite &= jnp.isfinite(term)
 
         def guard(new, old):
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -326,6 +339,8 @@ def make_train_step(
         metrics = {
             **terms,
             "gradient_norm": norm,
+            "gradient_squares": squares,
+            "bad_step_sizes": bad_steps,
             "bad_in_a_row": new.bad_in_a_row,
             "skipped": new.skipped,
         }

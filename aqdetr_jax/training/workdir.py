@@ -1,7 +1,8 @@
 """The work directory of a run: its configuration, its origin, and a lock.
 
 ``config.json`` is the resolved configuration (loadable by ``load_config_file``), ``manifest.json``
-says where the results come from: versions, commit, seed, data, devices, and each start's command.
+says where the results come from: configuration, versions, commit, seed, data, devices, each start's
+command, and what came out (``aqdetr rerun`` does it again).
 Running the same command again resumes; a changed configuration is refused with its differences.
 The same data and models at another place are the same run.
 """
@@ -11,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import platform
+import secrets
 import sys
+import time
 import types
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -20,8 +23,9 @@ from typing import Any
 
 import jax
 
+from aqdetr_jax import trees
 from aqdetr_jax.io import read_json, write_json_atomic
-from aqdetr_jax.parallel.hosts import agreed
+from aqdetr_jax.parallel.hosts import exchange, is_main, together
 from aqdetr_jax.paths import is_local
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training.config_tools import (
@@ -31,7 +35,7 @@ from aqdetr_jax.training.config_tools import (
     to_plain,
 )
 from aqdetr_jax.training.lease import Lease
-from aqdetr_jax.training.places import FileLock, WorkdirError, check_shared, lock_file, place_of
+from aqdetr_jax.training.places import FileLock, WorkdirError, lock_file, place_of
 
 # Keys that change neither what was computed so far nor its meaning.
 CHANGEABLE = ("train.steps", "eval.*", "log.*")
@@ -118,17 +122,14 @@ def prepare_workdir(
         (the differences are listed).
     """
     config = to_plain(config_dict)
-    with agreed():
-        path = place_of(path)
-        if path.exists() and not path.is_dir():
-            raise WorkdirError(f"the work directory {path} is a file; choose another --workdir")
-        path.mkdir(parents=True, exist_ok=True)
-    check_shared(path)
-    with agreed():
-        if jax.process_index() == 0:
-            now = {"dataset": to_plain(dataset), "models": dict(models)}
-            return _prepared(path, config, seed, now, teacher, changeable)
-    return Workdir(path, (path / "config.json").is_file(), [])
+    path = place_of(path)
+    if path.exists() and not path.is_dir():
+        raise WorkdirError(f"the work directory {path} is a file; choose another --workdir")
+    path.mkdir(parents=True, exist_ok=True)
+    if not is_main():
+        return Workdir(path, (path / "config.json").is_file(), [])
+    now = {"dataset": to_plain(dataset), "models": dict(models)}
+    return _prepared(path, config, seed, now, teacher, changeable)
 
 
 def _prepared(
@@ -151,6 +152,7 @@ def _prepared(
             number = seed if seed is not None else config.get("seed")
             manifest = {"seed": number, **now, "starts": []}
         manifest["starts"].append(_describe_start(changes))
+        manifest["config"] = config
         write_json_atomic(path / "manifest.json", manifest)
         if changes or not existing:
             write_json_atomic(path / "config.json", config)
@@ -158,6 +160,53 @@ def _prepared(
         lock.close()
         raise
     return Workdir(path, existing, changes, lock)
+
+
+SHARED_SECONDS = 60.0
+"""How long a host may take to see what another wrote."""
+
+
+def check_shared(workdir: Workdir) -> None:
+    """Whether all processes see the work directory that process 0 has prepared; else all stop.
+
+    Raises:
+      WorkdirError, ElsewhereError: one does not; process 0 names it.
+    """
+    if jax.process_count() == 1:
+        return
+    content = _read_manifest(workdir.path) if is_main() else {}
+    wanted = exchange(content["starts"][-1]["id"] if content else "")[0]
+    with together():
+        end = time.monotonic() + SHARED_SECONDS
+        while not _sees(workdir.path, wanted):
+            if time.monotonic() > end:
+                raise WorkdirError(
+                    f"the work directory {workdir.path} is not the one that process 0 "
+                    "wrote to: give a folder that all hosts share, or gs://BUCKET/NAME"
+                )
+            time.sleep(0.5)
+
+
+def _sees(path: Path, start: str) -> bool:
+    try:
+        return _read_manifest(path)["starts"][-1]["id"] == start
+    except (OSError, KeyError, IndexError, WorkdirError):
+        return False
+
+
+def note_result(path: Path, variables: Any, block: Mapping[str, Any] | None) -> None:
+    """Adds to a run's manifest what came out of it.
+
+    Args:
+      path: work directory.
+      variables: of the model that is kept.
+      block: results of the last evaluation, None after a pretraining.
+    """
+    manifest = _read_manifest(path)
+    digest = trees.digest(variables)
+    kept = {k: v for k, v in (block or {}).items() if k.startswith(("AP", "AR"))}
+    manifest["result"] = {"model": digest, "results": kept}
+    write_json_atomic(path / "manifest.json", manifest)
 
 
 def check_workdir(
@@ -195,17 +244,23 @@ def _changes(
     return changes
 
 
+def platform_name() -> str:
+    """Operating system and processor of this machine."""
+    return f"{platform.system()} {platform.machine()}"
+
+
 def _describe_start(changes: list[str]) -> dict[str, Any]:
     # The program's own folder is this machine's business; what the user typed is kept.
     program = PurePath(sys.argv[0]).name
     command = ["aqdetr" if program == "__main__.py" else program, *sys.argv[1:]]
     return {
+        "id": secrets.token_hex(8),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
         "commit": git_commit(),
         "versions": package_versions(),
         "host": platform.node(),
-        "platform": f"{platform.system()} {platform.machine()}",
+        "platform": platform_name(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),

@@ -146,7 +146,10 @@ ON_DEVICES = """
         again, moved_again, text = run(2, mesh, rules)
         assert metrics.keys() == again.keys()
         for name, value in metrics.items():
-            np.testing.assert_allclose(again[name], value, rtol=1e-5, err_msg=name)
+            now = again[name]
+            if name == "gradient_squares":  # whose parts depend on what is split
+                value, now = np.sum(value), np.sum(now)
+            np.testing.assert_allclose(now, value, rtol=1e-5, err_msg=name)
         for path, wanted in moved.items():
             # Adam's first step is a sign, which a gradient near zero owes to the order of its sum.
             a, b = wanted.ravel(), moved_again[path].ravel()

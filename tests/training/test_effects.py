@@ -137,8 +137,8 @@ ALWAYS = (
     "optimizer.frozen", "optimizer.ema", "optimizer.reference_batch", "train.steps",
     "train.epochs", "train.batch_size", "train.batch_per_chip", "train.accumulate",
     "train.eval_batch_size", "train.eval_batch_per_chip", "train.eval_every",
-    "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.abort_after",
-    "train.pictures", "train.profile",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.on_save_error", "train.log_every",
+    "train.abort_after", "train.watchdog", "train.pictures", "train.profile",
     "mesh.data", "mesh.model",
 )
 # fmt: on

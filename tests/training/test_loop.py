@@ -20,9 +20,10 @@ from aqdetr_jax.data.coco_writer import write_coco_folder
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.transforms import AugmentConfig
+from aqdetr_jax.evaluation.evaluator import Evaluator
 from aqdetr_jax.losses import matching
 from aqdetr_jax.parallel.mesh import AXES
-from aqdetr_jax.training import assemble, loop, setup
+from aqdetr_jax.training import assemble, initial, loop, setup
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.notices import TrainingDivergedError
 from aqdetr_jax.training.state import TrainState
@@ -219,7 +220,7 @@ def test_killed_and_stopped_and_resumed_equals_straight(
     def no_second_start(*_, **__):
         raise AssertionError("a resumed run was initialised or calibrated again")
 
-    monkeypatch.setattr(loop.initial, "initial_variables", no_second_start)
+    monkeypatch.setattr(initial, "initial_variables", no_second_start)
     put_batch, placed = loop.put_batch, []
 
     def stopped(batch, mesh):
@@ -237,6 +238,19 @@ def test_killed_and_stopped_and_resumed_equals_straight(
     assert "run the same command to go on" in error
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handler is gone again
     monkeypatch.setattr(loop, "put_batch", put_batch)
+
+    # Asked to stop in the evaluation after step 4: it is not waited for, and done again.
+    with monkeypatch.context() as patch:
+        evaluate = Evaluator.evaluate
+
+        def interrupted(evaluator, variables, progress):
+            signal.raise_signal(signal.SIGTERM)
+            return evaluate(evaluator, variables, progress)
+
+        patch.setattr(Evaluator, "evaluate", interrupted)
+        assert main(command) == EXIT_STOPPED
+    assert capsys.readouterr().err.splitlines()[-1].startswith("aqdetr: stopped at step 4")
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
 
     assert main(command) == 0
     mine, other = final_state(folder), final_state(run)
@@ -258,7 +272,7 @@ def test_killed_and_stopped_and_resumed_equals_straight(
         del block["seconds"], block["commit"]
     assert blocks[0] == blocks[1]
     starts = json.loads((run / "manifest.json").read_text())["starts"]
-    assert len(starts) == 3
+    assert len(starts) == 4
     read_metrics(run / "metrics.jsonl")
 
 
@@ -364,7 +378,7 @@ def test_rows_of_a_run_killed_before_its_first_checkpoint_are_not_repeated(tmp_p
 # --- divergence ----------------------------------------------------------------------------------
 
 
-def test_divergence_is_named_and_ends_the_run(tiny_teacher, tmp_path, caplog):
+def test_divergence_is_named_and_ends_the_run(tiny_teacher, tmp_path, caplog, capsys):
     bundle = load_model(tiny_teacher)
     params = jax.tree.map(np.copy, bundle.variables["params"])
     params["box_head"]["layer_2"]["bias"][0] = np.nan
@@ -374,7 +388,9 @@ def test_divergence_is_named_and_ends_the_run(tiny_teacher, tmp_path, caplog):
     config = changed(config, "train", abort_after=3)
     with (
         caplog.at_level(logging.WARNING, logger="aqdetr_jax"),
-        pytest.raises(TrainingDivergedError, match=r"3 steps in a row up to step 3.*loss_bbox"),
+        pytest.raises(
+            TrainingDivergedError, match=r"3 steps in a row up to step 3.*loss_bbox"
+        ) as caught,
     ):
         loop.train(config, tmp_path / "run")
     messages = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
@@ -385,3 +401,21 @@ def test_divergence_is_named_and_ends_the_run(tiny_teacher, tmp_path, caplog):
     found = [row for row in rows(tmp_path / "run") if "bad_in_a_row" in row]
     assert [row["bad_in_a_row"] for row in found] == [1, 2, 3]
     assert "loss_bbox" in found[0]["nonfinite"]
+
+    # And leaves what takes the step again, by itself.
+    dump = tmp_path / "run" / "dumps" / "step_00000003"
+    assert f"aqdetr replay {dump} takes the step again" in str(caught.value)
+    kept = dump.rename(tmp_path / "dump")
+    shutil.rmtree(tmp_path / "broken")
+    capsys.readouterr()
+    assert main(["replay", str(kept)]) == 0
+    said = capsys.readouterr().out
+    assert "step 3 of tiny: 3 steps in a row" in said
+    assert re.search(r"  loss_bbox: nan \(dumped: nan\)", said)
+    assert re.search(r"  loss_ce: ([\d.]+) \(dumped: \1\)", said)
+    assert re.search(r"^not finite: .*loss_bbox", said, re.MULTILINE)
+    assert "parameters that are no numbers: box_head/layer_2/bias" in said
+    assert "images that do it by themselves: 1 (" in said
+    assert said.splitlines()[-1] == "reproduced, to the last bit"
+    assert main(["replay", str(tmp_path / "nowhere")]) == 1
+    assert "is no dump: a run that stops" in capsys.readouterr().err

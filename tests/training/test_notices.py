@@ -85,16 +85,23 @@ def test_replaced_costs_and_skipped_steps_are_logged(caplog):
     check_step(20, FINE, {"a": 0}, 2, 3)
     assert "2 steps before step 20 were skipped" in caplog.text
     caplog.clear()
-    check_step(21, {**FINE, "loss": float("nan"), "bad_in_a_row": 1.0}, {3: 0, 4: 0}, 1, 3)
-    assert "step 21 skipped: ['loss'] not finite; image ids [3, 4]" in caplog.text
+    bad = {**FINE, "loss": float("nan"), "bad_in_a_row": 1.0}
+    check_step(21, bad, {3: 0, 4: 0}, 1, 3, bad=["loss"])
+    assert "step 21 skipped: loss not finite; image ids [3, 4]" in caplog.text
+    caplog.clear()
+    # Those before it are told by name too, as far as they are known.
+    before = [(18, ["gradient of a/kernel"], [7, 8])]
+    check_step(22, FINE, {1: 0}, 3, 3, earlier=before)
+    assert "step 18 skipped: gradient of a/kernel not finite; image ids [7, 8]" in caplog.text
+    assert "2 steps before step 22 were skipped" in caplog.text
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
 def test_too_many_bad_steps_end_the_run():
     bad = {**FINE, "loss": float("inf"), "bad_in_a_row": 3.0}
     with pytest.raises(TrainingDivergedError, match=r"3 steps in a row up to step 9.*loss.*lr"):
-        check_step(9, bad, {1: 0}, 3, 3)
-    check_step(9, bad, {1: 0}, 3, 4)
+        check_step(9, bad, {1: 0}, 3, 3, bad=["loss"])
+    check_step(9, bad, {1: 0}, 3, 4, bad=["loss"])
 
 
 def test_counts_belong_to_images_by_name(monkeypatch):

@@ -1,8 +1,13 @@
-"""The whole loop in two processes: the run of one, and no bit lost when both are killed."""
+"""The whole loop in one, two and four processes, on four devices in all: the same run.
+
+No bit is lost when all are killed and as many go on, and no image where more or fewer do.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +19,8 @@ import tiny
 
 from aqdetr_jax.checkpoint.model_folder import load_model
 from aqdetr_jax.checkpoint.steps import Checkpoints
+from aqdetr_jax.cli import main
+from aqdetr_jax.viz.records import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -23,12 +30,13 @@ sys.path.insert(0, "tests")
 import jax
 import numpy as np
 import tiny
-from aqdetr_jax.training import loop
+from aqdetr_jax.training import initial, loop
 from aqdetr_jax.parallel.hosts import initialize_distributed
 
-port, index, folder, die_at = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-if port != "0":
-    assert initialize_distributed("localhost:" + port, 2, index)
+port, index, count, folder, die_at = sys.argv[1:]
+index, count, die_at = int(index), int(count), int(die_at)
+if count > 1:
+    assert initialize_distributed("localhost:" + port, count, index)
 placed, put_batch = 0, loop.put_batch
 
 def counted(batch, mesh):
@@ -43,13 +51,13 @@ def counted(batch, mesh):
 loop.put_batch = counted
 
 # What another machine's arithmetic may do: process 1 starts from other numbers. Process 0's count.
-initial_variables = loop.initial.initial_variables
+initial_variables = initial.initial_variables
 
 def elsewhere(*arguments):
     values, report = initial_variables(*arguments)
     return jax.tree.map(lambda x: x + np.float32(0.01 * index), values), report
 
-loop.initial.initial_variables = elsewhere
+initial.initial_variables = elsewhere
 # Six evaluation images in batches of four: the last one is filled up.
 train = dataclasses.replace(tiny.FLOAT.train, steps=4, eval_every=4)
 model = dataclasses.replace(tiny.MODEL, decoder_layers=1)
@@ -61,33 +69,38 @@ assert len(result.detections.results) and result.block["images"] == 6
 """
 
 
-def run(folder: Path, processes: int, die_at: int = 0) -> None:
-    """Runs the tiny experiment in one process (of two devices) or in two (of one)."""
-    port = "0"
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = str(probe.getsockname()[1])
-    flags = tiny.more_flags(f"--xla_force_host_platform_device_count={3 - processes}")
+def start(program: str, processes: int, *words: str) -> list[tuple[int, str]]:
+    """Exit status and output of each process of a program; they share four devices."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    flags = tiny.more_flags(f"--xla_force_host_platform_device_count={4 // processes}")
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, port, str(i), str(folder), str(die_at)],
+            [sys.executable, "-c", program, port, str(index), str(processes), *words],
             env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for i in range(processes)
+        for index in range(processes)
     ]
     try:
         outputs = [child.communicate(timeout=tiny.HUNG_SECONDS)[0] for child in children]
     finally:
         for child in children:
             child.kill()
-    if not die_at:
-        assert [child.returncode for child in children] == [0] * processes, "\n".join(outputs)
+    return [(child.returncode, text) for child, text in zip(children, outputs, strict=True)]
+
+
+def run(folder: Path, processes: int, die_at: int = 0) -> None:
+    """Runs the tiny experiment."""
+    found = start(PROGRAM, processes, str(folder), str(die_at))
+    texts = "\n".join(text for _, text in found)
+    if die_at:
+        assert all(status for status, _ in found), texts
     else:
-        assert all(child.returncode for child in children), "\n".join(outputs)
+        assert [status for status, _ in found] == [0] * processes, texts
 
 
 def final_state(folder: Path) -> dict:
@@ -97,26 +110,94 @@ def final_state(folder: Path) -> dict:
     return tree
 
 
-def test_two_processes_train_as_one_does_and_resume_bit_for_bit(tmp_path):
-    one, two, broken = tmp_path / "one", tmp_path / "two", tmp_path / "broken"
+def same_but_for_rounding(one: Path, other: Path) -> None:
+    """Two runs of the same batches, with sums over the global batch in another order."""
+    mine, theirs = (load_model(folder).variables["params"] for folder in (one, other))
+    for path, tolerance in (
+        (("class_head", "kernel"), 1e-5),
+        (("backbone", "stem", "kernel"), 1e-4),
+    ):
+        left, right = mine, theirs
+        for key in path:
+            left, right = left[key], right[key]
+        np.testing.assert_allclose(left, right, rtol=1e-3, atol=tolerance)
+    rows = [
+        {row["step"]: row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row}
+        for folder in (one, other)
+    ]
+    assert list(rows[0]) == list(rows[1]) == [1, 2, 3, 4]
+    for step in rows[0]:
+        left, right = (row[step] for row in rows)
+        assert left["num_boxes"] == right["num_boxes"]
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5), step
+    same_detections(one, other)
+
+
+def same_detections(one: Path, other: Path) -> None:
+    """Every image once, whoever saw it; rows that fill a batch up are none."""
+    found = [json.loads((folder / "detections.json").read_text()) for folder in (one, other)]
+    for detections in found:
+        assert {d["image_id"] for d in detections} == {1, 2, 3, 4, 5, 6}
+        assert len(detections) == 6 * tiny.MODEL.num_queries
+    scores = [sorted(d["score"] for d in detections) for detections in found]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-2, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, quick_compile):
+    """(run of one process, run of two, run of two that were killed after step 2's checkpoint)."""
+    folder = tmp_path_factory.mktemp("processes")
+    one, two, broken = (folder / name for name in ("one", "two", "broken"))
     run(one, 1)
     run(two, 2)
-    # The same batches and the same sums over the global batch, in another order of summation.
-    mine, other = (load_model(f).variables["params"] for f in (one, two))
-    np.testing.assert_allclose(
-        mine["class_head"]["kernel"], other["class_head"]["kernel"], rtol=1e-3, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        mine["backbone"]["stem"]["kernel"],
-        other["backbone"]["stem"]["kernel"],
-        rtol=1e-3,
-        atol=1e-4,
-    )
-
     run(broken, 2, die_at=4)  # after the checkpoint of step 2, before the one of step 4
     with Checkpoints(broken / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [2]
-    run(broken, 2)
-    straight, resumed = final_state(two), final_state(broken)
+    return one, two, broken
+
+
+def test_two_processes_train_as_one_does(runs):
+    same_but_for_rounding(*runs[:2])
+
+
+def test_two_processes_go_on_bit_for_bit(runs, tmp_path):
+    _, two, broken = runs
+    again = shutil.copytree(broken, tmp_path / "run")
+    run(again, 2)
+    straight, resumed = final_state(two), final_state(again)
     for name in straight:
         assert tiny.digest(straight[name]) == tiny.digest(resumed[name]), name
+
+
+EVALUATION = """
+import sys
+port, index, count, *command = sys.argv[1:]
+from aqdetr_jax.cli import main
+from aqdetr_jax.parallel.hosts import initialize_distributed
+initialize_distributed("localhost:" + port, int(count), int(index))
+sys.exit(main(command))
+"""
+
+
+def test_two_processes_judge_a_model_as_one_does(runs, tmp_path):
+    one, *_ = runs
+    config = tiny.write_config(tiny.FLOAT, tmp_path / "config.json")
+    command = ["eval", f"--config={config}", f"--model={one}"]
+    assert main([*command, f"--out={tmp_path / 'one'}"]) == 0
+    outputs = start(EVALUATION, 2, *command, f"--out={tmp_path / 'two'}")
+    assert [status for status, _ in outputs] == [0, 0], outputs
+    assert "AP" in outputs[0][1]
+    assert "AP" not in outputs[1][1]
+    blocks = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert [block["images"] for block in blocks] == [6, 6]
+    for name in ("AP", "AP50", "AR100"):
+        assert blocks[0][name] == pytest.approx(blocks[1][name], abs=1e-6)
+    same_detections(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_other_numbers_of_processes_go_on(runs, tmp_path, processes):
+    one, _, broken = runs
+    again = shutil.copytree(broken, tmp_path / "run")
+    run(again, processes)
+    same_but_for_rounding(one, again)

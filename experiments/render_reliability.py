@@ -1,0 +1,58 @@
+"""Figures of docs/reliability.md from what ``kill_points.py`` wrote."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+
+def kill_points_text(killed: dict[str, Any] | None, stopped: dict[str, Any] | None) -> str:
+    """What came of killed runs, and of runs that were asked to stop."""
+    lines = []
+    for result, command in ((killed, ""), (stopped, " --signal=TERM")):
+        text = f"`experiments/kill_points.py{command}`: "
+        if result is None:
+            lines.append(f"{text}not run.")
+            continue
+        lines.append(text + (_stopped(result) if command else _killed(result)))
+    return "\n\n".join(lines)
+
+
+def _killed(result: dict[str, Any]) -> str:
+    points = result["points"]
+    phases = Counter(point["phase"] for point in points)
+    equal = sum(all(point["equal"].values()) for point in points)
+    text = (
+        f"{len(points)} random points ({', '.join(f'{n} in a {p}' for p, n in phases.items())}); "
+        f"{equal} runs went on to the same bits."
+    )
+    seconds = [
+        point["ended"]["seconds"][1 - point["victim"]]
+        for point in points
+        if point["processes"] == 2
+    ]
+    if seconds:
+        text += (
+            f" In {len(seconds)} of them one of two processes was killed; the other ended by "
+            f"itself after {min(seconds):.0f} to {max(seconds):.0f} s."
+        )
+    return f"{text} {_where(result)}"
+
+
+def _stopped(result: dict[str, Any]) -> str:
+    points = [point for point in result["points"] if 75 in point["ended"]["status"]]
+    seconds = [max(point["ended"]["seconds"]) for point in points]
+    equal = sum(all(point["equal"].values()) for point in result["points"])
+    text = f"{len(result['points'])} random points; {equal} runs went on to the same bits."
+    if seconds:
+        median = sorted(seconds)[len(seconds) // 2]
+        text += (
+            f" {len(points)} stopped with status 75, {median:.0f} s after the signal in the median "
+            f"and {max(seconds):.0f} s at most (steps of {result['seconds_of']['1']['step']:.1f} s "
+            f"and saves of {result['seconds_of']['1']['save']:.1f} s, on two busy cores)."
+        )
+    return f"{text} {_where(result)}"
+
+
+def _where(result: dict[str, Any]) -> str:
+    return f"Work directories: {result['workdirs']}; commit `{result['commit'][:12]}`."
