@@ -6,7 +6,6 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from aqdetr_jax import host, verbs
 from aqdetr_jax.training.arguments import parse_arguments
@@ -174,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--runs", type=int, metavar="N", help="timed runs of each model instead")
     sub.add_argument("--image", metavar="FILE", help="default: one of the embedded set")
     sub.add_argument("--openvino", action="store_true", help="ONNX files in OpenVINO too")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="where rows and raw figures go")
+    sub.add_argument("--json", metavar="FILE", help="where rows and raw figures go")
     text = "a float detector becomes a 4-bit one, in minutes"
     sub = verb("quickstart", verbs.quickstart, text, overrides=True)
     sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
@@ -192,14 +191,24 @@ def _parser() -> argparse.ArgumentParser:
         "--effort", type=float, default=1.0, metavar="X", help="length of every stage, 1 = recipe"
     )
     sub = verb(
-        "prepare-data", verbs.prepare, "write a data set as TFDS or COCO folder", config=True
+        "prepare-data", verbs.prepare, "write a data set as TFDS or COCO folder", overrides=True
+    )
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="configs/NAME.py", help="whose data are written")
+    what.add_argument(
+        "--set", choices=("coco2017", "voc0712"), help="a published set, see --manual"
+    )
+    sub.add_argument(
+        "--manual", metavar="DIR", help="of --set: folder with its archives, or unpacked"
+    )
+    sub.add_argument(
+        "--partial", action="store_true", help="of --set: accept other numbers of images"
     )
     sub.add_argument("--format", choices=("tfds", "coco"), default="tfds")
     sub.add_argument("--out", required=True, metavar="DIR")
     sub = verb("inspect-data", verbs.inspect, "check a data set before training", config=True)
     sub.add_argument(
         "--pictures",
-        type=Path,
         metavar="FILE.png|DIR",
         help="draw images with their boxes, those with problems first: one picture, or one a set",
     )
@@ -213,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", type=int, metavar="N", help="size of the training set")
     sub.add_argument("--fast", action="store_true", help="stop before code is generated")
     sub.add_argument("--search", action="store_true", help="find the largest batch that fits")
-    sub.add_argument("--out", type=Path, metavar="FILE.json", help="where the plan is written too")
+    sub.add_argument("--out", metavar="FILE.json", help="where the plan is written too")
     text = "parameters, multiply-adds, bits, and bytes of the packed file"
     sub = verb("complexity", verbs.complexity, text, computes=False)
     sub.set_defaults(overrides=True)
@@ -223,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--height", type=int, metavar="N", help="of an image, pixels")
     sub.add_argument("--width", type=int, metavar="N", help="default: the largest in evaluation")
     sub.add_argument("--operations", action="store_true", help="list every operation too")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="where all of it is written too")
+    sub.add_argument("--json", metavar="FILE", help="where all of it is written too")
     sub = verb(
         "sensitivity", verbs.sensitivity, "which operations can do with few bits", config=True
     )

@@ -13,6 +13,7 @@ from aqdetr_jax.compress import compress
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.parallel.hosts import say
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training import sizing
 from aqdetr_jax.training.config import ExperimentConfig
@@ -50,7 +51,7 @@ def finetune(root: str, workdir: str | Path, **options: Any) -> dict[str, Any]:
     """
     start = time.perf_counter()
     git_commit()  # remembered from here on: results belong to the code that is running now
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     stages = plan(root, workdir, **options)
     for name in FLOAT:
         if name in stages:
@@ -63,7 +64,7 @@ def finetune(root: str, workdir: str | Path, **options: Any) -> dict[str, Any]:
         teacher_run="teacher",
         configs=low,
         runs={name: name for name in low},
-        title=f"{Path(root).resolve().name}: from images to a low-bit detector",
+        title=f"{as_path(root).resolve().name}: from images to a low-bit detector",
         start=start,
     )
 
@@ -92,7 +93,7 @@ def _say_times(
     eval_set: DetectionDataset,
 ) -> None:
     """Measures and says what each stage that is left will take on this machine."""
-    left = [name for name in stages if not (workdir / name / "model").is_dir()]
+    left = [name for name in stages if not (workdir / name / "model" / "manifest.json").is_file()]
     if not left:
         return
     say(f"measuring {len(left)} kinds of step on this machine (compiled once, then kept) ...")

@@ -134,10 +134,7 @@ def use_compilation_cache() -> None:
 
     if jax.config.values.get("jax_compilation_cache_dir"):
         return
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # The standard has relative paths ignored, and so what is no path of this machine ("gs://...").
-    base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
-    folder = base / "aqdetr_jax" / "compiled"
+    folder = cache_folder("compiled")
     reason = _not_mine(folder)
     if reason:
         logger.warning(
@@ -149,6 +146,14 @@ def use_compilation_cache() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of this user's cache, which need not be there yet."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    # The standard has relative paths ignored, and so what is no path of this machine ("gs://...").
+    base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+    return base / "aqdetr_jax" / name
 
 
 def _not_mine(folder: Path) -> str:

@@ -1,7 +1,8 @@
 """Reading and writing the small JSON files of a run (results, manifests, reports), and folders.
 
-A file or folder is either complete or absent: it is written beside its target and renamed (a file
-is flushed to the disk first). NaN and infinity are refused both ways, because they are not JSON and
+A file or folder is either complete or absent: on a disk it is written beside its target and renamed
+(a file is flushed to the disk first); in a store an object appears whole anyway, and a folder's
+mark is put there last. NaN and infinity are refused both ways, because they are not JSON and
 because a NaN in a results file is a failed run that looks like a finished one.
 """
 
@@ -15,9 +16,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+
+from aqdetr_jax.paths import as_path, is_local
+from aqdetr_jax.stores.paths import ObjectPath
+
+UNFINISHED = ".unfinished"
+"""In a store: name of an object of a folder that is being replaced."""
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any, *, indent: int | None = 2) -> Path:
@@ -40,7 +47,7 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any, *, indent: int | N
       TypeError: an object has no JSON form.
       OSError: the folder cannot be written; an earlier file at ``path`` is left untouched.
     """
-    target = Path(path)
+    target = as_path(path)
     plain = _plain(obj, "$", target)
     text = json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     return write_text_atomic(target, text)  # Python's escape of a lone surrogate is JSON's too
@@ -64,7 +71,10 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     Raises:
       OSError: the folder cannot be written; an earlier file at ``path`` is left untouched.
     """
-    target = Path(path)
+    target = as_path(path)
+    if not is_local(target):
+        target.write_bytes(data)
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # Part of the name only: with all of it, the temporary name could be too long where the name
     # itself is not.
@@ -85,21 +95,6 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     return target
 
 
-def printable(name: object, most: int = 4096) -> str:
-    """A name as one line that any file and terminal takes.
-
-    Line breaks, control characters and bytes that are no text become escapes.
-
-    Args:
-      name: a name, message or path.
-      most: longer texts are cut to their first 100 characters; no path is longer than 4096.
-    """
-    text = os.fsdecode(name) if isinstance(name, os.PathLike) else str(name)
-    if len(text) > most:
-        text = f"{text[:100]}... ({len(text)} characters)"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def is_empty_folder(path: Path) -> bool:
     """Whether a path is a folder, no link to one, that holds nothing."""
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
@@ -107,7 +102,7 @@ def is_empty_folder(path: Path) -> bool:
 
 def folder_bytes(path: str | os.PathLike[str]) -> int:
     """Bytes of all files of a folder and of those in it."""
-    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in as_path(path).rglob("*") if file.is_file())
 
 
 def check_folder(path: str | os.PathLike[str], mark: str) -> Path:
@@ -120,8 +115,9 @@ def check_folder(path: str | os.PathLike[str], mark: str) -> Path:
     Raises:
       FileExistsError: something of another kind is there, other than an empty folder.
     """
-    target = Path(path).absolute()
-    if target.exists() and not (target / mark).is_file() and not is_empty_folder(target):
+    target = as_path(path).absolute()
+    ours = (target / mark).is_file() or (target / UNFINISHED).is_file()
+    if not ours and target.exists() and not is_empty_folder(target):
         raise FileExistsError(
             f"{target} exists and holds no {mark}, so that it is not replaced; choose another name"
         )
@@ -142,20 +138,61 @@ def whole_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
       FileExistsError: something of another kind is there.
     """
     target = check_folder(path, mark)
-    partial = target.with_name(f".{target.name}.partial")
-    old = target.with_name(f".{target.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    partial = partial_folder(target)
     partial.mkdir(parents=True)
     try:
         yield partial
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_folder(partial)
         raise
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    put_in_place(partial, target, mark)
+
+
+def partial_folder(target: Path) -> Path:
+    """Where a folder is filled before it takes its place; what an earlier try left is removed."""
+    partial = target.with_name(f".{target.name}.partial")
+    for leftover in (partial, target.with_name(f".{target.name}.old")):
+        remove_folder(leftover)
+    return partial
+
+
+def put_in_place(partial: Path, target: Path, mark: str) -> None:
+    """Makes a filled folder the one of a name; an earlier one is gone.
+
+    On a disk by renaming. In a store, which cannot rename, the old mark goes first and the new one
+    comes last: in between the folder is none of its kind, and the next writer may replace it.
+
+    Args:
+      partial: the filled folder; gone afterwards.
+      target: its name.
+      mark: name of the file that says that the folder is whole.
+    """
+    if is_local(target):
+        old = target.with_name(f".{target.name}.old")
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        remove_folder(old)
+        return
+    here, there = cast(ObjectPath, partial), cast(ObjectPath, target)
+    (there / UNFINISHED).write_bytes(b"")
+    (there / mark).unlink(missing_ok=True)
+    for file in there.files():
+        if file.name != UNFINISHED:
+            file.unlink(missing_ok=True)
+    names = sorted(str(file.relative_to(here)) for file in here.files())
+    for name in sorted(names, key=lambda name: name == mark):
+        (here / name).copy_to(there / name)
+    (there / UNFINISHED).unlink()
+    here.remove_tree()
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder with all that is in it, as far as that goes; none is as well."""
+    if is_local(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        cast(ObjectPath, path).remove_tree()
 
 
 def read_json(path: str | os.PathLike[str], *, max_bytes: int = 2 * 1024**3) -> Any:
@@ -172,7 +209,7 @@ def read_json(path: str | os.PathLike[str], *, max_bytes: int = 2 * 1024**3) -> 
       FileNotFoundError: no file at ``path``.
       ValueError: the file is too large, is not UTF-8 JSON, or holds NaN or Infinity.
     """
-    source = Path(path)
+    source = as_path(path)
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such JSON file")
     size = source.stat().st_size

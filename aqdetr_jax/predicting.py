@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from aqdetr_jax.checkpoint.model_folder import TEACHERS
 from aqdetr_jax.data.dataset import ImageReadError
 from aqdetr_jax.data.images import MAX_PIXELS, as_array
 from aqdetr_jax.deploy.load import load
 from aqdetr_jax.evaluation.predict import Detector, Prediction, check_threshold
-from aqdetr_jax.io import printable, write_json_atomic
+from aqdetr_jax.io import write_json_atomic
+from aqdetr_jax.paths import as_path, is_local, printable
 from aqdetr_jax.viz.detections import draw_boxes
 from aqdetr_jax.viz.fonts import note_of_numbers
 from aqdetr_jax.viz.png import save_png
@@ -51,7 +52,7 @@ def predict_files(
       ValueError, OSError: nothing can be done: the model, the threshold or the folder is unusable.
     """
     check_threshold(threshold)
-    out = Path(out)
+    out = as_path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{printable(out)} is not a folder: name another with --out")
     detector = load(model or TEACHERS["detr"])
@@ -99,7 +100,7 @@ def target_names(images: Sequence[str], out: Path) -> list[str]:
     numbers: dict[str, int] = {}
     names = []
     for path in images:
-        stem = Path(path).stem
+        stem = PurePath(path).stem
         number = numbers.get(stem, 1)
         while True:
             suffix = f"_{number}" if number > 1 else ""
@@ -115,6 +116,8 @@ def target_names(images: Sequence[str], out: Path) -> list[str]:
 
 def _name_limit(folder: Path) -> int:
     """The longest name of a file in a folder, in bytes, also if the folder is yet to be made."""
+    if not is_local(folder):
+        return _USUAL_LIMIT
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -142,7 +145,7 @@ def _predict(
         save_png(picture, f"{target}.png")
     except Exception as error:
         # An earlier command's picture beside these detections would be a wrong one.
-        Path(f"{target}.png").unlink(missing_ok=True)
+        as_path(f"{target}.png").unlink(missing_ok=True)
         raise RuntimeError(
             f"the picture could not be made ({_reason(error)}); the detections are in "
             f"{printable(target)}.json"

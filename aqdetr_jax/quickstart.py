@@ -8,6 +8,7 @@ from typing import Any
 
 from aqdetr_jax.checkpoint.model_folder import TEACHERS, load_model
 from aqdetr_jax.compress import compress
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.loop import train
@@ -36,7 +37,7 @@ def quickstart(
     """
     start = time.perf_counter()
     git_commit()  # remembered from here on: results belong to the code that is running now
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if model not in TEACHERS:
         raise ValueError(f"unknown model {model!r}: one of {', '.join(TEACHERS)}")

@@ -23,8 +23,9 @@ from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
 from aqdetr_jax.deploy import ranking
 from aqdetr_jax.deploy.sensitivity import POLICY
-from aqdetr_jax.io import folder_bytes, printable, read_json
+from aqdetr_jax.io import folder_bytes, read_json
 from aqdetr_jax.ops.boxes import cxcywh_to_xyxy, pairwise_giou
+from aqdetr_jax.paths import as_path, printable
 from aqdetr_jax.training import setup
 from aqdetr_jax.training.loop import RunResult
 from aqdetr_jax.viz.attention import attention_grid, attention_rows, focused_cells, real_cells
@@ -281,7 +282,7 @@ def write_run_report(
     Returns:
       Path of the report; None if it could not be written.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     folder = workdir / "pictures"
     remarks = list(notes)
     context: dict[str, Any] = {"title": title, "summary": list(summary), "results": dict(blocks)}
@@ -330,7 +331,7 @@ def report_training(result: RunResult, workdir: str | Path) -> None:
     """
     if result.block is None or result.detections is None:
         return
-    workdir, config = Path(workdir), result.config
+    workdir, config = as_path(workdir), result.config
     kind = "student" if config.quant.quantized else "teacher"
     with spare("the report"):
         teacher = setup.load_teacher(config)
@@ -359,7 +360,7 @@ def report_sensitivity(result: Mapping[str, Any], out: str | Path) -> None:
       result: content of ``sensitivity.json``.
       out: its folder.
     """
-    out = Path(out)
+    out = as_path(out)
     with spare("the picture of the study"):
         save_figure(sensitivity_figure(result), out / "sensitivity.png")
     headings, cells = ranking.table(result)

@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from aqdetr_jax import host
@@ -68,6 +67,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from aqdetr_jax.evaluation.models import INPUT_KEYS, evaluate_bundle, input_rule
     from aqdetr_jax.io import write_json_atomic
     from aqdetr_jax.parallel.hosts import initialize_distributed, is_main
+    from aqdetr_jax.paths import as_path
     from aqdetr_jax.training.effects import check_evaluation_keys
     from aqdetr_jax.training.sizing import eval_batch_size
 
@@ -78,7 +78,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         overrides = (*overrides, "data.fit=0")  # the keys it would decide are given
     config = _experiment(arguments, overrides)
     if arguments.out:
-        Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        as_path(arguments.out).mkdir(parents=True, exist_ok=True)
     bundle = open_model(arguments.model)
     rule = input_rule(bundle, config.data, given)
     block, detections = evaluate_bundle(
@@ -93,7 +93,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if not is_main():
         return
     if arguments.out:  # before anything is said of it
-        out = Path(arguments.out)
+        out = as_path(arguments.out)
         write_json_atomic(out / "results.json", block)
         detections.write(out)
         print(f"written to {out}")
@@ -236,11 +236,12 @@ def benchmark(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Times models side by side."""
     from aqdetr_jax.deploy.benchmark import benchmark, format_benchmark, parse_threads
     from aqdetr_jax.io import write_json_atomic
+    from aqdetr_jax.paths import as_path
 
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width go together")
     if arguments.json:  # not found out after all the timing
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        as_path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
     result = benchmark(
         arguments.models,
         size=None if arguments.height is None else (arguments.height, arguments.width),
@@ -287,10 +288,11 @@ def quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def finetune(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Trains on a folder of images."""
     from aqdetr_jax.finetune import finetune
+    from aqdetr_jax.paths import as_path
 
     finetune(
         arguments.data,
-        arguments.workdir or f"runs/finetune-{Path(arguments.data).resolve().name}",
+        arguments.workdir or f"runs/finetune-{as_path(arguments.data).resolve().name}",
         family=arguments.model,
         source=arguments.source or "",
         baseline=arguments.baseline,
@@ -302,20 +304,18 @@ def finetune(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def prepare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Writes a data set."""
     from aqdetr_jax.data.coco_writer import write_coco_folder
-    from aqdetr_jax.data.open import find_places, open_dataset
+    from aqdetr_jax.data.official import open_official
+    from aqdetr_jax.data.open import open_both
     from aqdetr_jax.data.tfds_builder import prepare
 
-    data = _experiment(arguments, overrides).data
-    places = find_places(data)
-    if len({place.split for place in places}) < 2:
-        raise ValueError(
-            f"config.data.train_split and eval_split are both {places[0].split!r}: a prepared set "
-            "needs two"
-        )
-    sets = {
-        place.split: open_dataset(data, train=train)
-        for train, place in zip((True, False), places, strict=True)
-    }
+    if arguments.set and overrides:
+        raise ValueError(f"{overrides[0]} has no effect: --set reads no configuration")
+    if arguments.set:
+        sets = open_official(arguments.set, arguments.manual, partial=arguments.partial)
+    elif arguments.manual or arguments.partial:
+        raise ValueError("--manual and --partial are of --set")
+    else:
+        sets = open_both(_experiment(arguments, overrides).data)
     if arguments.format == "tfds":
         print(f"written to {prepare(sets, arguments.out)}")
     else:
@@ -327,6 +327,7 @@ def inspect(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Checks a data set."""
     from aqdetr_jax.data.inspect import format_report, inspect_dataset
     from aqdetr_jax.data.open import open_dataset
+    from aqdetr_jax.paths import as_path
     from aqdetr_jax.training.data_check import reasons_to_stop
     from aqdetr_jax.viz.contact_sheet import write_contact_sheets
 
@@ -343,7 +344,7 @@ def inspect(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(format_report(report))
     if arguments.pictures:
         sets = list(zip((train, evaluation), reports, strict=True))
-        for path in write_contact_sheets(arguments.pictures, sets, seed=config.seed):
+        for path in write_contact_sheets(as_path(arguments.pictures), sets, seed=config.seed):
             print(f"written to {path}")
     reasons = reasons_to_stop(config, train, evaluation, reports)
     for reason in reasons:

@@ -35,6 +35,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax  # noqa: E402
+from object_store import bucket, impatient, store  # noqa: E402, F401
 
 # A pytest plug-in may have imported jax before this file set the environment.
 jax.config.update("jax_platforms", PLATFORM)

@@ -19,6 +19,7 @@ from aqdetr_jax.config_types import from_dataclass, to_dataclass
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.detector import Detector, build_detector, grid_parameters
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.quant.config import QuantConfig, saved_quant
 
 MODEL_FOLDER = "model"
@@ -163,7 +164,7 @@ def model_folder(path: str | Path) -> Path:
             raise FileNotFoundError(
                 f"no packaged model {path.name!r}; there are: {known or 'none'}"
             )
-    path = Path(path)
+    path = as_path(path)
     return path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,17 @@ from orbax.checkpoint import v1 as ocp
 from aqdetr_jax import trees
 from aqdetr_jax.checkpoint.checksums import find_damage, read_manifest, write_manifest
 from aqdetr_jax.checkpoint.store import STEP, CheckpointError, load_tree
-from aqdetr_jax.io import is_empty_folder, read_json, write_json_atomic
+from aqdetr_jax.io import (
+    UNFINISHED,
+    is_empty_folder,
+    partial_folder,
+    put_in_place,
+    read_json,
+    remove_folder,
+    write_json_atomic,
+)
 from aqdetr_jax.parallel.hosts import barrier
+from aqdetr_jax.paths import as_path
 
 _PARAMS = "params"  # kind of a model folder's manifest
 
@@ -32,7 +40,7 @@ def check_target(path: str | Path) -> Path:
       FileExistsError: ``path`` exists and is neither a model folder nor empty. (A run's work
         directory has a manifest as well.)
     """
-    path = Path(path).absolute()
+    path = as_path(path).absolute()
     if path.exists() and not _may_be_replaced(path):
         raise FileExistsError(
             f"{path} exists and is not a model folder, which alone is replaced; choose another name"
@@ -45,7 +53,7 @@ def _may_be_replaced(path: Path) -> bool:
     try:
         return read_manifest(path / "manifest.json").get("kind") == _PARAMS
     except (OSError, ValueError):
-        return is_empty_folder(path)
+        return is_empty_folder(path) or (path / UNFINISHED).is_file()
 
 
 def save_params(
@@ -74,12 +82,9 @@ def save_params(
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
         leaves[name] = np.array(trees.to_saveable(name, leaf))
-    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    partial = path.with_name(f".{path.name}.partial")
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
+        partial_folder(path).mkdir(parents=True)
     barrier(f"params_{path.name}")
     try:
         ocp.save(partial / "params", trees.nest(leaves))
@@ -90,13 +95,10 @@ def save_params(
             for file, content in {**(more or {}), "metadata.json": metadata}.items():
                 write_json_atomic(partial / file, dict(content))
             write_manifest(partial / "manifest.json", partial, {"kind": _PARAMS})
-            if path.exists():
-                path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+            put_in_place(partial, path, "manifest.json")
     finally:
         if jax.process_index() == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # there only if something failed
+            remove_folder(partial)  # there only if something failed
     barrier(f"params_done_{path.name}")
 
 
@@ -114,7 +116,7 @@ def load_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
       FileNotFoundError: no such folder, or it is not a model folder (what it is, is said).
       CheckpointError: a file is missing or damaged.
     """
-    path = Path(path).absolute()
+    path = as_path(path).absolute()
     if not path.exists():
         raise FileNotFoundError(f"no such folder: {path}")
     if not (path / "manifest.json").is_file() or not (path / "params").is_dir():

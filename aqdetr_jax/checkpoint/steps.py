@@ -15,7 +15,6 @@ import contextlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +28,9 @@ from orbax.checkpoint import v1 as ocp
 from aqdetr_jax import trees
 from aqdetr_jax.checkpoint.checksums import find_damage, read_manifest, write_manifest
 from aqdetr_jax.checkpoint.store import STEP, CheckpointError, load_tree
+from aqdetr_jax.io import remove_folder
 from aqdetr_jax.parallel.hosts import anywhere
+from aqdetr_jax.paths import as_path
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ _NONE, _ALL_BAD = -1, -2  # what process 0 tells the others instead of a step
 
 def newest_step(directory: str | Path) -> int | None:
     """Newest committed step in a folder of checkpoints, or None; nothing is made or read."""
-    names = (path.name for path in Path(directory).glob(f"step_*{_MANIFEST}"))
+    names = (path.name for path in as_path(directory).glob(f"step_*{_MANIFEST}"))
     steps = (STEP.fullmatch(name.removesuffix(_MANIFEST)) for name in names)
     return max((int(match.group(1)) for match in steps if match), default=None)
 
@@ -59,7 +60,7 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int = 3):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, found {keep}")
-        self.directory = Path(directory).absolute()
+        self.directory = as_path(directory).absolute()
         self.keep = keep
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
@@ -238,13 +239,13 @@ class Checkpoints:
         for path in self._unfinished():
             match = STEP.match(path.name)
             if match and int(match.group(1)) <= before:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_folder(path)
 
     def _delete(self, step: int) -> None:
         # The manifest first: a kill in between leaves an unfinished step, not a damaged one.
         self._manifest(step).unlink(missing_ok=True)
         if self._folder(step).exists():
-            shutil.rmtree(self._folder(step))
+            remove_folder(self._folder(step))
 
     def _metric(self, step: int) -> float | None:
         try:

@@ -15,8 +15,21 @@ from aqdetr_jax.data.dataset import Example
 Batch = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """What a worker process left out since it last said so: it has counts of its own.
+
+    Attributes:
+      truncated: boxes.
+      skipped: (file name, reason) of unreadable images.
+    """
+
+    truncated: int
+    skipped: tuple[tuple[str, str], ...]
+
+
 class PipelineStats:
-    """Counts of what the pipeline had to leave out; thread safe.
+    """Counts of what the pipeline had to leave out; thread safe. A copy for a process starts anew.
 
     Attributes:
       truncated_boxes: boxes beyond ``max_boxes``, each time their image came by.
@@ -30,6 +43,24 @@ class PipelineStats:
         self._reading: dict[int, tuple[str, float]] = {}
         self.truncated_boxes = 0
         self.skipped_names: list[str] = []
+        self._untold: list[tuple[str, str]] = []
+        self._told = 0
+
+    def __reduce__(self) -> tuple[type[PipelineStats], tuple[()]]:
+        return type(self), ()
+
+    def take(self) -> LeftOut:
+        """What came since the last call, for the counts of another process."""
+        with self._lock:
+            found = LeftOut(self.truncated_boxes - self._told, tuple(self._untold))
+            self._told, self._untold = self.truncated_boxes, []
+            return found
+
+    def add(self, other: LeftOut) -> None:
+        """Adds what another process left out."""
+        self.add_truncated(other.truncated)
+        for name, reason in other.skipped:
+            self.add_skipped(name, reason)
 
     @property
     def skipped_images(self) -> int:
@@ -75,6 +106,8 @@ class PipelineStats:
         with self._lock:
             if file_name not in self._skipped and len(self.skipped_names) < 20:
                 self.skipped_names.append(reason)
+            if file_name not in self._skipped:
+                self._untold.append((file_name, reason))
             self._skipped.add(file_name)
 
 

@@ -25,6 +25,7 @@ from aqdetr_jax.data.dataset import (
 )
 from aqdetr_jax.data.files import check_relative, resolve_inside
 from aqdetr_jax.data.images import MAX_PIXELS, read_image
+from aqdetr_jax.paths import as_path
 
 _LONGEST_NUMBER = 300
 """Digits of a whole number, which then has a float; what is longer is read as one, infinite."""
@@ -71,21 +72,21 @@ class CocoFolder(RecordDataset):
                     "images_dir and annotation_file (config.data.train_images, train_annotations, "
                     "eval_images, eval_annotations), not both"
                 )
-            images_dir = pathlib.Path(root) / split
-            annotation_file = pathlib.Path(root) / "annotations" / f"instances_{split}.json"
+            images_dir = as_path(root) / split
+            annotation_file = as_path(root) / "annotations" / f"instances_{split}.json"
         if images_dir is None or annotation_file is None:
             raise DatasetError(
                 "coco: needs images_dir and annotation_file (config.data.train_images, "
                 "train_annotations, eval_images, eval_annotations), or root and split "
                 "(config.data.root, train_split, eval_split)"
             )
-        self.images_dir = pathlib.Path(images_dir)
-        self.annotation_file = pathlib.Path(annotation_file)
+        self.images_dir = as_path(images_dir)
+        self.annotation_file = as_path(annotation_file)
         self.max_pixels = max_pixels
         self.follow_links = follow_links
         hint = ""
         if root is not None:
-            found = sorted(p.stem for p in pathlib.Path(root).glob("annotations/*.json"))
+            found = sorted(p.stem for p in as_path(root).glob("annotations/*.json"))
             splits = [name.removeprefix("instances_") for name in found]
             hint = (
                 f" (annotated splits there: {', '.join(splits) or 'none'}; "

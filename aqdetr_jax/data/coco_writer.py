@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import collections
+import io
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 
 from PIL import Image
 
 from aqdetr_jax.data.dataset import DatasetError, DetectionDataset
+from aqdetr_jax.io import whole_folder, write_text_atomic
+from aqdetr_jax.paths import as_path
 
 
 def write_coco_folder(dataset: DetectionDataset, out_dir: str | os.PathLike[str]) -> pathlib.Path:
@@ -29,34 +31,22 @@ def write_coco_folder(dataset: DetectionDataset, out_dir: str | os.PathLike[str]
     Raises:
       DatasetError: the split is already there, or two images share a stem.
     """
-    out = pathlib.Path(out_dir)
+    out = as_path(out_dir)
     split = dataset.name.rsplit("/", 1)[-1]
     images_dir, annotation_file = out / split, out / "annotations" / f"instances_{split}.json"
     for existing in (images_dir, annotation_file):
         if existing.exists():
             raise DatasetError(f"{existing} exists already; remove it or choose another folder")
-    (out / "annotations").mkdir(parents=True, exist_ok=True)
     truth = dataset.coco_ground_truth()
-    temporary = pathlib.Path(tempfile.mkdtemp(dir=out, prefix=f".{split}-"))
-    try:
-        written: set[str] = set()
-        for i, entry in enumerate(truth["images"]):
-            name = pathlib.PurePosixPath(entry["file_name"]).stem + ".png"
-            if name in written:
-                raise DatasetError(f"{dataset.name}: two images would be written as {name}")
-            written.add(name)
+    names = [pathlib.PurePosixPath(entry["file_name"]).stem + ".png" for entry in truth["images"]]
+    if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+        raise DatasetError(f"{dataset.name}: two images would be written as {twice[0]}")
+    # The annotation file goes last: a split is there when its annotations are.
+    with whole_folder(images_dir, names[0] if names else "") as partial:
+        for i, (name, entry) in enumerate(zip(names, truth["images"], strict=True)):
             entry["file_name"] = name
-            Image.fromarray(dataset[i].image).save(temporary / name, compress_level=1)
+            stream = io.BytesIO()
+            Image.fromarray(dataset[i].image).save(stream, "PNG", compress_level=1)
+            (partial / name).write_bytes(stream.getvalue())
         truth["info"] = {"description": dataset.name, "fingerprint": dataset.fingerprint}
-        draft = temporary / "annotations.json"
-        draft.write_text(json.dumps(truth))
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private.
-        # The annotation file goes last: a split is there when its annotations are.
-        staged = annotation_file.with_suffix(".partial")
-        os.replace(draft, staged)
-        os.replace(temporary, images_dir)
-        os.replace(staged, annotation_file)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return annotation_file
+    return write_text_atomic(annotation_file, json.dumps(truth))

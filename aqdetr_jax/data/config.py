@@ -42,6 +42,8 @@ class DataConfig:
       max_pixels: refuse image files with more pixels (an unreadable image, see ``on_error``).
       on_error: "error" stops at an unreadable image, "skip" replaces and counts it.
       follow_links: read images through links that leave the folder of the set.
+      workers: processes that read and augment for training, each with ``num_threads``; 0 = this
+        one's threads. (Evaluation is read by threads.)
       num_threads: reader threads.
       prefetch: batches read ahead.
     """
@@ -70,6 +72,7 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     on_error: Literal["error", "skip"] = "error"
     follow_links: bool = False
+    workers: int = 0
     num_threads: int = 1
     prefetch: int = 4
 
@@ -81,5 +84,7 @@ class DataConfig:
         """
         if self.fit != 0 and self.fit < 32:
             raise ValueError(f"data.fit must be 0 or at least 32 pixels, got {self.fit}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers must not be negative, got {self.workers}")
         if self.max_boxes < 0:
             raise ValueError(f"data.max_boxes must not be negative, got {self.max_boxes}")

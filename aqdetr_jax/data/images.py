@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from aqdetr_jax.data import exif
 from aqdetr_jax.data.dataset import ImageReadError
-from aqdetr_jax.io import printable
+from aqdetr_jax.paths import as_path, is_local, printable
 
 ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray | Any
 """What a detector takes: a path, an encoded file, a Pillow image, a NumPy or JAX array."""
@@ -252,7 +252,9 @@ def _read(source: Any, name: str, use: Any) -> Any:
 def _opened(source: Any) -> BinaryIO:
     if isinstance(source, _ENCODED):
         return io.BytesIO(source)
-    file = open(source, "rb")  # noqa: SIM115
+    if not is_local(source):
+        return io.BytesIO(as_path(source).read_bytes())
+    file = as_path(source).open("rb")
     if file.seekable():
         return file
     with file:  # a pipe

@@ -253,7 +253,7 @@ def _digest(dataset: DetectionDataset, index: int) -> str:
     if find_path is None:
         return hashlib.sha256(dataset[index].image.tobytes()).hexdigest()
     try:
-        with open(find_path(index), "rb") as file:
+        with find_path(index).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ImageReadError(f"{dataset.file_name(index)}: cannot be read ({error})") from error

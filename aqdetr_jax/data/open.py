@@ -14,6 +14,7 @@ from aqdetr_jax.data.dataset import DatasetError, DetectionDataset
 from aqdetr_jax.data.layout import Doubt, Layout, choose_splits, find_layout
 from aqdetr_jax.data.remedies import option
 from aqdetr_jax.parallel.hosts import say
+from aqdetr_jax.paths import as_path
 
 _FACTORIES = {
     "shapes": ("shapes.dataset", "ShapesDataset"),
@@ -85,6 +86,25 @@ def open_dataset(data: DataConfig, *, train: bool) -> DetectionDataset:
     return load_dataset(place.kind, **parameters)
 
 
+def open_both(data: DataConfig) -> dict[str, DetectionDataset]:
+    """The training and the evaluation set of a configuration, by the names of their splits.
+
+    Raises:
+      DatasetError, FileNotFoundError: see ``open_dataset``.
+      ValueError: both are the same split.
+    """
+    places = find_places(data)
+    if len({place.split for place in places}) < 2:
+        raise ValueError(
+            f"config.data.train_split and eval_split are both {places[0].split!r}: a prepared set "
+            "needs two"
+        )
+    return {
+        place.split: open_dataset(data, train=train)
+        for train, place in zip((True, False), places, strict=True)
+    }
+
+
 def find_places(data: DataConfig) -> tuple[Place, Place]:
     """Where the training and the evaluation split of a configuration are.
 
@@ -112,7 +132,7 @@ def find_place(data: DataConfig, *, train: bool) -> Place:
             "of COCO files"
         )
     keys = _files_of(train)
-    root = pathlib.Path(data.root) if data.root else None
+    root = as_path(data.root) if data.root else None
     # Where a split's files are named, the folder need have no layout of its own.
     if keys.keys() <= given.keys() or (root is None and (given or data.kind == "coco")):
         return _by_files(data, root, train)
@@ -188,7 +208,7 @@ def _by_files(data: DataConfig, root: pathlib.Path | None, train: bool) -> Place
     parameters: dict[str, Any] = {"split": split}
     for key, parameter in keys.items():
         parameters[parameter] = _existing(key, getattr(data, key), root)
-    named = [pathlib.Path(value) for key in _FILES if (value := getattr(data, key))]
+    named = [as_path(value) for key in _FILES if (value := getattr(data, key))]
     if root is not None and len(named) == len(_FILES) and all(path.exists() for path in named):
         raise DatasetError(
             f"config.data.root={str(root)!r} has no effect: {', '.join(_FILES)} all name files "
@@ -199,7 +219,7 @@ def _by_files(data: DataConfig, root: pathlib.Path | None, train: bool) -> Place
 
 def _existing(key: str, value: str, root: pathlib.Path | None) -> pathlib.Path:
     """A file or folder that a key names, as seen from here or from the data set's folder."""
-    here = pathlib.Path(value)
+    here = as_path(value)
     inside = root / value if root is not None else here
     found = [path for path in dict.fromkeys((here, inside)) if path.exists()]
     if len(found) == 2 and not here.samefile(inside):

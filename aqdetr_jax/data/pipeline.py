@@ -21,10 +21,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from aqdetr_jax.data import transforms
 from aqdetr_jax.data.batching import Batch, PipelineStats, Row, assemble
@@ -33,6 +35,7 @@ from aqdetr_jax.data.dataset import DatasetError, DetectionDataset, Example, Ima
 
 _BUCKET_STREAM = 0xB0C
 _MAX_SKIPS_IN_A_ROW = 100
+_LEFT_OUT = "left_out"  # key of a worker's counts in its batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,7 @@ class PipelineConfig:
       allow_truncation: drop boxes beyond ``max_boxes`` (counted) instead of refusing the dataset.
       on_error: ``"error"`` stops at an unreadable image; ``"skip"`` takes the next image of the
         dataset in training and leaves the row empty in evaluation (both counted).
+      workers: processes that read for training, each with ``num_threads``; 0 = none.
       num_threads: reader threads; 0 reads in the caller's thread.
       prefetch: batches read ahead.
       process_index: this process.
@@ -66,6 +70,7 @@ class PipelineConfig:
     eval_max_size: int | None = None
     allow_truncation: bool = False
     on_error: str = "error"
+    workers: int = 0
     num_threads: int = 2
     prefetch: int = 4
     process_index: int = 0
@@ -96,6 +101,7 @@ class PipelineConfig:
             eval_max_size=data.eval_max_size,
             allow_truncation=data.allow_truncation,
             on_error=data.on_error,
+            workers=data.workers if train else 0,
             num_threads=data.num_threads,
             prefetch=data.prefetch,
             process_index=jax.process_index(),
@@ -126,8 +132,8 @@ class PipelineConfig:
             raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
         if self.on_error not in ("error", "skip"):
             raise ValueError(f"on_error must be 'error' or 'skip', got {self.on_error!r}")
-        if self.num_threads < 0 or self.prefetch < 0 or self.start_step < 0:
-            raise ValueError("num_threads, prefetch and start_step must not be negative")
+        if min(self.workers, self.num_threads, self.prefetch, self.start_step) < 0:
+            raise ValueError("workers, num_threads, prefetch and start_step must not be negative")
 
 
 class TrainBatches:
@@ -145,7 +151,17 @@ class TrainBatches:
         options = grain.ReadOptions(
             num_threads=config.num_threads, prefetch_buffer_size=config.prefetch
         )
-        self._iterator = iter(batches.to_iter_dataset(options))
+        stream = batches.to_iter_dataset(options)
+        if config.workers:
+            # Worker w reads batches w, w + workers, ..., and they are taken in turn: their order,
+            # which is a function of (seed, step), stays what it is.
+            if not flags.FLAGS.is_parsed():  # by Grain; this program has none of absl's flags
+                flags.FLAGS.mark_as_parsed()
+            ahead = max(1, config.prefetch // config.workers)
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=ahead)
+            )
+        self._iterator = iter(stream)
 
     def __iter__(self) -> TrainBatches:
         """Itself."""
@@ -153,10 +169,13 @@ class TrainBatches:
 
     def __next__(self) -> Batch:
         """The next batch; see :func:`make_train_pipeline` for its contents."""
-        return next(self._iterator)
+        batch = next(self._iterator)
+        if (left_out := batch.pop(_LEFT_OUT, None)) is not None:
+            self.stats.add(left_out)
+        return batch
 
     def close(self) -> None:
-        """Stops the reader threads; the iterator is of no use afterwards."""
+        """Stops the readers; the iterator is of no use afterwards."""
         self._iterator.close()
 
 
@@ -213,8 +232,10 @@ def train_map_dataset(
         example = transforms.augment(example, rng, config.augment, bucket)
         return Row(example, index, original_size), bucket
 
-    def batch(rows: Sequence[tuple[Row, tuple[int, int]]]) -> Batch:
-        return assemble([row for row, _ in rows], rows[0][1], config.max_boxes, counts)
+    def batch(rows: Sequence[tuple[Row, tuple[int, int]]]) -> dict[str, Any]:
+        made = assemble([row for row, _ in rows], rows[0][1], config.max_boxes, counts)
+        # In a worker the counts are a copy.
+        return {**made, _LEFT_OUT: counts.take()} if config.workers else made
 
     elements = grain.MapDataset.range(len(dataset)).seed(config.seed).shuffle().repeat()
     # The position is attached before the slice, so that it is the global one on every process.

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -30,11 +31,15 @@ from aqdetr_jax.data.dataset import (
     ImageReadError,
     RecordDataset,
 )
+from aqdetr_jax.data.fetched import local_copy
 from aqdetr_jax.data.images import MAX_PIXELS, read_header, read_image
+from aqdetr_jax.io import whole_folder
+from aqdetr_jax.paths import as_path, is_local, send_folder
 
 _INFO, _FEATURES, _METADATA = "dataset_info.json", "features.json", "metadata.json"
 _DESCRIBED = {"ground_truth", "drops", "drop_examples", "clipped"}
 _AGAIN = "; copy the whole folder again, or remove it and prepare it again (aqdetr prepare-data)"
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
 _PASSED_THROUGH = ("JPEG", "PNG")
 
 
@@ -156,14 +161,23 @@ def prepare(
             raise DatasetError(f"split {split!r} ({dataset.name}) has no images")
     if len({(d.class_names, d.category_ids) for d in datasets.values()}) > 1:
         raise DatasetError(f"the splits {', '.join(datasets)} disagree on classes or category ids")
-    builder = AqdetrDetection(sources=datasets, data_dir=os.fspath(data_dir))
-    if builder.is_prepared():
-        raise DatasetError(f"{builder.data_dir} is prepared already; remove it to prepare it anew")
+    target = _folder(data_dir)
+    if (target / _INFO).is_file():
+        raise DatasetError(f"{target} is prepared already; remove it to prepare it anew")
     tfds.disable_progress_bar()
-    # TFDS insists on a download folder, also when nothing is downloaded.
-    with tempfile.TemporaryDirectory() as downloads:
-        builder.download_and_prepare(download_dir=downloads)
-    return pathlib.Path(os.fspath(builder.data_path))
+    # TFDS insists on a download folder, also when nothing is downloaded; its writer of records
+    # writes to disks only.
+    with tempfile.TemporaryDirectory(prefix="aqdetr_tfds_") as temporary:
+        local = is_local(target)
+        builder = AqdetrDetection(
+            sources=datasets, data_dir=os.fspath(data_dir) if local else temporary
+        )
+        builder.download_and_prepare(download_dir=os.path.join(temporary, "downloads"))
+        if not local:
+            made = pathlib.Path(os.fspath(builder.data_path))
+            with whole_folder(target, _INFO) as partial:
+                send_folder(made, partial)
+    return target
 
 
 def prepared_splits(data_dir: str | os.PathLike[str]) -> list[str]:
@@ -268,12 +282,23 @@ class TfdsDataset(RecordDataset):
 
 def _open(data_dir: str | os.PathLike[str]) -> AqdetrDetection:
     """The builder of a prepared folder, what it is made from checked."""
-    version = AqdetrDetection.VERSION
-    folder = pathlib.Path(data_dir) / AqdetrDetection.name / str(version)
-    if not folder.is_dir():
+    given = _folder(data_dir)
+    if not given.is_dir():
+        others = given.parent.iterdir() if given.parent.is_dir() else ()
+        found = sorted(path.name for path in others if _VERSION.fullmatch(path.name))
+        if found:
+            raise DatasetError(
+                f"{given.parent} was prepared as version {', '.join(found)} and this program reads "
+                f"{given.name}: prepare it again (aqdetr prepare-data --out=DIR)"
+            )
         raise FileNotFoundError(
-            f"no prepared dataset in {folder}: write one with aqdetr prepare-data --out={data_dir}"
+            f"no prepared dataset in {given}: write one with aqdetr prepare-data --out={data_dir}"
         )
+    if not (given / _INFO).is_file():
+        raise DatasetError(f"{given / _INFO}: missing or cut off{_AGAIN}")
+    # TFDS takes the folders of name and version from the path.
+    folder = local_copy(given, levels=2)
+    data_dir = folder.parent.parent
     # Before TFDS, which knows no file's name in its errors, or makes up what is missing.
     for name in (_INFO, _FEATURES, _METADATA):
         try:
@@ -287,6 +312,11 @@ def _open(data_dir: str | os.PathLike[str]) -> AqdetrDetection:
     except Exception as error:  # Protocol buffers have errors of their own.
         reason = str(error).partition("\n")[0]
         raise DatasetError(f"{folder / _INFO}: damaged ({reason}){_AGAIN}") from error
+
+
+def _folder(data_dir: str | os.PathLike[str]) -> pathlib.Path:
+    """Where a prepared set lies."""
+    return as_path(data_dir) / AqdetrDetection.name / str(AqdetrDetection.VERSION)
 
 
 def _text(value: str | bytes) -> str:

@@ -24,6 +24,7 @@ from aqdetr_jax.data.dataset import (
 from aqdetr_jax.data.files import IMAGE_SUFFIXES, resolve_inside
 from aqdetr_jax.data.images import MAX_PIXELS, read_image
 from aqdetr_jax.data.voc_lists import Entry, ImageFolder, read_list
+from aqdetr_jax.paths import as_path, each, files_of, snapshot
 
 _MAX_XML_BYTES = 8_000_000
 _MARKS = (
@@ -79,7 +80,7 @@ class VocFolder(RecordDataset):
         max_pixels: int = MAX_PIXELS,
         follow_links: bool = False,
     ) -> None:
-        self.root = pathlib.Path(root)
+        self.root = as_path(root)
         self.max_pixels = max_pixels
         self.follow_links = follow_links
         self.images_dir = self.root / "JPEGImages"
@@ -87,6 +88,11 @@ class VocFolder(RecordDataset):
         for folder in (self.images_dir, annotations):
             if not folder.is_dir():
                 raise FileNotFoundError(f"Pascal VOC folder {folder} does not exist")
+        with snapshot(self.root):
+            self._open(split, class_names)
+
+    def _open(self, split: str, class_names: Sequence[str] | None) -> None:
+        annotations = self.root / "Annotations"
         images = ImageFolder(self.images_dir)
         entries = read_list(self.root, split, images)
         if class_names is None:
@@ -98,9 +104,11 @@ class VocFolder(RecordDataset):
         collector = BoxCollector()
         records: list[Record] = []
         owners: dict[str, str] = {}
-        for number, entry in enumerate(entries, start=1):
-            path = annotations / f"{entry.stem}.xml"
-            tree = parse_xml(path)
+        paths = [annotations / f"{entry.stem}.xml" for entry in entries]
+        trees = each(parse_xml, paths)
+        for number, (entry, path, tree) in enumerate(
+            zip(entries, paths, trees, strict=True), start=1
+        ):
             image = _image_of(entry, images, path, (tree.findtext("filename") or "").strip())
             if image in owners:
                 raise DatasetError(
@@ -231,12 +239,11 @@ def _image_of(entry: Entry, images: ImageFolder, annotation: pathlib.Path, named
 
 def _all_class_names(annotations: pathlib.Path) -> list[str]:
     names: set[str] = set()
-    for folder, _, files in os.walk(annotations):
-        for file in sorted(files):
-            # Hidden files are no annotations: macOS leaves "._a.xml" beside "a.xml".
-            if file.endswith(".xml") and not file.startswith("."):
-                path = pathlib.Path(folder, file)
-                names.update(_class_of(entry, path) for entry in parse_xml(path).iter("object"))
+    # Hidden files are no annotations: macOS leaves "._a.xml" beside "a.xml".
+    files = (path for path in files_of(annotations) if path.suffix == ".xml")
+    paths = [path for path in files if not path.name.startswith(".")]
+    for path, tree in zip(paths, each(parse_xml, paths), strict=True):
+        names.update(_class_of(entry, path) for entry in tree.iter("object"))
     if not names:
         raise DatasetError(
             f"{annotations}: no annotated object in any file, so that there are no classes to learn"

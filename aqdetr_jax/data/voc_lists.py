@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from aqdetr_jax.data.dataset import DatasetError
 from aqdetr_jax.data.files import IMAGE_SUFFIXES, check_relative
+from aqdetr_jax.paths import is_file
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -59,7 +60,7 @@ class ImageFolder:
     def _list(self, folder: str) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         try:
-            names = sorted(os.listdir(self.path / folder))
+            names = sorted(path.name for path in (self.path / folder).iterdir())
         except (OSError, ValueError):  # No such folder; a name that no file can have.
             return found
         for name in names:
@@ -232,7 +233,7 @@ def _no_file(
 
 def _is_file(folder: pathlib.Path, name: str) -> bool:
     """Whether a relative path that stays in a folder is a file; False for what no file is named."""
-    return _is_safe(name) and os.path.isfile(folder / name)
+    return _is_safe(name) and is_file(folder / name)
 
 
 def _is_safe(name: str) -> bool:

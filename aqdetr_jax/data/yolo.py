@@ -28,6 +28,7 @@ from aqdetr_jax.data.dataset import (
 from aqdetr_jax.data.files import resolve_inside
 from aqdetr_jax.data.images import MAX_PIXELS, read_header, read_image
 from aqdetr_jax.data.yolo_files import class_list, read_settings, read_text, split_images
+from aqdetr_jax.paths import as_path, each, snapshot
 
 _NOT_NORMALISED = 2.0  # beyond it a number is no share of a side, however far a box sticks out
 
@@ -63,9 +64,13 @@ class YoloFolder(RecordDataset):
         follow_links: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.root = self.images_dir = pathlib.Path(root)
+        self.root = self.images_dir = as_path(root)
         self.max_pixels = max_pixels
         self.follow_links = follow_links
+        with snapshot(self.root):
+            self._open(split)
+
+    def _open(self, split: str) -> None:
         settings = read_settings(self.root)
         images = split_images(self.root, split, settings)
         names = class_list(self.root, settings)
@@ -75,10 +80,11 @@ class YoloFolder(RecordDataset):
             raise ImageReadError(f"none of the {len(images)} images can be read: {unreadable[0]}")
         collector = BoxCollector()
         keypoints = "kpt_shape" in settings
+        labels = each(lambda file: _read_labels(file, len(names), keypoints), files)
         records = [
-            _record(image, number, size, _read_labels(file, len(names), keypoints), file, collector)
-            for number, (image, size, file) in enumerate(
-                zip(images, sizes, files, strict=True), start=1
+            _record(image, number, size, objects, file, collector)
+            for number, (image, size, file, objects) in enumerate(
+                zip(images, sizes, files, labels, strict=True), start=1
             )
         ]
         super().__init__(
@@ -106,13 +112,21 @@ class YoloFolder(RecordDataset):
         """(height, width) of every image, and why some could not be read."""
         found: list[tuple[int, int] | None] = []
         unreadable: list[str] = []
-        for image in images:
+
+        def size_of(path: pathlib.Path) -> tuple[int, int] | ImageReadError:
             try:
-                path = resolve_inside(self.root, image, follow_links=self.follow_links)
-                found.append(_upright_size(path))
+                name = path.relative_to(self.root).as_posix()
+                inside = resolve_inside(self.root, name, follow_links=self.follow_links)
+                return _upright_size(inside)
             except ImageReadError as error:
+                return error
+
+        for size in each(size_of, [self.root / image for image in images]):
+            if isinstance(size, ImageReadError):
+                unreadable.append(str(size))
                 found.append(None)
-                unreadable.append(str(error))
+            else:
+                found.append(size)
         readable = collections.Counter(size for size in found if size is not None)
         usual = readable.most_common(1)[0][0] if readable else (1, 1)
         return [usual if size is None else size for size in found], unreadable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import yaml
 from aqdetr_jax.data.dataset import DatasetError, label_name
 from aqdetr_jax.data.files import IMAGE_SUFFIXES
 from aqdetr_jax.data.remedies import both_splits
-from aqdetr_jax.io import printable
+from aqdetr_jax.paths import exists, printable
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names")
@@ -302,8 +301,7 @@ def _locate(text: str, bases: Sequence[pathlib.Path]) -> pathlib.Path | None:
     inner = [part for part in parts if part not in ("..", ".", "/", "//")]
     for start in range(len(inner) if elsewhere else min(len(inner), 1)):
         for folder in bases:
-            # os.path: of names too long or with a NUL it says that they do not exist.
-            if os.path.exists(place := folder.joinpath(*inner[start:])):
+            if exists(place := folder.joinpath(*inner[start:])):
                 return place
     return bases[0] if not inner and not elsewhere else None
 

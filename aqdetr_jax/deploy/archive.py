@@ -22,6 +22,7 @@ from safetensors.numpy import load, save
 from aqdetr_jax.checkpoint.checksums import find_damage, read_manifest, write_manifest
 from aqdetr_jax.deploy.bits import Codes, pack, unpack
 from aqdetr_jax.io import whole_folder
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.quant.spec import SUPPORTED_BITS, packed_size
 
 FORMAT = "aqdetr-packed"
@@ -80,9 +81,9 @@ def write_archive(
 def is_archive(folder: str | Path) -> bool:
     """Whether a folder says that it is a packed model."""
     try:
-        return read_manifest(Path(folder) / MANIFEST).get("format") == FORMAT
+        return read_manifest(as_path(folder) / MANIFEST).get("format") == FORMAT
     except (OSError, ValueError):
-        return (Path(folder) / WEIGHTS).is_file()
+        return (as_path(folder) / WEIGHTS).is_file()
 
 
 def read_archive(folder: str | Path) -> tuple[Arrays, dict[str, Any]]:
@@ -95,7 +96,7 @@ def read_archive(folder: str | Path) -> tuple[Arrays, dict[str, Any]]:
       FileNotFoundError: no such folder, or no packed model in it.
       PackedModelError: it is damaged, of another version, or not what its manifest says.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}, so it is no packed model")

@@ -22,7 +22,8 @@ from aqdetr_jax.data.shapes.dataset import ShapesDataset
 from aqdetr_jax.deploy import operators
 from aqdetr_jax.deploy.contestant import BenchmarkError, Contestant, Entry
 from aqdetr_jax.deploy.cpu import can_limit_cores, cores, cpu_facts
-from aqdetr_jax.io import printable, read_json
+from aqdetr_jax.io import read_json
+from aqdetr_jax.paths import as_path, printable
 from aqdetr_jax.provenance import git_commit, package_versions
 
 TURN_SECONDS = 0.25
@@ -122,7 +123,7 @@ def _checked_threads(threads: Sequence[int]) -> list[int]:
 
 def _expanded(model: str) -> list[str]:
     """A path, or the ONNX files of a folder."""
-    path = Path(model)
+    path = as_path(model)
     files = sorted(path.glob("*.onnx")) if path.is_dir() else []
     return [str(file) for file in files] or [model]
 
@@ -313,7 +314,7 @@ def _row(
 
 def _ap(path: str) -> float | None:
     """What the report beside an exported model says of it."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder = as_path(path) if as_path(path).is_dir() else as_path(path).parent
     file = folder / "report.json"
     if not file.is_file():
         return None

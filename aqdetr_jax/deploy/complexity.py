@@ -27,6 +27,7 @@ from aqdetr_jax.models.detector import (
     level_strides,
     record_first_ops,
 )
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.record import OpRecord
 from aqdetr_jax.quant.report import PACKED_PARTS, bit_report, columns
@@ -159,7 +160,7 @@ def complexity_of_model(folder: str | Path, size: tuple[int, int] | None = None)
     made = count(bundle.config, bundle.quant, deployed_ops(rows, bundle.config), variables, size)
     notes = []
     if is_archive(folder):
-        files = sum(file.stat().st_size for file in Path(folder).iterdir())
+        files = sum(file.stat().st_size for file in as_path(folder).iterdir())
         notes.append(f"packed: its folder has {files:,} bytes, headers and manifest included")
     return {"name": bundle.info.get("name", str(folder)), **made, "notes": notes}
 

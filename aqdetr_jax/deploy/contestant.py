@@ -10,7 +10,7 @@ import sys
 import tempfile
 from typing import Any
 
-from aqdetr_jax.io import printable
+from aqdetr_jax.paths import printable
 
 
 class BenchmarkError(RuntimeError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from aqdetr_jax.deploy.load import open_model
 from aqdetr_jax.deploy.network import Network
 from aqdetr_jax.evaluation.evaluator import make_predict_fn
 from aqdetr_jax.models.detector import example_input
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.quant.record import recording
 
 
@@ -37,9 +37,9 @@ class JaxRunner:
         host.use_compilation_cache()
         self._bundle = open_model(path)
         height, width = size or self._bundle.input.buckets[0]
-        files = list(Path(model_folder(path)).rglob("*"))
+        files = list(as_path(model_folder(path)).rglob("*"))
         if isinstance(self._bundle.variables, Network):
-            files = [Path(path) / name for name in (MANIFEST, WEIGHTS)]
+            files = [as_path(path) / name for name in (MANIFEST, WEIGHTS)]
         self.facts: dict[str, Any] = {
             "height": height,
             "width": width,

@@ -25,6 +25,7 @@ from aqdetr_jax.deploy.jax_operations import JaxOperations
 from aqdetr_jax.deploy.network import Network
 from aqdetr_jax.deploy.parts import Grid, Layer, Norm
 from aqdetr_jax.models.config import DetrConfig
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.quant.config import QuantConfig, saved_quant
 from aqdetr_jax.quant.spec import SUPPORTED_BITS
 
@@ -59,7 +60,7 @@ def read_packed(folder: str | Path) -> DeployedBundle:
       PackedModelError: it cannot be used; the message names the file and the reason.
     """
     arrays, facts = read_archive(folder)
-    where = str(Path(folder) / WEIGHTS)
+    where = str(as_path(folder) / WEIGHTS)
     try:
         config = to_dataclass(DetrConfig, facts["model"], f"{folder}: model")
         bundle = DeployedBundle(

@@ -31,6 +31,7 @@ from aqdetr_jax.evaluation.models import bundle_evaluator
 from aqdetr_jax.host import StoppedError
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.parallel.hosts import stop_request
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.policy import Rule
@@ -94,7 +95,7 @@ def sensitivity(
         )
     if jax.process_count() > 1:
         raise ValueError("sensitivity runs in one process: on one host, with all of its devices")
-    study = _Study(config, model, Path(out), images, candidates)
+    study = _Study(config, model, as_path(out), images, candidates)
     study.measure()
     return study.finish(limit, by)
 
@@ -378,7 +379,7 @@ class _Study:
     def _source(self) -> str:
         if self._model.startswith(PACKAGED):
             return self._model
-        return str(Path(self._model).absolute())
+        return str(as_path(self._model).absolute())
 
     def _described(self, group: Group, chosen: int | None) -> dict[str, Any]:
         own = sorted({spec.bits for spec in _of_group(group, self._policy_rows).values()})

@@ -29,6 +29,7 @@ from aqdetr_jax.deploy.archive import MANIFEST, WEIGHTS, read_archive, write_arc
 from aqdetr_jax.deploy.bits import Codes
 from aqdetr_jax.deploy.carriers import UNKNOWN_TPU, chip_of
 from aqdetr_jax.io import whole_folder
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.provenance import package_versions
 from aqdetr_jax.quant.spec import SUPPORTED_BITS
 
@@ -144,7 +145,7 @@ def load_stablehlo(folder: str | Path) -> Program:
       FileNotFoundError: no such folder, or no program in it.
       StableHloError: it is damaged, of another version, or this JAX cannot read it.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     manifest = folder / MANIFEST
     if not (folder / PROGRAM).is_file() or not manifest.is_file():
         raise FileNotFoundError(f"{folder} holds no {PROGRAM} and {MANIFEST}: no StableHLO export")

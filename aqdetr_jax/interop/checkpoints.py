@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import ml_dtypes
@@ -26,6 +26,7 @@ from aqdetr_jax.interop.source import Malformed, shown
 from aqdetr_jax.interop.torch_file import MAX_BYTES, MAX_PATH, Namespace, read_torch
 from aqdetr_jax.interop.weight_sets import choose
 from aqdetr_jax.io import read_json
+from aqdetr_jax.paths import as_path, local_file
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
@@ -89,7 +90,7 @@ def read_checkpoint(path: str | Path, weights: str | None = None) -> Checkpoint:
       FileNotFoundError: there is none, or a file of the folder is missing.
       ValueError: a file is not what its name says; the message names it and what to do.
     """
-    path = Path(path)
+    path = as_path(path)
     if not str(path).isprintable():
         raise ValueError(f"{shown(str(path), MAX_PATH)}: has a line break or the like: rename it")
     if path.is_dir():
@@ -117,7 +118,7 @@ def write_safetensors(path: str | Path, state: Mapping[str, np.ndarray]) -> None
             raise ValueError(f"{name} holds NaN or infinity: it would be no model")
     # transformers refuses files that do not name the library whose layout they have. (Written from
     # here, because the library's own files are private to their user.)
-    Path(path).write_bytes(save(dict(state), metadata={"format": "pt"}))
+    as_path(path).write_bytes(save(dict(state), metadata={"format": "pt"}))
 
 
 def _folder(path: Path, weights: str | None) -> Checkpoint:
@@ -195,7 +196,7 @@ def _indexed(index: Path) -> dict[Path, list[str]]:
 def _is_file_name(text: str) -> bool:
     """Whether a text names a weights file of a folder, and nothing elsewhere."""
     known = text.endswith((*TORCH_SUFFIXES, SAFETENSORS))
-    return known and text == Path(text).name and text.isprintable() and len(text) <= MAX_NAME
+    return known and text == PurePath(text).name and text.isprintable() and len(text) <= MAX_NAME
 
 
 def _weights(
@@ -247,7 +248,7 @@ def _refuse_other_things(path: Path) -> None:
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file."""
     try:
-        with safe_open(path, framework="numpy") as file:
+        with local_file(path) as here, safe_open(here, framework="numpy") as file:
             names = list(file.keys())
             _check_names(names, path)
             for name in names:

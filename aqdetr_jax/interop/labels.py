@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from aqdetr_jax.data.class_names import class_name
 from aqdetr_jax.data.coco import CocoParser, read_json
 from aqdetr_jax.interop.source import shown
+from aqdetr_jax.paths import as_path, is_file
 
 GAP = "N/A"
 """Name of an output that stands for no category."""
@@ -108,9 +108,9 @@ def given(text: str, outputs: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
       FileNotFoundError: what looks like a file is none.
       ValueError: other names than outputs, a name twice, or one that is no line of text.
     """
-    file = Path(text)
+    file = as_path(text)
     ids: tuple[int, ...] | None = None
-    if os.path.isfile(text):  # not the method of Path, which raises for a long list
+    if is_file(file):
         names, ids = _names_of(file)
     elif "," not in text and (file.suffix in (".json", ".txt", ".names") or file.name != text):
         raise FileNotFoundError(f"--classes={shown(text)}: no such file")

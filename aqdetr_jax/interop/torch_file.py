@@ -28,10 +28,8 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -48,6 +46,7 @@ from aqdetr_jax.interop.zip_members import (
     read_member,
     stored_range,
 )
+from aqdetr_jax.paths import as_path
 
 MAX_BYTES = 8 * 1024**3
 """Bytes of all arrays, unless the caller says otherwise."""
@@ -107,11 +106,13 @@ def read_torch(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> A
     if max_bytes < 0:
         raise ValueError(f"max_bytes: {max_bytes} is negative")
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        source = as_path(path)
+        size = source.stat().st_size  # errors for what is not there
+        if not source.is_file():
             raise Malformed("is not a regular file")
-        with Path(path).open("rb") as file:
+        with source.open("rb") as file:
             # NumPy refuses sizes that no machine has in words of its own.
-            return _read(file, os.fstat(file.fileno()).st_size, min(max_bytes, sys.maxsize // 2))
+            return _read(file, size, min(max_bytes, sys.maxsize // 2))
     except Malformed as error:
         raise TorchFileError(f"{name}: {error}") from None
     except MemoryError:

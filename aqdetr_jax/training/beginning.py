@@ -40,7 +40,7 @@ def finished(
             return None
         block = read_json(results)
         return load_model(workdir), block, Detections.read(workdir, block["seconds"])
-    done = agree((workdir / MODEL_FOLDER).is_dir())
+    done = agree((workdir / MODEL_FOLDER / "manifest.json").is_file())
     return (load_model(workdir), None, None) if done else None
 
 

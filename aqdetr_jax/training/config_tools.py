@@ -37,6 +37,7 @@ from aqdetr_jax.config_types import (
     unknown_key,
 )
 from aqdetr_jax.io import read_json
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.training.arguments import OVERRIDE_PREFIX
 
 __all__ = [
@@ -115,7 +116,7 @@ def _split_argument(text: str) -> tuple[str, str | None]:
 
 
 def _find_file(target: str) -> Path:
-    path = Path(target).expanduser()
+    path = as_path(target).expanduser()
     if path.suffix in (".py", ".json"):
         candidates = [path]
         if path.parts[0] == "configs":

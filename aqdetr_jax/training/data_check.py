@@ -14,6 +14,7 @@ from aqdetr_jax.data.open import check_same_classes
 from aqdetr_jax.data.pipeline import check_dataset
 from aqdetr_jax.data.suspicious import check_pixel_boxes
 from aqdetr_jax.parallel.hosts import say
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.setup import pipeline_config
 from aqdetr_jax.training.sizing import with_data
@@ -116,7 +117,7 @@ def _check_any_box(train_set: DetectionDataset) -> None:
         return
     truth = train_set.coco_ground_truth()["annotations"]
     looked = f"; looked in {train_set.source}" if train_set.source else ""
-    if train_set.source and not pathlib.Path(train_set.source).exists():
+    if train_set.source and not as_path(train_set.source).exists():
         looked += ", which does not exist"
     dropped = ", ".join(f"{count} {reason}" for reason, count in train_set.drops.items())
     raise DatasetError(

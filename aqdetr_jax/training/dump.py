@@ -26,6 +26,7 @@ from aqdetr_jax.io import read_json, write_bytes_atomic, write_json_atomic
 from aqdetr_jax.models.detector import Detector, example_input
 from aqdetr_jax.parallel.hosts import is_main
 from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training import setup, sizing
 from aqdetr_jax.training.assemble import TRAINED_KEYS, assemble, loss_function, restore
@@ -129,7 +130,7 @@ def replay(folder: str | Path) -> dict[str, Any]:
       FileNotFoundError: it is no dump.
       CheckpointError: a file of it is damaged.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if not (folder / "dump.json").is_file():
         raise FileNotFoundError(
             f"{folder} is no dump: a run that stops for steps that are not finite writes one to "
@@ -137,7 +138,7 @@ def replay(folder: str | Path) -> dict[str, Any]:
         )
     known = read_json(folder / "dump.json")
     config = to_dataclass(ExperimentConfig, known["config"], f"{folder}: config")
-    with np.load(folder / "batch.npz") as file:
+    with (folder / "batch.npz").open("rb") as stream, np.load(stream) as file:
         batch = {key: file[key] for key in file.files}
     images = config.train.batch_size // config.train.accumulate
     mesh = make_mesh(sizing.devices_along_data(config, images), config.mesh.model)

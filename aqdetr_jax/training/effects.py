@@ -89,6 +89,7 @@ _UNJUDGED = (
     "data.augment.*",
     "data.max_boxes",
     "data.allow_truncation",
+    "data.workers",
     "data.train_images",
     "data.train_annotations",
     "data.num_train",

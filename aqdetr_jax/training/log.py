@@ -103,6 +103,7 @@ class StepLog:
         self.restart(done)
         values["learning_rate"] = float(rate) * self._config.optimizer.lr
         values |= {f"time/{part}": seconds for part, seconds in lap.items()}
+        values["data/wait"] = lap["input"] / max(sum(lap.values()), 1e-9)
         values["goodput"] = self._clock.goodput
         values["truncated_boxes"] = float(self._stats.truncated_boxes)
         values["skipped_images"] = float(self._stats.skipped_images)
@@ -164,9 +165,17 @@ class _NoWriter:
     def write(self, step: int, metrics: object) -> None:
         """Other processes than the main one write nothing."""
 
+    def sync(self) -> None:
+        """Nor have they anything to wait for."""
+
 
 def _shown(values: dict[str, float]) -> dict[str, float]:
     """The few terms that fit a progress line."""
     losses = ("loss", "loss_ce", "loss_bbox", "loss_giou")
     shown = (*losses, "loss_distill_encoder", "loss_distill_foreground")
     return {name: values[name] for name in shown if name in values}
+
+
+def flat_results(block: dict[str, Any]) -> dict[str, float]:
+    """The 12 numbers as ``eval/AP`` etc."""
+    return {f"eval/{k}": v for k, v in block.items() if k.startswith(("AP", "AR"))}

@@ -51,14 +51,15 @@ from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.data_check import check_data
 from aqdetr_jax.training.dump import write_dump
 from aqdetr_jax.training.health import QuantizerHealth
-from aqdetr_jax.training.log import StepLog, has_metric, open_writer
+from aqdetr_jax.training.log import StepLog, flat_results, has_metric, open_writer
 from aqdetr_jax.training.notices import TrainingDivergedError, in_one_line, say_limits
+from aqdetr_jax.training.places import place_of
 from aqdetr_jax.training.profile import STEP, StepTrace, check_profile
 from aqdetr_jax.training.programs import step_programs
 from aqdetr_jax.training.resume import facts, shared_facts
 from aqdetr_jax.training.saving import Saver
 from aqdetr_jax.training.state import TrainState
-from aqdetr_jax.training.workdir import check_shared, note_result, prepare_workdir
+from aqdetr_jax.training.workdir import Workdir, check_shared, note_result, prepare_workdir
 
 GUARD = "disallow"
 """``jax.transfer_guard`` of the loop: what is transferred is transferred explicitly."""
@@ -103,14 +104,15 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
     with contextlib.ExitStack() as stack:
         # What one host cannot do ends all of them: none waits for another that is gone.
         with together():
-            run, known = _opened(config, Path(workdir), clock)
+            place = place_of(workdir)
+            run, known = _opened(config, place, clock)
         config = run.config
         check_same(shared_facts(config, known))
         with together():
-            prepared = prepare_workdir(workdir, from_dataclass(config), **known)
+            prepared = prepare_workdir(place, from_dataclass(config), **known)
             folder = stack.enter_context(prepared)
         check_shared(folder)
-        run.path = folder.path
+        run.folder, run.path = folder, folder.path
         stack.enter_context(jax.set_mesh(run.mesh))
         stack.enter_context(contextlib.closing(clock))
         watch = stack.enter_context(Watch(run.position, config.train.watchdog, run.path))
@@ -152,6 +154,7 @@ class _Run:
     def __init__(self, given, config, path, mesh, train_set, eval_set, clock):
         self.given: ExperimentConfig = given
         self.config: ExperimentConfig = config
+        self.folder = Workdir(path, False, [])  # until it is prepared
         self.path: Path = path
         self.mesh = mesh
         self.train_set: DetectionDataset = train_set
@@ -225,7 +228,7 @@ class _Run:
                             saver.save(done, state, wait=True, must=True)
                         raise self._stopped(done) from None
                     if not told:
-                        writer.write(done, _flat_results(block))
+                        writer.write(done, flat_results(block))
 
                 detects = isinstance(self.module, Detector)
                 if detects and first:  # a kill may have cut off the evaluation of this step
@@ -238,6 +241,8 @@ class _Run:
                     stopping = not last and stop.seen(done)
                     if self._due(done, config.train.checkpoint_every) or last or stopping:
                         with self.clock.within("checkpoint"):
+                            self.folder.check()
+                            writer.sync()
                             saver.save(done, state, wait=last or stopping, must=stopping)
                     if stopping:
                         raise self._stopped(done)
@@ -392,8 +397,3 @@ class _Run:
     @staticmethod
     def _due(done: int, every: int) -> bool:
         return every > 0 and done % every == 0
-
-
-def _flat_results(block: dict[str, Any]) -> dict[str, float]:
-    """The 12 numbers as ``eval/AP`` etc."""
-    return {f"eval/{k}": v for k, v in block.items() if k.startswith(("AP", "AR"))}

@@ -21,6 +21,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from aqdetr_jax.io import write_text_atomic
+from aqdetr_jax.paths import as_path
+from aqdetr_jax.training.mirror import Mirror
+
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
@@ -57,18 +61,21 @@ class MetricsWriter:
         Raises:
           ValueError: an existing ``metrics.jsonl`` has a line that is not one of metrics.
         """
-        self.path = Path(workdir) / METRICS
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = as_path(workdir)
+        self.path = folder / METRICS
+        folder.mkdir(parents=True, exist_ok=True)
         _repair(self.path, resume_step)
+        self._mirror = Mirror(folder)
+        self._mirror.fetch(METRICS)
         # Without a buffer: what is not written whole is known at once.
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file = (self._mirror.folder / METRICS).open("ab", buffering=0)
         self._keep_going, self._unwritten = keep_going, b""
         self._board: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # here, because importing it takes a second
 
             purge = None if resume_step is None else resume_step + 1
-            self._board = SummaryWriter(str(self.path.parent / "tb"), purge_step=purge)
+            self._board = SummaryWriter(str(self._mirror.folder / "tb"), purge_step=purge)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -104,6 +111,29 @@ class MetricsWriter:
         if nonfinite:
             line["nonfinite"] = nonfinite
         self._append((json.dumps(line, allow_nan=False) + "\n").encode())
+        with self._kept():
+            self._mirror.send()
+
+    def sync(self) -> None:
+        """Waits until what was written is where it belongs: before a checkpoint of that step.
+
+        Raises:
+          OSError: an object store refuses, unless the run keeps going.
+        """
+        if self._board is not None:
+            self._board.flush()
+        with self._kept():
+            self._mirror.send(now=True)
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """What cannot be sent now goes with the next try, where the run keeps going."""
+        try:
+            yield
+        except OSError as error:
+            if not self._keep_going:
+                raise
+            logger.warning("%s cannot be sent now (%s): its lines are kept", METRICS, error)
 
     def _append(self, line: bytes) -> None:
         """Appends whole lines, those that could not be written before first."""
@@ -133,6 +163,8 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        with self._kept():
+            self._mirror.close()
 
 
 def _repair(path: Path, resume_step: int | None) -> None:
@@ -146,9 +178,7 @@ def _repair(path: Path, resume_step: int | None) -> None:
         return
     if len(kept) < len(lines):
         logger.info("%s: dropped %d lines after step %s", path, len(lines) - len(kept), resume_step)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_text_atomic(path, text)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

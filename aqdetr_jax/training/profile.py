@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from aqdetr_jax.parallel.hosts import is_main, say
+from aqdetr_jax.paths import local_folder
 from aqdetr_jax.training.config import ExperimentConfig
 
 FOLDER = "profile"
@@ -46,6 +48,7 @@ class StepTrace:
     def __init__(self, config: ExperimentConfig, workdir: Path, first: int):
         self._window = config.train.profiled
         self._folder, self._running = workdir / FOLDER, False
+        self._open = contextlib.ExitStack()
         if self._window and first >= self._window[0]:
             end = self._window[1]
             left = f"steps {first + 1} to {end} of them are traced"
@@ -64,7 +67,8 @@ class StepTrace:
             jax.block_until_ready(state)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # every Python call: large, and slower than the run
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            here = self._open.enter_context(local_folder(self._folder))
+            jax.profiler.start_trace(here, profiler_options=options)
             self._running = True
 
     def after(self, step: int, metrics: Any) -> None:
@@ -79,4 +83,5 @@ class StepTrace:
         """Ends a trace that is running, with the steps that it has."""
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
+            with self._open:  # which sends it to a store
+                jax.profiler.stop_trace()

@@ -15,6 +15,7 @@ from aqdetr_jax.config_types import to_dataclass
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.parallel.hosts import is_main, say
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training import loop
 from aqdetr_jax.training.config import ExperimentConfig
@@ -52,7 +53,7 @@ def rerun(manifest: str | Path, workdir: str | Path) -> dict[str, Any]:
       ValueError: it is of no finished run, or of a version that did not keep enough.
       WorkdirError: the data or the models are not those of the run, or ``workdir`` holds another.
     """
-    file = Path(manifest)
+    file = as_path(manifest)
     file = file / "manifest.json" if file.is_dir() else file
     known = read_json(file)
     missing = [key for key in ("config", "starts", "result") if key not in known]
@@ -67,10 +68,10 @@ def rerun(manifest: str | Path, workdir: str | Path) -> dict[str, Any]:
         say(f"{name} was {then}, is {now}")
     _check_inputs(file, known, config)
     loop.train(config, workdir)
-    made = compare(file, Path(workdir))
+    made = compare(file, as_path(workdir))
     made["environment"] = {name: list(values) for name, values in environment.items()}
     if is_main():
-        write_json_atomic(Path(workdir) / REPORT, made)
+        write_json_atomic(as_path(workdir) / REPORT, made)
     return made
 
 

@@ -31,6 +31,7 @@ CHANGEABLE = (
     "train.watchdog",
     "train.pictures",
     "train.profile",
+    "data.workers",
     "data.num_threads",
     "data.prefetch",
     "data.cache_dir",
@@ -99,4 +100,6 @@ def shared_facts(config: ExperimentConfig, known: Mapping[str, Any]) -> dict[str
 
 def _has_state(path: Path) -> bool:
     """Whether a work directory holds anything trained; until then its configuration may change."""
-    return (path / MODEL_FOLDER).exists() or any(path.glob("checkpoints/step_*.manifest.json"))
+    return (path / MODEL_FOLDER / "manifest.json").is_file() or any(
+        path.glob("checkpoints/step_*.manifest.json")
+    )

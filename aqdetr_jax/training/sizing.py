@@ -12,7 +12,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.fit import fitted, small_share
 from aqdetr_jax.parallel.hosts import say_once
 from aqdetr_jax.parallel.mesh import Device, mesh_shape
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.training.config import ExperimentConfig, OptimizerConfig, TrainConfig
 from aqdetr_jax.training.effects import idle
 
@@ -192,7 +192,7 @@ def has_data(data: DataConfig) -> bool:
     """Whether there is a data set to ask: a root that does not exist here is none."""
     if data.kind == "shapes":
         return True
-    return (bool(data.root) and Path(data.root).exists()) or bool(data.train_annotations)
+    return (bool(data.root) and as_path(data.root).exists()) or bool(data.train_annotations)
 
 
 def with_data_alone(

@@ -9,11 +9,8 @@ The same data and models at another place are the same run.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import errno
-import os
 import platform
 import secrets
 import sys
@@ -21,7 +18,7 @@ import time
 import types
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -29,6 +26,7 @@ import jax
 from aqdetr_jax import trees
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.parallel.hosts import exchange, is_main, together
+from aqdetr_jax.paths import is_local
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training.config_tools import (
     changed_keys,
@@ -36,6 +34,8 @@ from aqdetr_jax.training.config_tools import (
     flatten_config,
     to_plain,
 )
+from aqdetr_jax.training.lease import Lease
+from aqdetr_jax.training.places import FileLock, WorkdirError, lock_file, place_of
 
 # Keys that change neither what was computed so far nor its meaning.
 CHANGEABLE = ("train.steps", "eval.*", "log.*")
@@ -48,10 +48,6 @@ DATA_PATHS = (
     "data.eval_annotations",
 )
 """Keys that say where the data lie: they may change while the data are the same."""
-
-
-class WorkdirError(RuntimeError):
-    """A work directory that this run must not use; the message says why and what to do."""
 
 
 @dataclasses.dataclass
@@ -67,7 +63,7 @@ class Workdir:
     path: Path
     resumed: bool
     changes: list[str]
-    _lock: int | None = None
+    _lock: FileLock | Lease | None = None
 
     def __enter__(self) -> Workdir:
         return self
@@ -78,8 +74,17 @@ class Workdir:
     def release(self) -> None:
         """Unlocks the folder; the end of the process, however it comes, does so too."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
+
+    def check(self) -> None:
+        """Whether the folder still is this run's, which in an object store may change.
+
+        Raises:
+          InUseError: another process took it, while this one could not be reached.
+        """
+        if self._lock is not None:
+            self._lock.check()
 
 
 def prepare_workdir(
@@ -116,23 +121,29 @@ def prepare_workdir(
       WorkdirError: another process uses the folder; it holds another configuration or data set
         (the differences are listed).
     """
-    if "://" in str(path):
-        raise WorkdirError(
-            f"the work directory {path} is not a folder of this machine: give a local folder, or "
-            "one that all hosts of a pod share"
-        )
-    path = Path(path)
+    config = to_plain(config_dict)
+    path = place_of(path)
     if path.exists() and not path.is_dir():
         raise WorkdirError(f"the work directory {path} is a file; choose another --workdir")
     path.mkdir(parents=True, exist_ok=True)
-    config = to_plain(config_dict)
-    if jax.process_index() != 0:
+    if not is_main():
         return Workdir(path, (path / "config.json").is_file(), [])
-    lock = _lock(path / ".lock")
+    now = {"dataset": to_plain(dataset), "models": dict(models)}
+    return _prepared(path, config, seed, now, teacher, changeable)
+
+
+def _prepared(
+    path: Path,
+    config: dict[str, Any],
+    seed: int | None,
+    now: Mapping[str, Any],
+    teacher: str | None,
+    changeable: Sequence[str],
+) -> Workdir:
+    lock = lock_file(path / ".lock") if is_local(path) else Lease(path)
     try:
         existing = (path / "config.json").is_file()
         manifest = _read_manifest(path) if existing else {}
-        now = {"dataset": to_plain(dataset), "models": dict(models)}
         changes = _changes(path, config, manifest, now, teacher, changeable) if existing else []
         if "*" in changeable:  # nothing depends on it yet
             manifest = manifest and {**manifest, **now}
@@ -146,7 +157,7 @@ def prepare_workdir(
         if changes or not existing:
             write_json_atomic(path / "config.json", config)
     except BaseException:
-        os.close(lock)
+        lock.close()
         raise
     return Workdir(path, existing, changes, lock)
 
@@ -171,7 +182,7 @@ def check_shared(workdir: Workdir) -> None:
             if time.monotonic() > end:
                 raise WorkdirError(
                     f"the work directory {workdir.path} is not the one that process 0 "
-                    "wrote to: give a folder that all hosts share"
+                    "wrote to: give a folder that all hosts share, or gs://BUCKET/NAME"
                 )
             time.sleep(0.5)
 
@@ -240,7 +251,7 @@ def platform_name() -> str:
 
 def _describe_start(changes: list[str]) -> dict[str, Any]:
     # The program's own folder is this machine's business; what the user typed is kept.
-    program = Path(sys.argv[0]).name
+    program = PurePath(sys.argv[0]).name
     command = ["aqdetr" if program == "__main__.py" else program, *sys.argv[1:]]
     return {
         "id": secrets.token_hex(8),
@@ -346,42 +357,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("starts"), list):
         raise WorkdirError(f"{manifest} is not a run's manifest. Restore the file or delete it.")
     return content
-
-
-def _lock(path: Path) -> int:
-    """Takes an exclusive lock that the operating system drops when the process ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        _lock_descriptor(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            os.close(descriptor)
-            raise WorkdirError(
-                f"cannot lock the work directory {path.parent} ({error.strerror}): its file system "
-                "must support file locks; choose another --workdir"
-            ) from error
-        holder = ""
-        with contextlib.suppress(OSError):
-            holder = f" ({os.read(descriptor, 200).decode(errors='replace').strip()})"
-        os.close(descriptor)
-        raise WorkdirError(
-            f"another process is using the work directory {path.parent}{holder}. "
-            "Wait for it, stop it, or choose another --workdir."
-        ) from error
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
-    return descriptor
-
-
-def _lock_descriptor(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        # A byte far behind the text, which stays readable for the message of the other process.
-        os.lseek(descriptor, 1 << 20, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

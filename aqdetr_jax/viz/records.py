@@ -6,10 +6,11 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from aqdetr_jax.paths import as_path
 
 Records = Sequence[Mapping[str, Any]]
 """One dict per logged line, each with an integer "step"."""
@@ -30,7 +31,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
       FileNotFoundError: no file at ``path``.
       ValueError: a line before the last is not an object with a step; the message gives its number.
     """
-    source = Path(path)
+    source = as_path(path)
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no metrics file; was this folder trained in?")
     lines = source.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -10,6 +10,7 @@ from typing import Any
 
 from aqdetr_jax.evaluation.coco import METRIC_NAMES, UNDEFINED, validate_results_block
 from aqdetr_jax.io import write_text_atomic
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.viz import curves, html, palette
 from aqdetr_jax.viz.bits_table import bits_section
 from aqdetr_jax.viz.html import MISSING, Markup, element, join
@@ -71,7 +72,7 @@ def write_report(workdir: str | os.PathLike[str], context: Mapping[str, Any]) ->
     unknown = sorted(set(context) - set(CONTEXT_KEYS))
     if unknown:
         raise ValueError(f"report: unknown keys {unknown}; known are {', '.join(CONTEXT_KEYS)}")
-    return write_text_atomic(Path(workdir) / "report.html", render_report(context))
+    return write_text_atomic(as_path(workdir) / "report.html", render_report(context))
 
 
 def render_report(context: Mapping[str, Any]) -> str:

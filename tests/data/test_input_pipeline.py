@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from aqdetr_jax.data.coco import CocoFolder
+from aqdetr_jax.data.coco_writer import write_coco_folder
 from aqdetr_jax.data.dataset import DatasetError, Example, ImageReadError
 from aqdetr_jax.data.pipeline import (
     PipelineConfig,
@@ -117,6 +119,42 @@ def test_resume_equals_straight(shapes, threads):
     for a, b in zip(straight[5:], take(resumed, 3), strict=True):
         assert_equal(a, b)
     resumed.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A COCO folder of twelve images, the fifth of which is cut off."""
+    root = tmp_path_factory.mktemp("coco")
+    write_coco_folder(ShapesDataset("train", num_images=12), root)
+    images = sorted((root / "train").iterdir())
+    images[4].write_bytes(images[4].read_bytes()[:200])
+    return CocoFolder(root=root, split="train"), images[4].name
+
+
+def test_worker_processes_change_nothing(folder):
+    """Nor do they lose what was left out."""
+    data, broken = folder
+    given = {"on_error": "skip", "max_boxes": 2, "allow_truncation": True, "start_step": 2}
+    alone = make_train_pipeline(data, config(**given))
+    shared = make_train_pipeline(data, config(**given, workers=2, num_threads=1, prefetch=2))
+    try:
+        for a, b in zip(take(alone, 7), take(shared, 7), strict=True):
+            assert_equal(a, b)
+    finally:
+        shared.close()
+    assert shared.stats.truncated_boxes >= alone.stats.truncated_boxes > 0  # read ahead
+    assert shared.stats.skipped_images == alone.stats.skipped_images == 1
+    assert broken in shared.stats.summary()
+
+
+def test_an_error_in_a_worker_names_the_image(folder):
+    data, broken = folder
+    batches = make_train_pipeline(data, config(workers=1, num_threads=1, prefetch=1))
+    try:
+        with pytest.raises(Exception, match=broken):
+            take(batches, 4)
+    finally:
+        batches.close()
 
 
 def test_seed_changes_order_and_epochs_differ(shapes):

@@ -128,6 +128,7 @@ def test_every_rule_names_keys_that_exist():
 ALWAYS = (
     "name", "task", "seed", "init_from", "data.kind", "data.train_split", "data.eval_split",
     "data.fit", "data.max_boxes", "data.max_pixels", "data.num_threads",
+    "data.workers",
     "data.augment.flip_probability", "data.augment.scales", "data.augment.crop_probability",
     "data.augment.colour_jitter", "data.buckets", "data.eval_buckets", "data.eval_short_side",
     "model.backbone.*", "model.num_classes", "model.dim", "model.heads", "model.encoder_layers",

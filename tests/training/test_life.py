@@ -154,6 +154,8 @@ def test_every_second_is_counted_once(life):
     for row in found:
         assert {key for key in row if key.startswith("time/")} == {f"time/{p}" for p in PARTS}
         assert min(row[f"time/{p}"] for p in PARTS) > -1e-9
+        share = row["time/input"] / sum(row[f"time/{p}"] for p in PARTS)
+        assert row["data/wait"] == pytest.approx(share)
     whole = sum(total.values())
     assert math.isclose(whole, life.times[-1] - life.times[0], rel_tol=1e-9)
     for part in ("step", "input", "compile", "start"):

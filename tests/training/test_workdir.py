@@ -15,7 +15,7 @@ import tiny
 
 from aqdetr_jax.checkpoint.model_folder import model_checksum, save_model
 from aqdetr_jax.provenance import git_commit
-from aqdetr_jax.training import workdir as workdir_module
+from aqdetr_jax.training import places
 from aqdetr_jax.training.config_tools import load_config_file
 from aqdetr_jax.training.workdir import WorkdirError, prepare_workdir
 
@@ -177,7 +177,7 @@ def test_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def refuse(_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(workdir_module, "_lock_descriptor", refuse)
+    monkeypatch.setattr(places, "_lock_descriptor", refuse)
     with pytest.raises(WorkdirError, match=r"No locks available.*must support file locks"):
         prepare_workdir(tmp_path, CONFIG)
 
@@ -223,8 +223,8 @@ def test_a_run_of_another_version_has_no_old_values_to_use(tmp_path):
 def test_lock_keeps_a_second_process_out_and_dies_with_its_owner(tmp_path):
     source = (
         "import sys\nfrom pathlib import Path\n"
-        "from aqdetr_jax.training.workdir import _lock\n"
-        "_lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+        "from aqdetr_jax.training.places import lock_file\n"
+        "kept = lock_file(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", source, str(tmp_path / ".lock")],

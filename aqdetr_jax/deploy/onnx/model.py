@@ -21,6 +21,7 @@ from aqdetr_jax.deploy.onnx.graph import Graph, tensor_type
 from aqdetr_jax.deploy.onnx.operations import OnnxOperations
 from aqdetr_jax.deploy.onnx.tensors import Site
 from aqdetr_jax.io import write_bytes_atomic
+from aqdetr_jax.paths import as_path
 
 OPSET = 21
 """Of the graph; what ONNX Runtime 1.20 and later read."""
@@ -140,7 +141,7 @@ def read_onnx(path: str | Path) -> tuple[ModelProto, dict[str, Any]]:
       FileNotFoundError: there is no file.
       OnnxModelError: it is truncated or was changed, or no file of ours; the message says which.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     content = path.read_bytes()

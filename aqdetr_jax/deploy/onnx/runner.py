@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 
 from aqdetr_jax.deploy.onnx.model import OnnxModelError, codes_of, read_onnx, with_codes
+from aqdetr_jax.paths import as_path
 
 PROVIDER = "CPUExecutionProvider"
 
@@ -34,7 +35,7 @@ class OnnxDetector:
     name = "ONNX Runtime"
 
     def __init__(self, path: str | Path, threads: int | None = None):
-        self._path, self._threads = Path(path), threads
+        self._path, self._threads = as_path(path), threads
         self._model, self.facts = read_onnx(path)
         self._session = self._open(self._model)
         self._with_codes: onnxruntime.InferenceSession | None = None

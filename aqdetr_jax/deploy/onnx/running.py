@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from aqdetr_jax.deploy.onnx.facts import read_facts
+from aqdetr_jax.paths import as_path
 
 
 class OnnxRunner:
@@ -86,7 +87,7 @@ def file_facts(
         "batch": batch,
         "bits": known["bits"],
         "family": known["model"]["family"],
-        "file_bytes": Path(path).stat().st_size,
+        "file_bytes": as_path(path).stat().st_size,
     }
 
 

@@ -1,0 +1,1 @@
+"""Object stores; :mod:`aqdetr_jax.io` is the way in."""
