@@ -13,6 +13,7 @@ from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.models import evaluate_bundle
 from aqdetr_jax.io import write_json_atomic, write_text_atomic
 from aqdetr_jax.models.detector import record_ops
+from aqdetr_jax.paths import as_path
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import setup, sizing
@@ -59,7 +60,7 @@ def ptq(
             f"config.init_from={config.init_from!r} is quantized ({source.quant.policy}): give the "
             "float model that it comes from"
         )
-    out = Path(out)
+    out = as_path(out)
     out.mkdir(parents=True, exist_ok=True)
     bundle = calibrated_bundle(config, source)
     info = {
