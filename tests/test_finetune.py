@@ -239,7 +239,7 @@ def test_another_student_in_the_same_folder_is_refused_before_anything(
 ):
     workdir = tmp_path / "run"
     first = ft.plan(str(folder), workdir, family="detr")["student"]
-    (workdir / "student" / "model").mkdir(parents=True)  # as of a finished run
+    write_json_atomic(workdir / "student" / "model" / "manifest.json", {})  # of a finished run
     write_json_atomic(workdir / "student" / "config.json", from_dataclass(first))
     monkeypatch.setattr(ft, "train", None)
     with pytest.raises(WorkdirError, match=r"quant.policy: 'w4a4' -> 'w2a2'"):
