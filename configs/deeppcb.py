@@ -46,6 +46,7 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     if family == "deformable" and "lite" not in variant:
         # Strides 8, 16 and 32: a defect is a cell of the second.
         config.model.deformable.update(levels=3, stages=2)
+        config.model.remat = "samples"
     steps = {"pretrain": 1000, "teacher": 3600}.get(kind, 720)
     if family == "deformable":
         steps = steps * 2 // 3

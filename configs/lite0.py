@@ -44,6 +44,7 @@ def named(name: str, variant: str) -> tuple[ConfigDict, str, str]:
         config.model.update(pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD)
         if family == "deformable":  # strides 8, 16 and 32
             config.model.deformable.update(levels=3, stages=3)
+            config.model.remat = "samples"  # what four times the tokens sample takes gigabytes
         else:  # stride 16
             config.model.backbone.stages = 4
         if kind == "teacher":  # What is seen at strides 2 and 4 is the same everywhere.
