@@ -51,7 +51,6 @@ STUDENT = (
     *("train.steps=8", "train.checkpoint_every=2", "train.eval_every=2"),
     *("train.quantizers_every=4", "train.keep_checkpoints=2", "optimizer.warmup=2"),
 )
-SPEED = ("time", "images_per_second", "goodput", "data.wait")
 CHILD_SECONDS = 3600
 """When a child is taken to hang."""
 
@@ -189,6 +188,7 @@ def outcome(workdir: str) -> dict[str, Any]:
     from aqdetr_jax.checkpoint.model_folder import load_model
     from aqdetr_jax.checkpoint.steps import Checkpoints
     from aqdetr_jax.io import read_json
+    from aqdetr_jax.training.metrics import CLOCK
 
     folder = Path(workdir)
     with Checkpoints(folder / "checkpoints") as checkpoints:
@@ -199,7 +199,7 @@ def outcome(workdir: str) -> dict[str, Any]:
         "step": step,
         "state": trees.digest(state),
         "model": trees.digest(load_model(folder).variables),
-        "metrics": [{k: v for k, v in row.items() if not k.startswith(SPEED)} for row in rows],
+        "metrics": [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows],
         "results": {k: v for k, v in block.items() if k.startswith(("AP", "AR"))},
     }
 

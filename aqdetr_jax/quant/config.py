@@ -82,8 +82,8 @@ def saved_quant(facts: Mapping[str, Any]) -> dict[str, Any]:
     zero_point, center = facts.pop("zero_point", False), facts.pop("center", False)
     if zero_point and center:
         raise ValueError(
-            "this model has centred inputs and zero points (quant.center and quant.zero_point), "
-            "which is no grid of this version: train it again with quant.grid='centred'"
+            "this model has centred inputs with zero points, which is no grid of this version: "
+            "train it again with quant.grid='centred'"
         )
     if zero_point or center:
         facts["grid"] = "centred" if center else "zero_point"

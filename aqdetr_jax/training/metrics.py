@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 """Name of the metrics file in a work directory."""
 
+CLOCK = ("time", "images_per_second", "goodput", "data/wait")
+"""What the names of metrics begin with that are of the machine's speed, not of the run."""
+
 
 def is_loss(name: str) -> bool:
     """Whether a metric is a term of the loss."""

@@ -21,16 +21,13 @@ from aqdetr_jax.training import loop
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.faults import in_words
 from aqdetr_jax.training.log import METRICS
-from aqdetr_jax.training.metrics import read_lines
+from aqdetr_jax.training.metrics import CLOCK, read_lines
 from aqdetr_jax.training.setup import model_checksums
 from aqdetr_jax.training.workdir import platform_name
 from aqdetr_jax.trees import flatten, path_name
 
 REPORT = "rerun.json"
 """Name of the comparison in the new run's work directory."""
-
-_CLOCK = ("time", "time/", "images_per_second", "goodput", "data.wait")
-"""Metrics that are of the machine's speed (or begin so)."""
 
 
 def rerun(manifest: str | Path, workdir: str | Path) -> dict[str, Any]:
@@ -155,7 +152,7 @@ def _first_difference(before: Path, after: Path) -> dict[str, Any]:
     for step in steps:
         one, other = rows[0][step], rows[1][step]
         for name in sorted(one.keys() & other.keys()):
-            if one[name] != other[name] and not name.startswith(_CLOCK):
+            if one[name] != other[name] and not name.startswith(CLOCK):
                 found = {"first_step": step, "metric": name, "values": [one[name], other[name]]}
                 return {**found, "steps_compared": len(steps)}
     return {"steps_compared": len(steps)}

@@ -180,7 +180,7 @@ def test_packed_parts_are_those_of_the_file(case, tmp_path):
             expected["grids"] += array.nbytes
         else:
             expected["floats"] += array.nbytes
-    made = complexity_of_model(tmp_path / "model")
+    made = complexity_of_model(tmp_path / "model", (32, 32))
     assert made["packed_parts"] == expected
     assert made["packed_bytes"] == sum(expected.values())
     files = sum(file.stat().st_size for file in (tmp_path / "model").iterdir())

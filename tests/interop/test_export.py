@@ -22,11 +22,11 @@ from aqdetr_jax.interop.checkpoints import Checkpoint
 from aqdetr_jax.interop.convert import convert, import_checkpoint
 from aqdetr_jax.interop.export import export, export_bundle
 from aqdetr_jax.io import read_json
-from aqdetr_jax.models import attention, deformable_attention, quantized
+from aqdetr_jax.models import attention, deformable_attention, quantized, residual
 from aqdetr_jax.models.config import DetrConfig
 from aqdetr_jax.models.detector import build_detector
 from aqdetr_jax.models.efficientnet_lite import EfficientNetLiteConfig
-from aqdetr_jax.models.resnet import BasicBlock, Bottleneck, resnet_config
+from aqdetr_jax.models.resnet import resnet_config
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.config import QuantConfig
 from aqdetr_jax.quant.product import Conv, Dense, quantized_product
@@ -261,8 +261,7 @@ def test_fake_quantized_weights(name, tmp_path, monkeypatch, capsys):
 
     for module in (quantized, attention, deformable_attention):
         monkeypatch.setattr(module, "quantized_product", weights_only)
-    for block in (BasicBlock, Bottleneck):
-        monkeypatch.setattr(block, "on_grid", lambda self, name, x, spec: x)
+    monkeypatch.setattr(residual, "activation_quantizer", lambda *_: None)
     monkeypatch.setattr(lsq, "round_bias", lambda bias, unit: bias)
     pictures = fixture(name)["input"]
     outputs = [

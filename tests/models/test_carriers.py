@@ -103,9 +103,9 @@ def test_both_arithmetics_agree_in_bfloat16(renormalize):
         )
         for arithmetic in ("fake", "integer")
     }
-    variables = layers["fake"].init(jax.random.key(0), x, position, valid, False)
+    variables = layers["fake"].init(jax.random.key(0), x, position, valid, False, False)
     fake, integer = (
-        jax.jit(lambda v, layer=layer: layer.apply(v, x, position, valid, False))(variables)
+        jax.jit(lambda v, layer=layer: layer.apply(v, x, position, valid, False, False))(variables)
         for layer in layers.values()
     )
     for mine, theirs in zip(jax.tree.leaves(fake), jax.tree.leaves(integer), strict=True):

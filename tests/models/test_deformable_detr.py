@@ -124,7 +124,7 @@ def test_padded_positions_are_not_distilled():
             locations=np.where(places, rng.normal(size=maps.locations.shape), maps.locations),
         )
         output = student._replace(encoder_attention=(changed,))
-        return float(distillation_loss(weights, teacher, output, 5)[0])
+        return float(distillation_loss(weights, teacher, output, 5, None)[0])
 
     valid = np.asarray(teacher.memory_valid)
     assert 0 < valid.sum() < valid.size
