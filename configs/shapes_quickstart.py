@@ -20,6 +20,7 @@ def get_config(variant: str = "aqdetr") -> ConfigDict:
     config.name = f"shapes_quickstart_{variant.replace('-', '_')}"
     # As long as DETR's: a step of Deformable DETR takes 1.3 times as long.
     steps = 900 if config.model.get("family") == "deformable" else 1200
-    config.train.update(steps=steps, eval_every=0)
+    # A look at the quantizers is a program of its own, whose compilation takes a dozen seconds.
+    config.train.update(steps=steps, eval_every=0, quantizers_every=0)
     config.optimizer.update(warmup=40, ema=0.99)
     return config
