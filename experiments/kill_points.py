@@ -1,7 +1,7 @@
 """Kill -9 at random points of step, save and evaluation; the same command again; the same bits?
 
-python experiments/kill_points.py --work=DIR [--points=50] [--two=10] [--seed=0] [--out=FILE]
-    [--signal=TERM] [--most=N] [--workdirs=URL]
+python experiments/kill_points.py --work=DIR [--points=50] [--two=10] [--store=10] [--seed=0]
+    [--signal=TERM] [--most=N] [--out=FILE]
 
 A small 4-bit student of the embedded set (auxiliary queries, distillation, dropout, moving average)
 is trained to its end without a stop, in one process and in two. Then, for every point, the same
@@ -9,14 +9,16 @@ command is started, killed with SIGKILL at a random moment of a random step, sav
 two processes one is killed, and the other must end by itself), and started again. Compared with the
 run that was not stopped are the whole last training state, the kept model, every logged metric but
 those of speed, and the 12 numbers. Points are drawn from the seed and kept in the file one by one:
-the command goes on where it was stopped. ``--signal=TERM`` asks to stop instead, and keeps how long
-that takes. ``--workdirs`` puts the work directories elsewhere (an
-object store).
+the command goes on where it was stopped. The last ``--two`` + ``--store`` points are of two
+processes, and of one whose work directory is in an object store, the emulator that the tests use;
+what it leaves there must be what another leaves on a disk. ``--signal=TERM`` asks to stop instead,
+and keeps how long that takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -27,12 +29,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("step", "save", "evaluation")
+PROCESSES = {"one": 1, "two": 2, "store": 1}
+"""Of each kind of run."""
 EXPECTED = 4
 """Occurrences of each phase that a kill is drawn from."""
 
@@ -137,7 +143,7 @@ def start(
         "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
         "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "PYTHONPATH": str(ROOT),
     }
     children, logs = [], []
     for process in range(processes):
@@ -188,9 +194,10 @@ def outcome(workdir: str) -> dict[str, Any]:
     from aqdetr_jax.checkpoint.model_folder import load_model
     from aqdetr_jax.checkpoint.steps import Checkpoints
     from aqdetr_jax.io import read_json
+    from aqdetr_jax.paths import as_path
     from aqdetr_jax.training.metrics import CLOCK
 
-    folder = Path(workdir)
+    folder = as_path(workdir)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state, step = checkpoints.restore()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -204,24 +211,27 @@ def outcome(workdir: str) -> dict[str, Any]:
     }
 
 
-def draw(points: int, two: int, seed: int, times: dict[int, dict[str, float]]) -> list[dict]:
-    """The points: how many processes, which of them is killed, when."""
+def draw(
+    points: int, two: int, store: int, seed: int, times: dict[str, dict[str, float]]
+) -> list[dict]:
+    """The points: of which kind of run, which of its processes is killed, when."""
     rng = np.random.default_rng(seed)
     drawn = []
     for number in range(points):
-        processes = 1 if number < points - two else 2
+        kind = "two" if number >= points - two - store else "one"
+        kind = "store" if number >= points - store else kind
         phase = PHASES[int(rng.integers(len(PHASES)))]
-        nth, victim = int(rng.integers(1, EXPECTED + 1)), int(rng.integers(processes))
+        nth, victim = int(rng.integers(1, EXPECTED + 1)), int(rng.integers(PROCESSES[kind]))
         if phase == "step":
             nth = int(rng.integers(2, 9))
         drawn.append(
             {
                 "point": number,
-                "processes": processes,
+                "kind": kind,
                 "phase": phase,
                 "nth": nth,
                 "victim": victim,
-                "delay": float(rng.uniform(0, 1)) * times[processes][phase],
+                "delay": float(rng.uniform(0, 1)) * times[kind][phase],
             }
         )
     return drawn
@@ -232,9 +242,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--workdirs", default="")
     parser.add_argument("--points", type=int, default=50)
     parser.add_argument("--two", type=int, default=10)
+    parser.add_argument("--store", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     parser.add_argument("--most", type=int, default=10**9, help="points tried in this call")
@@ -244,35 +254,55 @@ def main() -> None:
         child(json.loads(options.child))
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
+    with contextlib.ExitStack() as stack:
+        bucket = stack.enter_context(_bucket()) if options.store else ""
+        sys.exit(_search(options, options.work.resolve(), bucket))
+
+
+@contextlib.contextmanager
+def _bucket() -> Iterator[str]:
+    """A bucket of the tests' emulator, which this process's children reach, too."""
+    sys.path.append(str(ROOT / "tests"))
+    from object_store import emulated
+
+    with emulated() as store:
+        yield store.make_bucket("runs")
+
+
+def _search(options: argparse.Namespace, work: Path, bucket: str) -> bool:
+    """Tries the points that are left; returns whether a run went on otherwise than it should."""
     from aqdetr_jax.io import read_json, write_json_atomic
     from aqdetr_jax.provenance import git_commit, package_versions
 
-    work, root = options.work.resolve(), options.workdirs.rstrip("/") or str(options.work.resolve())
     work.mkdir(parents=True, exist_ok=True)
     teacher = ["--config=shapes_teacher", f"--workdir={work / 'teacher'}", *SMALL, *TEACHER]
     if not (work / "teacher" / "results.json").is_file():
         _must(start(["train", *teacher], work, 1))
 
-    def command(name: str) -> list[str]:
+    def place(kind: str, name: str) -> str:
+        return f"{bucket}/{name}" if kind == "store" else str(work / name)
+
+    def command(kind: str, name: str) -> list[str]:
         return [
-            *("train", "--config=shapes_w4a4:aqdetr", f"--workdir={root}/{name}"),
+            *("train", "--config=shapes_w4a4:aqdetr", f"--workdir={place(kind, name)}"),
             *(*SMALL, *STUDENT, f"init_from={work / 'teacher'}"),
         ]
 
     straight, times = {}, {}
-    for processes in (1, 2) if options.two else (1,):
-        name, kept = f"straight_{processes}", work / f"times_{processes}.json"
-        if not kept.is_file():
-            _must(start(command(name), work, processes, times=kept))
-        straight[processes] = outcome(f"{root}/{name}")
-        times[processes] = read_json(kept)
+    kinds = ["one", *(["two"] if options.two else ()), *(["store"] if options.store else ())]
+    for kind in kinds:
+        name, kept, last = (f"{word}_{kind}" for word in ("straight", "times", "outcome"))
+        kept, last = work / f"{kept}.json", work / f"{last}.json"
+        if not last.is_file():
+            _must(start(command(kind, name), work, PROCESSES[kind], times=kept))
+            write_json_atomic(last, outcome(place(kind, name)))
+        straight[kind], times[kind] = read_json(last), read_json(kept)
     facts = {
         "seed": options.seed,
         "signal": options.signal,
         "commit": git_commit(),
         "versions": package_versions(),
-        "workdirs": root.partition("://")[0] if "://" in root else "folder",
-        "seconds_of": {str(n): found for n, found in times.items()},
+        "seconds_of": times,
     }
     result: dict[str, Any] = {**facts, "points": []}
     if options.out.is_file():
@@ -280,18 +310,20 @@ def main() -> None:
         if any(result[key] != facts[key] for key in ("seed", "signal", "commit")):
             raise SystemExit(f"{options.out} is of another seed, signal or commit: move it away")
     done = {point["point"] for point in result["points"]}
-    drawn = draw(options.points, options.two, options.seed, times)
+    drawn = draw(options.points, options.two, options.store, options.seed, times)
     for point in [point for point in drawn if point["point"] not in done][: options.most]:
-        name = f"point_{point['point']}"
+        kind, name = point["kind"], f"point_{point['point']}"
         shutil.rmtree(work / name, ignore_errors=True)
         number = signal.Signals[f"SIG{options.signal}"]
-        killed = start(command(name), work, point["processes"], {**point, "signal": number})
+        words, processes = command(kind, name), PROCESSES[kind]
+        killed = start(words, work, processes, {**point, "signal": number})
         # A run that is told to stop in its last step ends as usual.
         allowed = (-9,) if options.signal == "KILL" else (75, 0)
         if killed["status"][point["victim"]] not in allowed:
             raise RuntimeError(f"{point} was not ended: {killed}")
-        _must(start(command(name), work, point["processes"]))
-        made, wanted = outcome(f"{root}/{name}"), straight[point["processes"]]
+        _must(start(words, work, processes))
+        # What a disk has is what a store must have.
+        made, wanted = outcome(place(kind, name)), straight["two" if kind == "two" else "one"]
         point["ended"] = killed
         point["equal"] = {key: made[key] == wanted[key] for key in made}
         result["points"].append(point)
@@ -301,7 +333,7 @@ def main() -> None:
             shutil.rmtree(work / name, ignore_errors=True)
     bad = [point for point in result["points"] if not all(point["equal"].values())]
     print(f"{len(result['points'])} points, {len(bad)} of them with a difference")
-    sys.exit(bool(bad))
+    return bool(bad)
 
 
 def _must(found: dict[str, Any]) -> None:

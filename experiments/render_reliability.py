@@ -27,32 +27,34 @@ def _killed(result: dict[str, Any]) -> str:
         f"{equal} runs went on to the same bits."
     )
     seconds = [
-        point["ended"]["seconds"][1 - point["victim"]]
-        for point in points
-        if point["processes"] == 2
+        point["ended"]["seconds"][1 - point["victim"]] for point in points if point["kind"] == "two"
     ]
     if seconds:
         text += (
             f" In {len(seconds)} of them one of two processes was killed; the other ended by "
             f"itself after {min(seconds):.0f} to {max(seconds):.0f} s."
         )
-    return f"{text} {_where(result)}"
+    return f"{text} {_where(points, result)}"
 
 
 def _stopped(result: dict[str, Any]) -> str:
-    points = [point for point in result["points"] if 75 in point["ended"]["status"]]
-    seconds = [max(point["ended"]["seconds"]) for point in points]
-    equal = sum(all(point["equal"].values()) for point in result["points"])
-    text = f"{len(result['points'])} random points; {equal} runs went on to the same bits."
+    points = result["points"]
+    ended = [point for point in points if 75 in point["ended"]["status"]]
+    seconds = [max(point["ended"]["seconds"]) for point in ended]
+    equal = sum(all(point["equal"].values()) for point in points)
+    text = f"{len(points)} random points; {equal} runs went on to the same bits."
     if seconds:
         median = sorted(seconds)[len(seconds) // 2]
+        took = result["seconds_of"]["one"]
         text += (
-            f" {len(points)} stopped with status 75, {median:.0f} s after the signal in the median "
-            f"and {max(seconds):.0f} s at most (steps of {result['seconds_of']['1']['step']:.1f} s "
-            f"and saves of {result['seconds_of']['1']['save']:.1f} s, on two busy cores)."
+            f" {len(ended)} stopped with status 75, {median:.0f} s after the signal in the median "
+            f"and {max(seconds):.0f} s at most (steps of {took['step']:.1f} s "
+            f"and saves of {took['save']:.1f} s, on two busy cores)."
         )
-    return f"{text} {_where(result)}"
+    return f"{text} {_where(points, result)}"
 
 
-def _where(result: dict[str, Any]) -> str:
-    return f"Work directories: {result['workdirs']}; commit `{result['commit'][:12]}`."
+def _where(points: list[dict[str, Any]], result: dict[str, Any]) -> str:
+    stored = sum(point["kind"] == "store" for point in points)
+    where = f"Work directories: a disk, {stored} in an object store (an emulator)"
+    return f"{where}; commit `{result['commit'][:12]}`."

