@@ -24,11 +24,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from aqdetr_jax.data.coco import CocoFolder
+from aqdetr_jax.data.tfds_builder import prepare
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.provenance import git_commit, package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("input_pipeline_worker.py")
+OURS = ("ours", "ours_records")
 THEIRS = ("pil_float", "pil_uint8", "tensor_uint8")
 BATCH, BATCHES = 8, 6
 LISTED = 20_000
@@ -36,7 +39,10 @@ HEIGHT, WIDTH = 480, 640
 
 
 def write_images(folder: Path, count: int) -> None:
-    """A COCO folder: coloured patches with noise, rectangles on them, which are the boxes."""
+    """A COCO folder, and each of its images once as records.
+
+    Coloured patches with noise, and rectangles on them, which are the boxes.
+    """
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     boxes: list[list[list[int]]] = []
@@ -64,6 +70,10 @@ def write_images(folder: Path, count: int) -> None:
     categories = [{"id": i, "name": f"class {i}"} for i in range(1, 81)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations.json").write_text(json.dumps(content))
+    own = [row for row in annotations if row["image_id"] < count]
+    content = {**content, "images": images[:count], "annotations": own}
+    (folder / "once.json").write_text(json.dumps(content))
+    prepare({"train": CocoFolder(folder / "images", folder / "once.json")}, folder / "prepared")
 
 
 class Side:
@@ -73,7 +83,7 @@ class Side:
         # Spinning threads would count as work; huge pages are what our programs ask for.
         quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JAX_PLATFORMS": "cpu"}
         quiet["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        path = {"PYTHONPATH": str(ROOT)} if name == "ours" else {}
+        path = {"PYTHONPATH": str(ROOT)} if name in OURS else {}
         self.process = subprocess.Popen(
             [python, str(WORKER), name, str(folder), str(BATCH), str(BATCHES)],
             env={**os.environ, **quiet, **path},
@@ -130,7 +140,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder, options.images)
-        sides = {"ours": Side(sys.executable, "ours", folder)}
+        sides = {name: Side(sys.executable, name, folder) for name in OURS}
         for other in THEIRS if there else ():
             sides[other] = Side(options.theirs, other, folder)
         for number in range(options.rounds + 1):  # the first round warms up

@@ -3,7 +3,8 @@
 python experiments/input_pipeline_worker.py SIDE FOLDER BATCH BATCHES
 
 For every line of stdin it makes BATCHES batches and prints their CPU seconds as JSON. Sides: "ours"
-(``data.pipeline`` with the COCO configuration's buckets), or torchvision's transforms v2, as
+(``data.pipeline`` with the COCO configuration's buckets, from a COCO folder), "ours_records" (the
+same from what ``aqdetr prepare-data`` wrote), or torchvision's transforms v2, as
 DETR's recipe is written with them, on a PyTorch loader without workers: "pil_float" (Pillow's
 images, normalised floats, as the original), "pil_uint8" (Pillow's images, bytes) and
 "tensor_uint8" (tensors of bytes from the decoder on). Imports are inside: no environment needs to
@@ -26,10 +27,11 @@ CROP = (384, 600)
 LONGEST = 1333
 
 
-def ours(folder: Path, batch: int) -> Iterator[Any]:
+def ours(folder: Path, batch: int, records: bool = False) -> Iterator[Any]:
     """Our batches: bytes and masks, padded to the bucket of the step."""
     from aqdetr_jax.data.coco import CocoFolder
     from aqdetr_jax.data.pipeline import PipelineConfig, make_train_pipeline
+    from aqdetr_jax.data.tfds_builder import TfdsDataset
     from aqdetr_jax.training.experiment import load_experiment
 
     data = load_experiment("coco:r50,float").data
@@ -37,6 +39,8 @@ def ours(folder: Path, batch: int) -> Iterator[Any]:
     config = PipelineConfig(
         batch_size=batch, buckets=data.buckets, augment=data.augment, num_threads=0, prefetch=0
     )
+    if records:
+        return make_train_pipeline(TfdsDataset(folder / "prepared"), config)
     return make_train_pipeline(CocoFolder(folder / "images", folder / "annotations.json"), config)
 
 
@@ -123,6 +127,7 @@ def theirs(folder: Path, batch: int, backend: str, normalise: bool) -> Iterator[
 
 SIDES: dict[str, Callable[[Path, int], Iterator[Any]]] = {
     "ours": ours,
+    "ours_records": lambda folder, batch: ours(folder, batch, records=True),
     "pil_float": lambda folder, batch: theirs(folder, batch, "pil", True),
     "pil_uint8": lambda folder, batch: theirs(folder, batch, "pil", False),
     "tensor_uint8": lambda folder, batch: theirs(folder, batch, "tensor", False),

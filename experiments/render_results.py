@@ -14,6 +14,7 @@ from typing import Any
 
 import render_complexity
 import render_deploy
+import render_input
 import render_ledger
 import render_reliability
 import render_sensitivity
@@ -399,6 +400,10 @@ def main() -> None:
     replace(ROOT / "docs" / "quantization.md", "residual", residual_table())
     text = render_reliability.kill_points_text(load("kill_points.json"), load("stop_points.json"))
     replace(ROOT / "docs" / "reliability.md", "kill-points", text)
+    text = render_input.input_text(
+        load("input_pipeline.json"), load("plan.json"), render_tpu.NOT_RUN
+    )
+    replace(ROOT / "docs" / "data.md", "input", text)
     plan = ROOT / "docs" / "plan.md"
     replace(plan, "tpu-step", render_tpu.step_table(load("tpu_step.json")))
     replace(plan, "tpu-plan", render_tpu.plan_table(load("plan.json")))

@@ -58,6 +58,12 @@ def step_table(result: list[dict[str, Any]] | None) -> str:
     )
 
 
+def chip_rate(row: dict[str, Any]) -> float:
+    """Images a second a chip at most, of a plan's row, over its buckets."""
+    steps = [step["estimate"] for step in row["steps"] if step["kind"] == "train"]
+    return len(steps) / sum(1 / step["images_per_second_a_chip_at_most"] for step in steps)
+
+
 def plan_table(result: list[dict[str, Any]] | None) -> str:
     """What slices give the recipes."""
     if result is None:
@@ -71,8 +77,7 @@ def plan_table(result: list[dict[str, Any]] | None) -> str:
     for row in sorted(result, key=lambda x: (x["config"], x["chips"], x["topology"])):
         steps = [step for step in row["steps"] if step["kind"] == "train"]
         fullest = max(steps, key=lambda step: step["hbm_bytes"])
-        rates = [step["estimate"]["images_per_second_a_chip_at_most"] for step in steps]
-        rate = len(rates) / sum(1 / x for x in rates)
+        rate = chip_rate(row)
         time = row["schedule"]
         hours = (
             f"{time['hours_at_least']:.1f} | {time['chip_hours_at_least']:,.0f}"
