@@ -80,12 +80,12 @@ def use_every_core() -> None:
         or "JAX_NUM_CPU_DEVICES" in os.environ
     ):
         return
-    count = min(_cores(), _MAX_CPU_DEVICES)
+    count = min(cores(), _MAX_CPU_DEVICES)
     jax.config.update("jax_num_cpu_devices", 1 << (count.bit_length() - 1))
 
 
-def _cores() -> int:
-    """Cores that this program may use."""
+def cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -111,7 +111,7 @@ def keep_memory() -> None:
     """
     if not sys.platform.startswith("linux") or _TUNABLES in os.environ or not sys.orig_argv:
         return
-    wanted = _HUGE_PAGES | (_KEPT if _cores() <= _MOST_THREADS_A_HEAP else {})
+    wanted = _HUGE_PAGES | (_KEPT if cores() <= _MOST_THREADS_A_HEAP else {})
     os.environ[_TUNABLES] = ":".join(f"glibc.malloc.{name}={n}" for name, n in wanted.items())
     try:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

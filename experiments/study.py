@@ -2,7 +2,8 @@
 
 A study is a list of rows. Each is one ordinary run under ``--work`` (``aqdetr train``, ``aqdetr
 ptq`` or ``aqdetr eval`` in a process of its own), and goes into the study's JSON file when it is
-done; stopped or killed anywhere, the same command goes on. A row keeps the results block, what the
+done; stopped or killed anywhere, the same command goes on, and started more than once (on a core
+each, say) the commands share the rows that are left. A row keeps the results block, what the
 run cost, the manifest (in ``experiments/manifests``), and its AP on ``DRAWS`` sets of images drawn
 with replacement, the same for all rows of a set, so that two rows can be compared image by image
 wherever they were run.
@@ -11,6 +12,7 @@ wherever they were run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shutil
 import signal
@@ -22,12 +24,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from aqdetr_jax import host
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.bootstrap import bootstrap_ap, image_draws
 from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.training.arguments import parse_arguments
 from aqdetr_jax.training.experiment import load_experiment
+from aqdetr_jax.training.places import WorkdirError, lock_file
 
 ROOT = Path(__file__).resolve().parent
 RESULTS, MANIFESTS = ROOT / "results", ROOT / "manifests"
@@ -89,29 +93,48 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
     options, overrides = parse_arguments(parser, sys.argv[1:])
     words = options.only.split(",")
     wanted = [row for row in rows if all(word in row.name for word in words)]
-    done = {row["name"] for row in rows_of(options.out)}
     if options.list:
+        done = {row["name"] for row in rows_of(options.out)}
         for row in wanted:
             print(f"{'done' if row.name in done else 'missing':8s} {row.name}")
         return
     start, child = time.monotonic(), _Child()
     signal.signal(signal.SIGTERM, child.stop)
+    locks = options.work / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(wanted, start=1):
-        if row.name in done:
-            continue
         if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
             print(f"{options.minutes:g} minutes are over: run the same command to go on")
             return
-        print(f"=== {number}/{len(wanted)} {row.name}", flush=True)
-        made = made_row(row, options.work / row.name, overrides, child)
-        kept = [other for other in rows_of(options.out) if other["name"] != row.name]
-        write_json_atomic(options.out, {"draws": DRAWS, "rows": [*kept, made]}, indent=1)
-        manifest = options.work / row.name / "manifest.json"
-        if manifest.is_file():
-            folder = MANIFESTS / name
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(manifest, folder / f"{row.name}.json")
-        print(f"=== {row.name}: AP {made['AP']:.4f}", flush=True)
+        try:
+            lock = lock_file(locks / row.name)
+        except WorkdirError:
+            continue  # somebody else makes it
+        with contextlib.closing(lock):
+            if row.name in {made["name"] for made in rows_of(options.out)}:
+                continue
+            print(f"=== {number}/{len(wanted)} {row.name}", flush=True)
+            made = made_row(row, options.work / row.name, overrides, child)
+            _keep(made, options.out, locks / ".results")
+            manifest = options.work / row.name / "manifest.json"
+            if manifest.is_file():
+                folder = MANIFESTS / name
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(manifest, folder / f"{row.name}.json")
+            print(f"=== {row.name}: AP {made['AP']:.4f}", flush=True)
+
+
+def _keep(made: Mapping[str, Any], file: Path, lock: Path) -> None:
+    """Puts a row into a file into which others put theirs."""
+    while True:
+        try:
+            held = lock_file(lock)
+            break
+        except WorkdirError:
+            time.sleep(0.1)
+    with contextlib.closing(held):
+        kept = [other for other in rows_of(file) if other["name"] != made["name"]]
+        write_json_atomic(file, {"draws": DRAWS, "rows": [*kept, made]}, indent=1)
 
 
 class _Child:
@@ -159,6 +182,7 @@ def made_row(
         "command": "aqdetr " + " ".join(row.command("DIR", hidden(overrides))),
         **block,
         "run_seconds": round(time.monotonic() - start, 1),
+        "cores": host.cores(),
         "AP_draws": [round(float(x), 5) for x in ap],
     }
 

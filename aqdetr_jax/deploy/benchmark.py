@@ -21,7 +21,8 @@ from aqdetr_jax.data.resampling import resize_exact
 from aqdetr_jax.data.shapes.dataset import ShapesDataset
 from aqdetr_jax.deploy import operators
 from aqdetr_jax.deploy.contestant import BenchmarkError, Contestant, Entry
-from aqdetr_jax.deploy.cpu import can_limit_cores, cores, cpu_facts
+from aqdetr_jax.deploy.cpu import can_limit_cores, cpu_facts
+from aqdetr_jax.host import cores
 from aqdetr_jax.io import read_json
 from aqdetr_jax.paths import as_path, printable
 from aqdetr_jax.provenance import git_commit, package_versions

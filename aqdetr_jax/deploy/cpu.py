@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aqdetr_jax.host import cores
+
 INTEGER_FLAGS = (
     *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8"),
     *("asimd", "asimddp", "i8mm", "sve"),  # ARM
@@ -34,13 +36,6 @@ def _fields(text: str) -> dict[str, str]:
     first = text.split("\n\n", 1)[0]
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def can_limit_cores() -> bool:

@@ -16,7 +16,7 @@ from aqdetr_jax.cli import main
 from aqdetr_jax.deploy import operators
 from aqdetr_jax.deploy.benchmark import benchmark, canvas, format_benchmark, parse_threads
 from aqdetr_jax.deploy.contestant import BenchmarkError, Contestant, Entry
-from aqdetr_jax.deploy.cpu import cores
+from aqdetr_jax.host import cores
 
 ROW = {
     *("model", "runtime", "bits", "threads", "height", "width", "batch", "median_ms", "p95_ms"),

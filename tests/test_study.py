@@ -1,0 +1,87 @@
+"""The studies' bookkeeping: rows kept one by one, shared by commands that run at once; no run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+
+import pytest
+import study
+
+ROWS = tuple(study.Row(f"row{i}", "shapes_quickstart", facts={"seed": i}) for i in range(6))
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """``started(*words)`` runs the study of ``ROWS``; what was made, in order, is its attribute."""
+    made = []
+    monkeypatch.setattr(study, "MANIFESTS", tmp_path / "manifests")
+    monkeypatch.setattr(study.signal, "signal", lambda *_: None)  # not of the main thread only
+
+    def run(*words, rows=ROWS):
+        argv = ["study", f"--work={tmp_path}", f"--out={tmp_path / 'out.json'}", *words]
+        monkeypatch.setattr(sys, "argv", argv)
+        study.run_study("rows", rows, "rows")
+        file = tmp_path / "out.json"
+        return json.loads(file.read_text())["rows"] if file.is_file() else []
+
+    def make(row, folder, overrides, child):
+        made.append(row.name)
+        folder.mkdir()
+        (folder / "manifest.json").write_text(row.name)
+        return {"name": row.name, "AP": 0.5}
+
+    monkeypatch.setattr(study, "made_row", make)
+    run.made = made
+    return run
+
+
+def test_rows_are_made_once_and_kept_with_their_manifest(started, tmp_path):
+    assert [row["name"] for row in started("--only=row3")] == ["row3"]
+    assert len(started()) == len(ROWS)
+    assert started.made == ["row3", *(row.name for row in ROWS if row.name != "row3")]
+    for row in ROWS:
+        assert (tmp_path / "manifests" / "rows" / f"{row.name}.json").read_text() == row.name
+
+
+def test_a_study_says_what_is_done(started, capsys):
+    started("--only=row2")
+    started("--list")
+    said = capsys.readouterr().out.splitlines()
+    assert said.count("missing  row1") == 1
+    assert said.count("done     row2") == 1
+    assert started.made == ["row2"]
+
+
+def test_two_commands_share_the_rows(started, monkeypatch):
+    both = threading.Barrier(2)
+    make = study.made_row
+
+    def at_once(*arguments):
+        if arguments[0].name in ("row0", "row1"):
+            both.wait(60)  # each of the two has one in hand
+        return make(*arguments)
+
+    monkeypatch.setattr(study, "made_row", at_once)
+    kept = []
+    commands = [threading.Thread(target=lambda: kept.append(started())) for _ in range(2)]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join()
+    assert sorted(started.made) == [row.name for row in ROWS]
+    assert max(len(rows) for rows in kept) == len(ROWS)
+
+
+def test_a_failed_row_can_be_made_again(started, monkeypatch):
+    make = study.made_row
+
+    def fails(*_):
+        raise SystemExit("broken")
+
+    monkeypatch.setattr(study, "made_row", fails)
+    with pytest.raises(SystemExit, match="broken"):
+        started()
+    monkeypatch.setattr(study, "made_row", make)
+    assert len(started()) == len(ROWS)
