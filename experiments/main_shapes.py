@@ -14,15 +14,23 @@ from study import Row, run_study
 
 FAMILIES = {"detr": "", "deformable": "deformable-"}
 TEACHERS = {"detr": "packaged:shapes_teacher", "deformable": "packaged:shapes_deformable_teacher"}
-METHODS = ("lsq", "aqdetr", "qdetr", "lsq_plus")
-PARTS = ("auxiliary", "distill")
+MAIN, OTHERS = ("lsq", "aqdetr"), ("qdetr", "lsq_plus")
+PARTS = ("distill", "auxiliary")
 """Each of AQ-DETR's contributions alone, at 4 bits."""
 CALIBRATIONS = ("minmax", "percentile", "mse")
 BITS, SEEDS = (4, 3, 2), (0, 1, 2)
+ORDER = (
+    *((4, seed, MAIN) for seed in SEEDS),
+    *((2, 0, MAIN), (3, 0, MAIN), (4, 0, (*PARTS, *OTHERS)), (2, 0, OTHERS), (3, 0, OTHERS)),
+    *((bits, seed, MAIN) for seed in SEEDS[1:] for bits in (2, 3)),
+    *((4, seed, (*PARTS, *OTHERS)) for seed in SEEDS[1:]),
+    *((bits, seed, OTHERS) for seed in SEEDS[1:] for bits in (2, 3)),
+)
+"""(bits, seed, methods) of the trained rows."""
 
 
 def rows() -> Iterator[Row]:
-    """What is cheap first, then 4 bits of all methods before another seed or fewer bits."""
+    """What is cheap first; then the method beside plain LSQ at 4 bits; then what else tells most."""
     for family, prefix in FAMILIES.items():
         config = f"configs/shapes_quickstart.py:{prefix}lsq"
         facts = {"family": family, "method": "float", "bits": 32, "seed": 0}
@@ -36,10 +44,9 @@ def rows() -> Iterator[Row]:
                     (f"quant.policy=w{bits}a{bits}", f"quant.calibration_method={way}"),
                     {"family": family, "method": f"ptq_{way}", "bits": bits, "seed": 0},
                 )
-    order = [(4, s) for s in SEEDS] + [(b, s) for s in SEEDS for b in BITS if b != 4]
-    for bits, seed in order:
+    for bits, seed, methods in ORDER:
         for family, prefix in FAMILIES.items():
-            for method in (*METHODS, *(PARTS if bits == 4 else ())):
+            for method in methods:
                 yield Row(
                     f"{family}_w{bits}_{method}_seed{seed}",
                     f"configs/shapes_quickstart.py:{prefix}{method}",
