@@ -30,7 +30,7 @@ ORDER = (
 
 
 def rows() -> Iterator[Row]:
-    """What is cheap first; then the method beside plain LSQ at 4 bits; then what else tells most."""
+    """What is cheap first; then the method beside plain LSQ; then what else tells most."""
     for family, prefix in FAMILIES.items():
         config = f"configs/shapes_quickstart.py:{prefix}lsq"
         facts = {"family": family, "method": "float", "bits": 32, "seed": 0}

@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import render_bfloat16
 import render_complexity
 import render_deploy
 import render_input
@@ -398,6 +399,9 @@ def main() -> None:
     ]
     replace(ROOT / "docs" / "parity.md", "parity", parity_table())
     replace(ROOT / "docs" / "quantization.md", "residual", residual_table())
+    half = load("bfloat16_shapes.json")
+    replace(ROOT / "docs" / "quantization.md", "bfloat16", render_bfloat16.bfloat16_text(half))
+    render_bfloat16.write_picture(half, ROOT / "docs" / "bfloat16.png")
     text = render_reliability.kill_points_text(load("kill_points.json"), load("stop_points.json"))
     replace(ROOT / "docs" / "reliability.md", "kill-points", text)
     text = render_input.input_text(
@@ -407,6 +411,7 @@ def main() -> None:
     plan = ROOT / "docs" / "plan.md"
     replace(plan, "tpu-step", render_tpu.step_table(load("tpu_step.json")))
     replace(plan, "tpu-plan", render_tpu.plan_table(load("plan.json")))
+    replace(plan, "tpu-whole", render_tpu.whole_text(load("whole_compile.json")))
     sampling = render_tpu.sampling_table(load("deformable_tpu.json"))
     replace(ROOT / "docs" / "deformable.md", "tpu-sampling", sampling)
     costs, document = load("complexity.json"), ROOT / "docs" / "complexity.md"

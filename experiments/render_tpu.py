@@ -110,6 +110,35 @@ def plan_table(result: list[dict[str, Any]] | None) -> str:
     )
 
 
+def whole_text(result: list[dict[str, Any]] | None) -> str:
+    """What compiling a step to its end costs."""
+    command = "`python experiments/tpu_plan.py --whole`"
+    if result is None:
+        return f"{command}: {NOT_RUN}."
+    lines = [
+        "| config | slice | bucket | instructions | code, GiB | HBM with it, GiB | CPU minutes | "
+        "memory of the compiler, GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(result, key=lambda x: x["given"]):
+        (step,), cost = row["steps"], row["compiler"]
+        height, width = step["bucket"]
+        lines.append(
+            f"| `{row['given']}` | {row['topology']} | {height} x {width} | "
+            f"{step['instructions']:,} | {step['hbm_parts_bytes']['code'] / _GIB:.2f} | "
+            f"{step['hbm_bytes'] / _GIB:.1f} | {cost['cpu_seconds'] / 60:.0f} | "
+            f"{cost['peak_bytes'] / _GIB:.1f} |"
+        )
+    commits = ", ".join(sorted({row["commit"][:12] for row in result}))
+    versions = result[0]["versions"]
+    lines += [
+        "",
+        f"{command}, jax {versions['jax']}, libtpu {versions.get('libtpu', 'unknown')}; commits: "
+        f"{commits}.",
+    ]
+    return "\n".join(lines)
+
+
 def sampling_table(result: dict[str, Any] | None) -> str:
     """Ways to sample, side by side."""
     if result is None:
