@@ -21,6 +21,7 @@ import render_reliability
 import render_sensitivity
 import render_study
 import render_tpu
+import study_pictures
 from outside.table import outside_table
 
 from aqdetr_jax.io import read_json, write_text_atomic
@@ -399,6 +400,7 @@ def main() -> None:
     ]
     replace(ROOT / "docs" / "parity.md", "parity", parity_table())
     replace(ROOT / "docs" / "quantization.md", "residual", residual_table())
+    study_pictures.write_pictures(load("main_shapes.json"), ROOT / "docs")
     half = load("bfloat16_shapes.json")
     replace(ROOT / "docs" / "quantization.md", "bfloat16", render_bfloat16.bfloat16_text(half))
     render_bfloat16.write_picture(half, ROOT / "docs" / "bfloat16.png")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from aqdetr_jax import host
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.bootstrap import bootstrap_ap, image_draws
 from aqdetr_jax.evaluation.evaluator import Detections
-from aqdetr_jax.io import read_json, write_json_atomic
+from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
 from aqdetr_jax.training.arguments import parse_arguments
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.places import WorkdirError, lock_file
@@ -120,7 +119,8 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
             if manifest.is_file():
                 folder = MANIFESTS / name
                 folder.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(manifest, folder / f"{row.name}.json")
+                text = manifest.read_text(encoding="utf-8").replace(str(options.work), "DIR")
+                write_text_atomic(folder / f"{row.name}.json", text)
             print(f"=== {row.name}: AP {made['AP']:.4f}", flush=True)
 
 
@@ -173,6 +173,8 @@ def made_row(
         raise SystemExit(75) from None
     block = read_json(folder / "results.json")
     config = load_experiment(row.config, (*row.overrides, *overrides))
+    report = folder / "bit_report.json"
+    size = read_json(report)["packed_bytes"] if report.is_file() else None
     truth = open_dataset(config.data, train=False).coco_ground_truth()
     draws = image_draws(len(truth["images"]), DRAWS)
     ap = bootstrap_ap(truth, Detections.read(folder, 0.0).results, draws)
@@ -183,6 +185,7 @@ def made_row(
         **block,
         "run_seconds": round(time.monotonic() - start, 1),
         "cores": host.cores(),
+        "packed_bytes": size,
         "AP_draws": [round(float(x), 5) for x in ap],
     }
 

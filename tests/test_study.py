@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import study
+import study_pictures
 
 ROWS = tuple(study.Row(f"row{i}", "shapes_quickstart", facts={"seed": i}) for i in range(6))
 
@@ -29,7 +30,7 @@ def started(tmp_path, monkeypatch):
     def make(row, folder, overrides, child):
         made.append(row.name)
         folder.mkdir()
-        (folder / "manifest.json").write_text(row.name)
+        (folder / "manifest.json").write_text(f"{row.name} of {folder}")
         return {"name": row.name, "AP": 0.5}
 
     monkeypatch.setattr(study, "made_row", make)
@@ -42,7 +43,9 @@ def test_rows_are_made_once_and_kept_with_their_manifest(started, tmp_path):
     assert len(started()) == len(ROWS)
     assert started.made == ["row3", *(row.name for row in ROWS if row.name != "row3")]
     for row in ROWS:
-        assert (tmp_path / "manifests" / "rows" / f"{row.name}.json").read_text() == row.name
+        assert (tmp_path / "manifests" / "rows" / f"{row.name}.json").read_text() == (
+            f"{row.name} of DIR/{row.name}"
+        )
 
 
 def test_a_study_says_what_is_done(started, capsys):
@@ -85,3 +88,29 @@ def test_a_failed_row_can_be_made_again(started, monkeypatch):
         started()
     monkeypatch.setattr(study, "made_row", make)
     assert len(started()) == len(ROWS)
+
+
+def test_pictures_show_means_and_losses_by_class():
+    def row(method, bits, seed, ap, star):
+        facts = {"family": "detr", "method": method, "bits": bits, "seed": seed}
+        return {
+            "facts": facts,
+            "AP": ap,
+            "packed_bytes": bits * 1024,
+            "per_class": {"star": {"AP": star}, "ring": {"AP": 0.5}},
+        }
+
+    rows = [
+        row("float", 32, 0, 0.5, 0.6),
+        *(row("lsq", bits, seed, bits / 10 + seed / 50, 0.4) for bits in (4, 2) for seed in (0, 1)),
+    ]
+    found = study_pictures.points(rows, "detr", "lsq")
+    assert [point[0] for point in found] == [4, 2]
+    assert [point[1] for point in found] == pytest.approx([41.0, 21.0])
+    assert [point[2] for point in found] == pytest.approx([2**0.5, 2**0.5])
+    assert [point[3] for point in found] == [4, 2]
+    axes = study_pictures.main_figure(rows).axes
+    assert len(axes) == 4
+    assert list(axes[0].lines[0].get_ydata()) == pytest.approx([41.0, 21.0])
+    bars = study_pictures.classes_figure(rows).axes[0].patches
+    assert [bar.get_height() for bar in bars] == pytest.approx([20.0, 0.0])

@@ -1,0 +1,130 @@
+"""Pictures of the main table: AP against bits and size, and what each class loses.
+
+Methods are told apart by markers and line styles as well as by colour.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from render_study import FAMILIES, NAMES, of
+
+from aqdetr_jax.viz import palette
+from aqdetr_jax.viz.curves import add_legend, new_figure, save_figure, style_panel
+
+LOOKS = {
+    "ptq_mse": ("#8a93a3", "v", ":"),
+    "lsq": ("#cf4f76", "s", "--"),
+    "lsq_plus": ("#d99a0b", "D", "--"),
+    "qdetr": ("#0e8f7e", "^", "-."),
+    "aqdetr": ("#2563eb", "o", "-"),
+}
+"""Colour, marker and line of a method."""
+Rows = Sequence[Mapping[str, Any]]
+
+
+def points(rows: Rows, family: str, method: str) -> list[tuple[int, float, float, float]]:
+    """(bits, mean AP in percent, its standard deviation over seeds, KiB) of a method."""
+    found = []
+    for bits in sorted({r["facts"]["bits"] for r in rows} - {32}, reverse=True):
+        some = of(rows, family=family, method=method, bits=bits)
+        values = [100 * r["AP"] for r in some]
+        if values:
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            size = statistics.mean(r.get("packed_bytes") or 0 for r in some) / 1024
+            found.append((bits, statistics.mean(values), spread, size))
+    return found
+
+
+def main_figure(rows: Rows) -> Any:
+    """AP against bits (above) and against the size of the packed model, a column a family."""
+    figure = new_figure(len(FAMILIES), 2, "", "light", width=4.6, height=3.2)
+    for column, (family, title) in enumerate(FAMILIES.items()):
+        whole = of(rows, family=family, method="float")
+        for line, (axis, what) in enumerate(((0, "bits"), (3, "KiB, packed"))):
+            axes = figure.add_subplot(2, len(FAMILIES), line * len(FAMILIES) + column + 1)
+            style_panel(axes, f"{title}: AP, by {what}", "light")
+            _lines(axes, rows, family, axis)
+            if whole:
+                axes.axhline(100 * whole[0]["AP"], color="#3d4757", lw=1.2, label="float")
+            if axis == 0:
+                axes.set_xlim(4.3, 1.7)
+                axes.set_xticks((4, 3, 2))
+            handles, labels = axes.get_legend_handles_labels()
+            if line == column == 0 and labels:
+                add_legend(axes, "light", handles, labels, columns=1)
+    return figure
+
+
+def _lines(axes: Axes, rows: Rows, family: str, axis: int) -> None:
+    for method, (color, marker, style) in LOOKS.items():
+        found = points(rows, family, method)
+        if axis == 3 and not all(point[3] for point in found):
+            continue
+        if found:
+            axes.errorbar(
+                [point[axis] for point in found],
+                [point[1] for point in found],
+                [point[2] for point in found],
+                color=color,
+                marker=marker,
+                ls=style,
+                lw=1.6,
+                ms=5,
+                capsize=3,
+                label=NAMES[method],
+            )
+
+
+def classes_figure(rows: Rows, methods: Sequence[str] = ("lsq", "aqdetr")) -> Any:
+    """What each class loses against float, in points of AP; a panel a family and number of bits."""
+    every = sorted({r["facts"]["bits"] for r in rows} - {32}, reverse=True)
+    figure = new_figure(len(FAMILIES), len(every), "", "light", width=4.6, height=2.6)
+    for line, bits in enumerate(every):
+        for column, (family, title) in enumerate(FAMILIES.items()):
+            axes = figure.add_subplot(len(every), len(FAMILIES), line * len(FAMILIES) + column + 1)
+            style_panel(axes, f"{title}, {bits} bits: AP less than float", "light")
+            whole = of(rows, family=family, method="float")
+            if not whole:
+                continue
+            names = list(whole[0]["per_class"])
+            for place, method in enumerate(methods):
+                some = of(rows, family=family, method=method, bits=bits)
+                if not some:
+                    continue
+                losses = [
+                    100
+                    * (
+                        whole[0]["per_class"][name]["AP"]
+                        - statistics.mean(r["per_class"][name]["AP"] for r in some)
+                    )
+                    for name in names
+                ]
+                color = LOOKS[method][0]
+                axes.bar(
+                    [i + (place - (len(methods) - 1) / 2) * 0.4 for i in range(len(names))],
+                    losses,
+                    0.36,
+                    color=color,
+                    hatch="" if place else "///",
+                    edgecolor="white",
+                    label=NAMES[method],
+                )
+            axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+            axes.tick_params(axis="x", labelcolor=palette.theme("light").ink)
+            handles, labels = axes.get_legend_handles_labels()
+            if line == column == 0 and labels:
+                add_legend(axes, "light", handles, labels, columns=1)
+    return figure
+
+
+def write_pictures(result: Mapping[str, Any] | None, folder: Path) -> None:
+    """``main_shapes.png`` and ``classes_shapes.png``, of what was run."""
+    if result is None:
+        return
+    save_figure(main_figure(result["rows"]), folder / "main_shapes.png")
+    save_figure(classes_figure(result["rows"]), folder / "classes_shapes.png")
