@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -126,8 +126,12 @@ class CocoFolder(RecordDataset):
         )
 
 
+class _NoNumber(ValueError):
+    """``NaN``, ``Infinity`` or ``-Infinity``, which Python writes and JSON has not."""
+
+
 def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise _NoNumber(text)
 
 
 def _whole_number(text: str) -> int | float:
@@ -155,8 +159,35 @@ def read_json(path: pathlib.Path) -> Any:
         raise DatasetError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     try:
         return json.loads(text, parse_constant=_refuse_constant, parse_int=_whole_number)
+    except _NoNumber as error:
+        raise DatasetError(
+            f"{path}: not valid JSON ({error} is no JSON number{_place_of(str(error), text)})"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: not valid JSON ({error})") from error
+
+
+def _place_of(constant: str, text: str) -> str:
+    """Where a constant is first and the id of what has it; the parser itself tells neither."""
+    mark = object()
+    try:
+        content = json.loads(text, parse_constant=lambda c: mark if c == constant else None)
+    except (ValueError, RecursionError):  # behind it the file has worse
+        return ""
+
+    def places(value: Any, path: str, owner: str) -> Iterator[str]:
+        if value is mark:
+            yield f": {path.removeprefix('.')}{owner}"
+        elif isinstance(value, dict):
+            name = value.get("id")
+            owner = f", id {reprlib.repr(name)}" if isinstance(name, int | str) else owner
+            for key, inner in value.items():
+                yield from places(inner, f"{path}.{key}", owner)
+        elif isinstance(value, list):
+            for position, inner in enumerate(value):
+                yield from places(inner, f"{path}[{position}]", owner)
+
+    return next(places(content, "", ""), "")
 
 
 class CocoParser:

@@ -178,6 +178,23 @@ def test_unpacking_goes_on_where_it_was_killed(kind, request, monkeypatch):
     assert not again
 
 
+def test_corrections_stay_until_there_is_another_archive(coco, capsys):
+    open_official("coco2017", coco, partial=True)
+    file = coco / "annotations" / "instances_val2017.json"
+    published = file.read_text()
+    file.write_text(published.replace("person", "human being"))
+    (coco / "val2017" / "000000000001.jpg").unlink()
+    sets = open_official("coco2017", coco, partial=True)
+    assert sets["val2017"].class_names[0] == "human being"
+    said = capsys.readouterr().out
+    assert f"1 files were changed since it was unpacked, and stay so (first: {file}" in said
+    assert (coco / "val2017" / "000000000001.jpg").is_file()
+    with zipfile.ZipFile(coco / "annotations_trainval2017.zip", "a") as archive:
+        archive.writestr("annotations/captions_more.json", b"{}")
+    open_official("coco2017", coco, partial=True)
+    assert file.read_text() == published
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "outside"])
 def test_bad_archives_are_named(coco, damage):
     file = coco / "train2017.zip"
