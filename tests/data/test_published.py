@@ -92,6 +92,9 @@ def test_faults_are_refused_until_mended_and_the_rest_is_said(made):
         assert TfdsDataset(made.out, split).drops == counts
         [left_out] = [x for x in made.said.splitlines() if f"{split}: left out boxes" in x]
         assert all(f"{count} {reason}" in left_out for reason, count in counts.items())
+    if made.name == "coco2017":
+        assert made.said.count("2 annotations have no area above 0 (first: annotation ") == 2
+        assert made.said.count("annotation id 0 gets another number in evaluation") == 2
     assert " files were changed since it was unpacked, and stay so" in made.said
 
 
@@ -257,6 +260,7 @@ def test_unpacked_folders_are_inspected(made, tmp_path):
         "! doubled boxes (same class, IoU > 0.9): 1",
         "! images with an EXIF rotation: 3",
         "(1 without boxes)",
+        " RGB, 1 L, 1 CMYK, 1 RGBA (all read as RGB)",
     ):
         assert said.count(line) == 2, line
     assert "unreadable" not in said
