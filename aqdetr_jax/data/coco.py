@@ -170,10 +170,6 @@ def read_json(path: pathlib.Path) -> Any:
 def _place_of(constant: str, text: str) -> str:
     """Where a constant is first and the id of what has it; the parser itself tells neither."""
     mark = object()
-    try:
-        content = json.loads(text, parse_constant=lambda c: mark if c == constant else None)
-    except (ValueError, RecursionError):  # behind it the file has worse
-        return ""
 
     def places(value: Any, path: str, owner: str) -> Iterator[str]:
         if value is mark:
@@ -187,7 +183,11 @@ def _place_of(constant: str, text: str) -> str:
             for position, inner in enumerate(value):
                 yield from places(inner, f"{path}[{position}]", owner)
 
-    return next(places(content, "", ""), "")
+    try:
+        content = json.loads(text, parse_constant=lambda c: mark if c == constant else None)
+        return next(places(content, "", ""), "")
+    except (ValueError, RecursionError):  # behind it the file has worse
+        return ""
 
 
 class CocoParser:

@@ -293,7 +293,14 @@ def test_errors_name_the_offender(tmp_path, path, value, message):
     [
         ("{", "not valid JSON"),
         ("[]", "top level must be an object"),
-        ('{"images": NaN}', "NaN is no JSON number"),
+        ('{"images": NaN}', r"\(NaN is no JSON number: images\)"),
+        (
+            '{"a": NaN, "images": [{"id": 4, "width": 3}, {"id": "b", "width": [1, Infinity]}]}',
+            r"\(NaN is no JSON number: a\)",
+        ),
+        ('[{"id": "b", "width": [1, -Infinity]}]', r"\(-Infinity .*: \[0\]\.width\[1\], id 'b'\)"),
+        ('{"images": NaN', r"\(NaN is no JSON number\)"),
+        ('{"images": NaN, "b": ' + "[" * 900 + "]" * 900 + "}", "NaN is no JSON number"),
         ('{"images": [-Infinity]}', "-Infinity is no JSON number"),
         ("[" * 100_000, "not valid JSON"),
     ],
