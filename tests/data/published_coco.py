@@ -76,7 +76,7 @@ def pictures(split: str, *, faults: bool = True) -> list[Picture]:
     for how in ("L", "CMYK", "RGBA", "turned", "tagged", "mirrored"):
         number += 11
         made.append(_ordinary(seed + number, number, how=how))
-    made.append(_ordinary(seed + 6000, number + 5, boxes=False))
+    made.append(_ordinary(seed + 6000, number + 5, boxes=False, more=()))
     made.append(scene(seed + 5000, "text_id.jpg", f"image {split}", KINDS))
     return made
 

@@ -85,6 +85,7 @@ def test_faults_are_refused_until_mended_and_the_rest_is_said(made):
         empty = sum(not any(b.fate in ("", "ignored") for b in p.boxes) for p in pictures)
         lines = made.said.splitlines()
         line = [x for x in lines if x.startswith(f"{name}/{split}: ") and "images (" in x][-1]
+        assert empty == {"trainval": 2}.get(split, 1)
         assert f"{len(pictures)} images ({empty} without" in line
         assert f"{kept + ignored} boxes ({ignored} crowd or difficult;" in line
         counts = {reason: count for reason, count in fates.items() if reason}
