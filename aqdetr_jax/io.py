@@ -128,7 +128,8 @@ def check_folder(path: str | os.PathLike[str], mark: str) -> Path:
 def whole_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
     """An empty folder to fill, which becomes ``path`` when the body ends, and never before.
 
-    An earlier folder of the same kind is replaced; if the body fails, it is left as it was.
+    An earlier folder of the same kind is replaced; if the body fails, it is left as it was, and so
+    are the folders around it.
 
     Args:
       path: the folder.
@@ -139,13 +140,27 @@ def whole_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
     """
     target = check_folder(path, mark)
     partial = partial_folder(target)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        remove_folder(partial)
-        raise
+    with no_new_folders(target):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except BaseException:
+            remove_folder(partial)
+            raise
     put_in_place(partial, target, mark)
+
+
+@contextlib.contextmanager
+def no_new_folders(path: Path) -> Iterator[None]:
+    """If the body fails, the folders around a path that were not there before go, if empty."""
+    missing = [f for f in path.parents if not f.exists()] if is_local(path) else []
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def partial_folder(target: Path) -> Path:

@@ -303,7 +303,8 @@ def finetune(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def prepare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Writes a data set."""
-    from aqdetr_jax.data.coco_writer import write_coco_folder
+    from aqdetr_jax.data.coco_writer import write_coco_folders
+    from aqdetr_jax.data.notices import say_contents, say_findings
     from aqdetr_jax.data.official import open_official
     from aqdetr_jax.data.open import open_both
     from aqdetr_jax.data.tfds_builder import prepare
@@ -316,11 +317,15 @@ def prepare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise ValueError("--manual and --partial are of --set")
     else:
         sets = open_both(_experiment(arguments, overrides).data)
+    for dataset in sets.values():
+        say_contents(dataset)
+        say_findings(dataset)
+    show = _counter("written", "images")
     if arguments.format == "tfds":
-        print(f"written to {prepare(sets, arguments.out)}")
+        print(f"written to {prepare(sets, arguments.out, progress=show)}")
     else:
-        for dataset in sets.values():
-            print(f"written to {write_coco_folder(dataset, arguments.out)}")
+        for file in write_coco_folders(sets.values(), arguments.out, progress=show):
+            print(f"written to {file}")
 
 
 def inspect(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -40,6 +40,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "out" / "mark").read_text() == "4"
 
 
+def test_a_folder_that_fails_leaves_none_around_it(tmp_path):
+    for kept, path in ((tmp_path, "a/b/out"), (tmp_path / "c", "c/d/out")):
+        kept.mkdir(exist_ok=True)
+        with pytest.raises(RuntimeError), whole_folder(tmp_path / path, "mark"):
+            raise RuntimeError
+        assert not list(kept.iterdir())
+
+
 def test_json_reading_names_the_fault(tmp_path):
     with pytest.raises(FileNotFoundError, match="none"):
         read_json(tmp_path / "none.json")

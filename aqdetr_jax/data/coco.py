@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -126,8 +126,12 @@ class CocoFolder(RecordDataset):
         )
 
 
+class _NoNumber(ValueError):
+    """``NaN``, ``Infinity`` or ``-Infinity``, which Python writes and JSON has not."""
+
+
 def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise _NoNumber(text)
 
 
 def _whole_number(text: str) -> int | float:
@@ -155,8 +159,35 @@ def read_json(path: pathlib.Path) -> Any:
         raise DatasetError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     try:
         return json.loads(text, parse_constant=_refuse_constant, parse_int=_whole_number)
+    except _NoNumber as error:
+        raise DatasetError(
+            f"{path}: not valid JSON ({error} is no JSON number{_place_of(str(error), text)})"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: not valid JSON ({error})") from error
+
+
+def _place_of(constant: str, text: str) -> str:
+    """Where a constant is first and the id of what has it; the parser itself tells neither."""
+    mark = object()
+
+    def places(value: Any, path: str, owner: str) -> Iterator[str]:
+        if value is mark:
+            yield f": {path.removeprefix('.')}{owner}"
+        elif isinstance(value, dict):
+            name = value.get("id")
+            owner = f", id {reprlib.repr(name)}" if isinstance(name, int | str) else owner
+            for key, inner in value.items():
+                yield from places(inner, f"{path}.{key}", owner)
+        elif isinstance(value, list):
+            for position, inner in enumerate(value):
+                yield from places(inner, f"{path}[{position}]", owner)
+
+    try:
+        content = json.loads(text, parse_constant=lambda c: mark if c == constant else None)
+        return next(places(content, "", ""), "")
+    except (ValueError, RecursionError):  # behind it the file has worse
+        return ""
 
 
 class CocoParser:
@@ -170,7 +201,8 @@ class CocoParser:
       class_names: by ascending category id.
       category_ids: ascending.
       collector: counts of dropped boxes, complete after :meth:`records`.
-      notes: a sentence on the root category of a Roboflow export, if there is one.
+      notes: sentences on the root category of a Roboflow export, and on what was made up for in
+        the annotations (complete after :meth:`records`).
 
     Raises:
       DatasetError: the content is malformed (also from :meth:`records`).
@@ -180,6 +212,8 @@ class CocoParser:
         self.path = path
         self.collector = BoxCollector()
         self.notes: tuple[str, ...] = ()
+        self._areas = 0
+        self._without_area: list[Mapping[str, Any]] = []
         if not isinstance(content, dict):
             raise DatasetError(f"{path}: the top level must be an object, not a list or a value")
         for key in ("images", "annotations", "categories"):
@@ -257,7 +291,19 @@ class CocoParser:
                 )
             by_image[image_id].append(entry)
         labels = {category: label for label, category in enumerate(self.category_ids)}
-        return [self._record(image, by_image[key], labels) for key, image in images.items()]
+        records = [self._record(image, by_image[key], labels) for key, image in images.items()]
+        if 0 in seen:
+            self.notes += (
+                "annotation id 0 gets another number in evaluation, where a match with 0 would "
+                "count as none",
+            )
+        # A file without any area is none that lost some.
+        if self._without_area and (self._areas or any("area" in a for a in self._without_area)):
+            self.notes += (
+                f"{len(self._without_area)} annotations have no area above 0 (first: annotation "
+                f"{self._without_area[0]['id']}): that of the box counts",
+            )
+        return records
 
     def _read_images(self) -> dict[int | str, Mapping[str, Any]]:
         images: dict[int | str, Mapping[str, Any]] = {}
@@ -306,7 +352,10 @@ class CocoParser:
             if box is None:
                 continue
             area = to_float(entry["area"]) if _is_number(entry.get("area")) else 0.0
-            if not 0 < area < math.inf:  # A placeholder, or NaN.
+            if 0 < area < math.inf:
+                self._areas += 1
+            else:  # A placeholder, or NaN.
+                self._without_area.append(entry)
                 area = w * h
             boxes.append(box)
             labels.append(label_of[category])

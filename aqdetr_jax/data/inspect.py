@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import itertools
 import pathlib
@@ -72,7 +73,8 @@ def inspect_dataset(
     Returns:
       A JSON-able dict. Counts: ``images``, ``boxes``, ``crowd_boxes``, ``empty_images``,
       ``clipped_boxes``, ``classes`` (boxes by name), ``areas`` (boxes by COCO's bins),
-      ``boxes_per_image``, ``image_height``, ``image_width``, ``drops``. Lists of offenders, each
+      ``boxes_per_image``, ``image_height``, ``image_width``, ``drops``, ``modes`` (image files by
+      Pillow's mode). Lists of offenders, each
       ``{"count", "first"}``, by the keys of ``TITLES``. ``notes`` of the reader;
       ``checked_images`` says whether images were read; ``problem_images`` are pairs (index, titles
       of its problems), the worst first and each kind in turn, 48 at most.
@@ -82,7 +84,9 @@ def inspect_dataset(
     report["num_queries"] = num_queries
     report["checked_images"] = check_images
     found = _box_offenders(dataset, truth, num_queries)
-    found |= _image_offenders(dataset, other, progress) if check_images else {}
+    modes: collections.Counter[str] = collections.Counter()
+    found |= _image_offenders(dataset, other, progress, modes) if check_images else {}
+    report["modes"] = dict(modes.most_common())
     for key in _OF_IMAGES:
         report[key] = _offenders([text for _, text in found.get(key, [])])
     report["problem_images"] = _problem_images(found)
@@ -185,6 +189,7 @@ def _image_offenders(
     dataset: DetectionDataset,
     other: DetectionDataset | None,
     progress: Callable[[int, int], None] | None,
+    modes: collections.Counter[str],
 ) -> dict[str, Found]:
     found: dict[str, Found] = {
         key: [] for key in ("unreadable", "size_mismatch", "exif_rotated", "duplicates", "leakage")
@@ -196,7 +201,7 @@ def _image_offenders(
         if progress is not None:
             progress(index + 1, total)
         name = dataset.file_name(index)
-        mismatch = _check_header(dataset, index, found)
+        mismatch = _check_header(dataset, index, found, modes)
         try:
             digest = _digest(dataset, index)
             if not mismatch:
@@ -226,8 +231,13 @@ def _image_offenders(
     return found
 
 
-def _check_header(dataset: DetectionDataset, index: int, found: dict[str, Found]) -> bool:
-    """Notes EXIF rotation and a size unlike the annotated one; True for the latter."""
+def _check_header(
+    dataset: DetectionDataset,
+    index: int,
+    found: dict[str, Found],
+    modes: collections.Counter[str],
+) -> bool:
+    """Notes mode, EXIF rotation and a size unlike the annotated one; True for the latter."""
     find_path: Callable[[int], pathlib.Path] | None = getattr(dataset, "image_path", None)
     if find_path is None:
         return False
@@ -235,6 +245,7 @@ def _check_header(dataset: DetectionDataset, index: int, found: dict[str, Found]
         header = read_header(find_path(index))
     except ImageReadError:
         return False  # Decoding will name the reason.
+    modes[header.mode] += 1
     height, width, orientation = header.height, header.width, header.orientation
     name, expected = dataset.file_name(index), dataset.image_size(index)
     if orientation != 1:
@@ -305,6 +316,9 @@ def format_report(report: dict[str, Any]) -> str:
     ]
     if report["num_queries"] is not None:
         rows.append(("object queries", str(report["num_queries"])))
+    if report["modes"]:
+        counts = ", ".join(f"{count} {mode}" for mode, count in report["modes"].items())
+        rows.append(("image modes", counts + " (all read as RGB)" * (len(report["modes"]) > 1)))
     for size, count in report["areas"].items():
         rows.append((f"{size} boxes", f"{count} ({100 * count / boxes:.1f} %)"))
     for name, count in report["classes"].items():

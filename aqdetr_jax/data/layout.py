@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -279,5 +280,18 @@ def _nothing(root: pathlib.Path, kind: str | None) -> str:
     return (
         f"config.data.root={str(root)!r} holds {shown or 'nothing'}, which is no layout of "
         f"{'a data set' if kind is None else f'data.kind={kind!r}'}: wanted is {wanted}. A COCO "
-        f"file anywhere is named by {_COCO_KEYS}"
+        f"file anywhere is named by {_COCO_KEYS}{_archives(root)}"
     )
+
+
+def _archives(root: pathlib.Path) -> str:
+    """What makes a set of published archives that lie in a folder."""
+    from aqdetr_jax.data.official import SETS
+
+    for name, published in SETS.items():
+        if any((root / archive.name).is_file() for archive in published.archives):
+            return (
+                f". These are archives of {published.title}: aqdetr prepare-data --set={name} "
+                f"--manual={shlex.quote(str(root))} --out=DIR makes a set of them"
+            )
+    return ""

@@ -6,7 +6,19 @@ from collections.abc import Iterator
 
 from aqdetr_jax.data.dataset import DetectionDataset
 from aqdetr_jax.data.suspicious import corner_boxes, normalised_boxes
-from aqdetr_jax.parallel.hosts import say_once
+from aqdetr_jax.parallel.hosts import say, say_once
+
+
+def say_contents(dataset: DetectionDataset) -> None:
+    """Says how many images and boxes a set has."""
+    truth = dataset.coco_ground_truth()
+    ignored = sum(annotation["iscrowd"] for annotation in truth["annotations"])
+    empty = len(dataset) - len({annotation["image_id"] for annotation in truth["annotations"]})
+    say(
+        f"{dataset.name}: {len(dataset)} images ({empty} without boxes), "
+        f"{len(truth['annotations'])} boxes ({ignored} crowd or difficult; {dataset.clipped} over "
+        "the border, clipped for training)"
+    )
 
 
 def say_findings(dataset: DetectionDataset) -> None:

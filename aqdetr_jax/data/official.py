@@ -3,8 +3,9 @@
 Nothing is downloaded: the archives have licences to read, and 20 GB. They, or the folders that
 they unpack to, lie in one folder that the user names; what is missing there is said with where it
 is to be had. Archives are unpacked beside themselves, file by file, each written whole and checked
-(a zip's by its CRC-32): a killed run goes on where it was. What is there counts only with the
-number of images that its authors state.
+(a zip's by its CRC-32): a killed run goes on where it was. Once an archive is unpacked, a mark says
+so, and what its user corrects in the files stays. What is there counts only with the number of
+images that its authors state.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from aqdetr_jax.data.dataset import DatasetError, DetectionDataset
 from aqdetr_jax.data.files import check_relative
 from aqdetr_jax.data.joined import JoinedDataset
 from aqdetr_jax.data.voc import VocFolder
-from aqdetr_jax.io import write_bytes_atomic
+from aqdetr_jax.io import write_bytes_atomic, write_text_atomic
 from aqdetr_jax.parallel.hosts import say
 from aqdetr_jax.paths import as_path, is_local, local_file
 
@@ -164,20 +165,30 @@ def open_official(
 
 
 def unpack(archive: Path, root: Path) -> None:
-    """Unpacks an archive into a folder; files that are there with their size stay as they are.
+    """Unpacks an archive into a folder.
+
+    Files that are there with their size stay as they are. Others were being written when a run was
+    killed, unless the whole archive was unpacked before: then someone has changed them since.
 
     Raises:
       DatasetError: it is cut off or damaged, or names a file outside the folder.
     """
+    mark, size_now = root / f".{archive.name}.unpacked", str(archive.stat().st_size)
+    was_whole = mark.is_file() and mark.read_text() == size_now
     done = total = 0
+    changed = []
     try:
         with local_file(archive) as here, here.open("rb") as stream:
             members = _zip(stream) if archive.suffix == ".zip" else _tar(stream)
             for name, size, read in members:
                 target = root / check_relative(name, str(archive))
                 total += 1
-                if target.is_file() and target.stat().st_size == size:
-                    continue
+                if target.is_file():
+                    if target.stat().st_size == size:
+                        continue
+                    if was_whole:
+                        changed.append(target)
+                        continue
                 if not done:
                     say(f"unpacking {archive}")
                 if size > _MOST_BYTES:
@@ -189,6 +200,13 @@ def unpack(archive: Path, root: Path) -> None:
             f"{archive}: is cut off or damaged ({error}): fetch it again; what was unpacked so far "
             "is kept"
         ) from error
+    if changed:
+        say(
+            f"{archive}: {len(changed)} files were changed since it was unpacked, and stay so "
+            f"(first: {changed[0]}; remove one to have it unpacked again)"
+        )
+    if not was_whole:
+        write_text_atomic(mark, size_now)
     if done:
         where = "" if is_local(root) else " (in the store)"
         say(f"{archive}: {done} of {total} files unpacked{where}")

@@ -10,13 +10,15 @@ as TFDS metadata, the COCO ground truth, so that annotations are known without r
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pathlib
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,9 +58,14 @@ class AqdetrDetection(tfds.core.GeneratorBasedBuilder):
     url_infos: ClassVar[dict[str, Any]] = {}
 
     def __init__(
-        self, *, sources: Mapping[str, DetectionDataset] | None = None, **kwargs: Any
+        self,
+        *,
+        sources: Mapping[str, DetectionDataset] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **kwargs: Any,
     ) -> None:
         self._sources = dict(sources or {})
+        self._progress, self._written = progress, 0
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -105,6 +112,9 @@ class AqdetrDetection(tfds.core.GeneratorBasedBuilder):
                     "objects": objects,
                 },
             )
+            self._written += 1
+            if self._progress is not None:
+                self._progress(self._written, sum(map(len, self._sources.values())))
 
 
 def _describe(source: DetectionDataset) -> dict[str, Any]:
@@ -134,16 +144,19 @@ def _encoded(source: DetectionDataset, index: int, image: np.ndarray) -> bytes:
 def prepare(
     datasets: DetectionDataset | Mapping[str, DetectionDataset],
     data_dir: str | os.PathLike[str],
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> pathlib.Path:
     """Writes datasets as a TFDS folder of ArrayRecord files.
 
-    TFDS writes to a temporary folder and renames it, so an interrupted run leaves nothing behind
-    that looks finished.
+    They are written beside it and renamed, so that a run that fails leaves nothing behind, and what
+    a killed one leaves is removed by the next.
 
     Args:
       datasets: split name to dataset; all splits at once. A single dataset becomes the split
         named by the part of its name after the last slash.
       data_dir: TFDS data folder; the result is ``data_dir/aqdetr_detection/1.0.0``.
+      progress: called with (images written, images) after each one.
 
     Returns:
       The path of the prepared folder.
@@ -166,17 +179,28 @@ def prepare(
         raise DatasetError(f"{target} is prepared already; remove it to prepare it anew")
     tfds.disable_progress_bar()
     # TFDS insists on a download folder, also when nothing is downloaded; its writer of records
-    # writes to disks only.
-    with tempfile.TemporaryDirectory(prefix="aqdetr_tfds_") as temporary:
+    # writes to disks only, and what a killed run leaves there has a new name every time.
+    with (
+        tempfile.TemporaryDirectory(prefix="aqdetr_tfds_") as temporary,
+        whole_folder(target, _INFO) as partial,
+    ):
         local = is_local(target)
         builder = AqdetrDetection(
-            sources=datasets, data_dir=os.fspath(data_dir) if local else temporary
+            sources=datasets,
+            progress=progress,
+            data_dir=os.fspath(partial) if local else temporary,
         )
-        builder.download_and_prepare(download_dir=os.path.join(temporary, "downloads"))
-        if not local:
-            made = pathlib.Path(os.fspath(builder.data_path))
-            with whole_folder(target, _INFO) as partial:
-                send_folder(made, partial)
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # it speaks of downloads, and of ``partial``
+            builder.download_and_prepare(download_dir=os.path.join(temporary, "downloads"))
+        made = pathlib.Path(os.fspath(builder.data_path))
+        if local:
+            for file in made.iterdir():
+                file.rename(partial / file.name)
+            shutil.rmtree(partial / builder.name)
+        else:
+            send_folder(made, partial)
     return target
 
 

@@ -291,11 +291,11 @@ def _record(
         box = collector.clean((xmin - 1, ymin - 1, xmax, ymax), height, width, where)
         if box is None:
             continue
-        x1, y1, x2, y2 = box.tolist()
         boxes.append(box)
         labels.append(label_of[name])
         difficult.append(entry.findtext("difficult", "0").strip() == "1")
-        truths.append({"bbox": (x1, y1, x2 - x1, y2 - y1), "area": (x2 - x1) * (y2 - y1)})
+        x, y, w, h = xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1
+        truths.append({"bbox": (x, y, w, h), "area": w * h})
     return Record(
         image_id=image_id,
         file_name=image,

@@ -127,8 +127,19 @@ def test_long_numbers_elsewhere_are_named(tmp_path, text, message, digits):
 @pytest.mark.parametrize("area", ["0", "-3", "0.0", "null", '"5"', "true", "1e999", "9" * 400])
 def test_an_area_that_is_none_is_that_of_the_box(tmp_path, area):
     raw = json.dumps(CONTENT).replace("77.5", area)
-    truth = CocoFolder(*write(tmp_path, None, raw)).coco_ground_truth()
-    assert truth["annotations"][0]["area"] == 10 * 12
+    folder = CocoFolder(*write(tmp_path, None, raw))
+    assert folder.coco_ground_truth()["annotations"][0]["area"] == 10 * 12
+    assert "4 annotations have no area above 0 (first: annotation 0)" in folder.notes[-1]
+
+
+def test_what_is_made_up_for_is_said_and_counted(tmp_path):
+    content = copy.deepcopy(CONTENT)
+    zero, areas = CocoFolder(*write(tmp_path, content)).notes
+    assert zero.startswith("annotation id 0 gets another number")
+    assert areas.startswith("3 annotations have no area above 0 (first: annotation 1)")
+    content["annotations"][0].pop("area")  # of a file without any, nothing is lost
+    content["annotations"][0]["id"] = 1000
+    assert CocoFolder(*write(tmp_path, content)).notes == ()
 
 
 def roboflow(names, parent="cells", **root):
@@ -153,8 +164,7 @@ def test_the_root_category_of_roboflow_is_left_out(tmp_path, parent):
     folder = CocoFolder(*write(tmp_path, content))
     assert (folder.class_names, folder.category_ids) == (("toothbrush", "bicycle"), (1, 2))
     assert folder[0].labels.tolist() == [0, 1, 1]
-    (note,) = folder.notes
-    assert f"category 0 ('{parent}') is left out" in note
+    assert f"category 0 ('{parent}') is left out" in folder.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +181,7 @@ def test_other_categories_without_boxes_stay(tmp_path, change):
     change(content)
     folder = CocoFolder(*write(tmp_path, content))
     assert set(folder.class_names) == {"cells", "toothbrush", "bicycle"}
-    assert folder.notes == ()
+    assert not any("category" in note for note in folder.notes)
 
 
 def test_a_name_twice_is_an_error_where_there_is_no_root(tmp_path):
@@ -283,7 +293,14 @@ def test_errors_name_the_offender(tmp_path, path, value, message):
     [
         ("{", "not valid JSON"),
         ("[]", "top level must be an object"),
-        ('{"images": NaN}', "NaN is no JSON number"),
+        ('{"images": NaN}', r"\(NaN is no JSON number: images\)"),
+        (
+            '{"a": NaN, "images": [{"id": 4, "width": 3}, {"id": "b", "width": [1, Infinity]}]}',
+            r"\(NaN is no JSON number: a\)",
+        ),
+        ('[{"id": "b", "width": [1, -Infinity]}]', r"\(-Infinity .*: \[0\]\.width\[1\], id 'b'\)"),
+        ('{"images": NaN', r"\(NaN is no JSON number\)"),
+        ('{"images": NaN, "b": ' + "[" * 900 + "]" * 900 + "}", "NaN is no JSON number"),
         ('{"images": [-Infinity]}', "-Infinity is no JSON number"),
         ("[" * 100_000, "not valid JSON"),
     ],

@@ -73,6 +73,7 @@ def test_every_fault_is_found(faulty):
     for key, text in first.items():
         assert report[key] == {"count": 1, "first": [text]}, key
     assert report["unreadable"]["count"] == 2
+    assert report["modes"] == {"RGB": 5}
     assert "cut.png" in report["unreadable"]["first"][0]
     assert "gone.png" in report["unreadable"]["first"][1]
     assert report["normalised"]["count"] == report["corners"]["count"] == 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
+import shutil
 import zipfile
 
 import numpy as np
+import published_coco
+import published_voc
 import pytest
-from PIL import Image
 
 from aqdetr_jax.cli import main
 from aqdetr_jax.data import official
@@ -18,116 +17,62 @@ from aqdetr_jax.data.official import SETS, VOC_CLASSES, open_official
 from aqdetr_jax.data.tfds_builder import TfdsDataset
 from aqdetr_jax.paths import as_path, files_of
 
-SIZES = {"train2017": 5, "val2017": 3}
 
-
-def jpeg(seed: int) -> bytes:
-    rng = np.random.default_rng(seed)
-    stream = io.BytesIO()
-    Image.fromarray(rng.integers(0, 255, (30, 40, 3), np.uint8)).save(stream, "JPEG")
-    return stream.getvalue()
-
-
-def instances(split: str) -> bytes:
-    images = [
-        {"id": n, "file_name": f"{n:012d}.jpg", "height": 30, "width": 40, "license": 1}
-        for n in range(1, SIZES[split] + 1)
-    ]
-    boxes = [
-        {
-            "id": n,
-            "image_id": n,
-            "category_id": (1, 90)[n % 2],
-            "bbox": [1.5, 2.5, 10.25, 20.0],
-            "area": 100.5,
-            "iscrowd": 0,
-            "segmentation": [[1.5, 2.5, 11.75, 2.5, 11.75, 22.5]],
-        }
-        for n in range(1, SIZES[split] + 1)
-    ]
-    kinds = [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
-    return json.dumps({"images": images, "annotations": boxes, "categories": kinds}).encode()
+def packed(module, folder, most=3):
+    """(Folder with the archives, images): the first of each split, without the lists of classes."""
+    sets = {part: made[:most] for part, made in module.everything(faults=False).items()}
+    module.write(folder / "loose", sets)
+    for path in (folder / "loose").glob("VOCdevkit/*/ImageSets/Main/*_*.txt"):
+        path.unlink()
+    module.pack(folder / "loose", folder / "manual")
+    return folder / "manual", sets
 
 
 @pytest.fixture
 def coco(tmp_path):
-    """Folder with the three archives."""
-    folder = tmp_path / "manual"
-    folder.mkdir()
-    for split, count in SIZES.items():
-        with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive:
-            archive.writestr(f"{split}/", b"")
-            for n in range(1, count + 1):
-                archive.writestr(f"{split}/{n:012d}.jpg", jpeg(n))
-    with zipfile.ZipFile(folder / "annotations_trainval2017.zip", "w") as archive:
-        for split in SIZES:
-            archive.writestr(f"annotations/instances_{split}.json", instances(split))
-            archive.writestr(f"annotations/captions_{split}.json", b"{}")
-    return folder
-
-
-XML = """<annotation><folder>{year}</folder><filename>{name}.jpg</filename>
-<size><width>40</width><height>30</height><depth>3</depth></size>
-<object><name>{kind}</name><difficult>0</difficult>
-<bndbox><xmin>3</xmin><ymin>4</ymin><xmax>20</xmax><ymax>25</ymax></bndbox></object></annotation>
-"""
-VOC = {
-    "VOCtrainval_06-Nov-2007.tar": ("VOC2007", "trainval", ("000005", "000007")),
-    "VOCtest_06-Nov-2007.tar": ("VOC2007", "test", ("000001",)),
-    "VOCtrainval_11-May-2012.tar": ("VOC2012", "trainval", ("2007_000027", "2008_000002")),
-}
+    return packed(published_coco, tmp_path, 5)[0]
 
 
 @pytest.fixture
 def voc(tmp_path):
-    folder = tmp_path / "manual"
-    folder.mkdir()
-    for file, (year, split, names) in VOC.items():
-        content = {f"ImageSets/Main/{split}.txt": "".join(f"{n}\n" for n in names).encode()}
-        for number, name in enumerate(names):
-            text = XML.format(year=year, name=name, kind=VOC_CLASSES[number])
-            content[f"Annotations/{name}.xml"] = text.encode()
-            content[f"JPEGImages/{name}.jpg"] = jpeg(number)
-        with tarfile.open(folder / file, "w") as archive:
-            for name, data in content.items():
-                info = tarfile.TarInfo(f"VOCdevkit/{year}/{name}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-    return folder
+    return packed(published_voc, tmp_path)[0]
 
 
-def test_coco_from_archives_to_records(coco, tmp_path, capsys):
-    words = ("prepare-data", "--set=coco2017", f"--manual={coco}", f"--out={tmp_path}/out")
+def test_coco_from_archives_to_records(tmp_path, capsys):
+    manual, sets = packed(published_coco, tmp_path, 5)
+    words = ("prepare-data", "--set=coco2017", f"--manual={manual}", f"--out={tmp_path}/out")
     assert main(words) == 1
     said = capsys.readouterr().err
     assert "'train2017' has 5 images, published are 118287" in said
     assert main((*words, "--partial")) == 0
-    for split, count in SIZES.items():
+    for split, pictures in sets.items():
         made = TfdsDataset(tmp_path / "out", split)
-        assert len(made) == count
-        assert made.class_names == ("person", "toothbrush")
-        assert made.category_ids == (1, 90)
-        assert bytes(made._source[2]["image"]) == jpeg(3)  # the file's own bytes
-        truth = made.coco_ground_truth()
-        assert truth["annotations"][2]["bbox"] == [1.5, 2.5, 10.25, 20.0]
-        assert truth["annotations"][2]["area"] == 100.5
-        assert [image["id"] for image in truth["images"]] == list(range(1, count + 1))
+        assert len(made) == len(pictures)
+        assert bytes(made._source[3]["image"]) == pictures[3].file  # the file's own bytes
+        assert made.category_ids == tuple(published_coco.IDS.values())
+        assert made.class_names == tuple(published_coco.IDS)
+        truth, wanted = made.coco_ground_truth(), published_coco.instances(pictures, split)
+        for kind, keys in {
+            "images": ("id", "file_name", "height", "width"),
+            "annotations": ("image_id", "category_id", "bbox", "area", "iscrowd"),
+        }.items():
+            for mine, theirs in zip(truth[kind], wanted[kind], strict=True):
+                assert [mine[key] for key in keys] == [theirs[key] for key in keys]
     assert main((*words, "--partial")) == 1
     assert "prepared already" in capsys.readouterr().err
 
 
-def test_voc_from_archives_to_records(voc, tmp_path):
-    sets = open_official("voc0712", voc, partial=True)
-    assert [len(part) for part in sets.values()] == [4, 1]
+def test_voc_from_archives_to_records(tmp_path):
+    manual, archives = packed(published_voc, tmp_path)
+    sets = open_official("voc0712", manual, partial=True)
+    assert [len(part) for part in sets.values()] == [6, 3]
     joined = sets["trainval"]
     assert joined.class_names == sets["test"].class_names == VOC_CLASSES
-    assert [joined.image_id(n) for n in range(4)] == [1, 2, 3, 4]
-    assert joined.file_name(2) == "VOC2012/JPEGImages/2007_000027.jpg"
-    assert joined.image_path(2).read_bytes() == jpeg(0)
-    np.testing.assert_array_equal(joined[3].boxes, [[2, 3, 20, 25]])  # counted from 1, to the end
-    np.testing.assert_array_equal(joined[3].labels, [1])
+    assert [joined.image_id(n) for n in range(6)] == [*range(1, 7)]
+    assert joined.file_name(3) == "VOC2012/JPEGImages/2008_000085.jpg"
+    assert joined.image_path(3).read_bytes() == archives["VOCtrainval_11-May-2012"][0].file
     out = ("--format=coco", f"--out={tmp_path}/out", "--partial")
-    assert main(("prepare-data", "--set=voc0712", f"--manual={voc}", *out)) == 0
+    assert main(("prepare-data", "--set=voc0712", f"--manual={manual}", *out)) == 0
     assert (tmp_path / "out" / "annotations" / "instances_trainval.json").is_file()
 
 
@@ -135,10 +80,8 @@ def test_what_is_missing_is_said_with_where_it_goes(coco, tmp_path):
     (coco / "val2017.zip").unlink()
     with pytest.raises(FileNotFoundError, match=r"put there val2017.zip \(or, unpacked, val2017\)"):
         open_official("coco2017", coco, partial=True)
-    (coco / "val2017").mkdir()
-    for n in range(1, 4):
-        (coco / "val2017" / f"{n:012d}.jpg").write_bytes(jpeg(n))
-    assert len(open_official("coco2017", coco, partial=True)["val2017"]) == 3
+    shutil.copytree(tmp_path / "loose" / "val2017", coco / "val2017")
+    assert len(open_official("coco2017", coco, partial=True)["val2017"]) == 5
     with pytest.raises(FileNotFoundError, match=r"VOCtest_06-Nov-2007\.tar"):
         open_official("voc0712", tmp_path, partial=True)
     with pytest.raises(ValueError, match=r"--manual=DIR.*train2017\.zip"):
@@ -176,6 +119,24 @@ def test_unpacking_goes_on_where_it_was_killed(kind, request, monkeypatch):
     again.clear()
     open_official(name, folder, partial=True)
     assert not again
+
+
+def test_corrections_stay_until_there_is_another_archive(coco, capsys):
+    open_official("coco2017", coco, partial=True)
+    file = coco / "annotations" / "instances_val2017.json"
+    published = file.read_text()
+    file.write_text(published.replace('"name": "person"', '"name": "human being"'))
+    missing = next((coco / "val2017").iterdir())
+    missing.unlink()
+    sets = open_official("coco2017", coco, partial=True)
+    assert sets["val2017"].class_names[0] == "human being"
+    said = capsys.readouterr().out
+    assert f"1 files were changed since it was unpacked, and stay so (first: {file}" in said
+    assert missing.is_file()
+    with zipfile.ZipFile(coco / "annotations_trainval2017.zip", "a") as archive:
+        archive.writestr("annotations/captions_more.json", b"{}")
+    open_official("coco2017", coco, partial=True)
+    assert file.read_text() == published
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "outside"])
@@ -220,13 +181,14 @@ def test_options_of_another_kind_are_refused(coco, capsys):
 # --- in a store ----------------------------------------------------------------------------------
 
 
-def test_prepared_in_a_store_and_read_from_it(coco, bucket, tmp_path, monkeypatch, store):
+def test_prepared_in_a_store_and_read_from_it(bucket, tmp_path, monkeypatch, store):
     """Records go there whole, and are fetched once to be read; a new set is fetched anew."""
     monkeypatch.setenv("AQDETR_DATA_CACHE", str(tmp_path / "cache"))
-    words = ("prepare-data", "--set=coco2017", f"--manual={coco}", f"--out={bucket}/tfds")
+    manual, sets = packed(published_coco, tmp_path, 5)
+    words = ("prepare-data", "--set=coco2017", f"--manual={manual}", f"--out={bucket}/tfds")
     assert main((*words, "--partial")) == 0
     made = TfdsDataset(bucket / "tfds", "train2017")
-    assert bytes(made._source[4]["image"]) == jpeg(5)
+    assert bytes(made._source[4]["image"]) == sets["train2017"][4].file
     fetched = len(list(files_of(tmp_path / "cache")))
     before = len(store.requests)
     assert TfdsDataset(str(bucket / "tfds"), "val2017").fingerprint

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from aqdetr_jax.data.coco import CocoFolder
-from aqdetr_jax.data.coco_writer import write_coco_folder
+from aqdetr_jax.data.coco_writer import write_coco_folder, write_coco_folders
 from aqdetr_jax.data.dataset import DatasetError
 from aqdetr_jax.data.shapes import objects as shapes_objects
 from aqdetr_jax.data.shapes import render as shapes_render
@@ -270,4 +270,8 @@ def test_interrupted_folder_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "coco_ground_truth", ShapesDataset(num_images=4).coco_ground_truth)
     with pytest.raises(RuntimeError, match="stop"):
         write_coco_folder(data, tmp_path)
+    assert not list(tmp_path.iterdir())
+    # Nor does a split before it, which would be in the way of the next try.
+    with pytest.raises(RuntimeError, match="stop"):
+        write_coco_folders([ShapesDataset("validation", num_images=2), data], tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -100,8 +100,8 @@ def test_they_are_said(tmp_path, capsys):
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}],
         "annotations": [
-            {"id": i, "image_id": 1, "category_id": 1, "bbox": [30, 20, 60 + i, 40]}
-            for i in range(3)
+            {"id": i, "image_id": 1, "category_id": 1, "bbox": [30, 20, 59 + i, 40]}
+            for i in range(1, 4)
         ]
         + [{"id": 9, "image_id": 1, "category_id": 1, "bbox": [0.1, 0.1, 0.5, 0.5]}],
         "categories": [

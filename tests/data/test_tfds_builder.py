@@ -172,14 +172,26 @@ def test_damage_that_shows_when_reading_names_the_file(prepared, tmp_path):
     assert all(f"{file}: missing or damaged, record" in error for error in errors)
 
 
-def test_a_failed_preparation_leaves_nothing_that_looks_finished(shapes, tmp_path, monkeypatch):
+def test_a_failed_preparation_leaves_nothing(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(
         tfds_builder, "_encoded", lambda *a: (_ for _ in ()).throw(RuntimeError("stop"))
     )
     with pytest.raises(RuntimeError, match="stop"):
-        prepare(shapes, tmp_path)
+        prepare(shapes, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_preparation_left_goes(shapes, tmp_path):
+    left = tmp_path / "aqdetr_detection" / ".1.0.0.partial" / "aqdetr_detection"
+    left.mkdir(parents=True)
+    (left / "shard").write_bytes(b"half")
     with pytest.raises(FileNotFoundError, match="no prepared dataset"):
         TfdsDataset(tmp_path, "train")
+    shown = []
+    made = prepare(shapes, tmp_path, progress=lambda done, total: shown.append((done, total)))
+    assert [path.name for path in made.parent.iterdir()] == ["1.0.0"]
+    assert shown[-1] == (len(shown), len(shown))
+    assert len(shown) == sum(map(len, shapes.values()))
 
 
 def test_tensorflow_is_never_imported(run_python):
