@@ -7,8 +7,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from aqdetr_jax import host, verbs
+from aqdetr_jax import host
 from aqdetr_jax.training.arguments import parse_arguments
+from aqdetr_jax.verbs import data, models, runs
 
 EXIT_STOPPED = 75
 """Exit status of a run that was asked to stop and saved its state (EX_TEMPFAIL: try again)."""
@@ -84,28 +85,28 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--workdir", required=True, metavar="DIR")
         return sub
 
-    verb("train", verbs.train, "train, evaluate and report one run", config=True, workdir=True)
-    verb("pretrain", verbs.pretrain, "dense pretraining of a backbone", config=True, workdir=True)
+    verb("train", runs.train, "train, evaluate and report one run", config=True, workdir=True)
+    verb("pretrain", runs.pretrain, "dense pretraining of a backbone", config=True, workdir=True)
     text = "do a run again from its manifest, and compare"
-    sub = verb("rerun", verbs.rerun, text, workdir=True)
+    sub = verb("rerun", runs.rerun, text, workdir=True)
     sub.add_argument("manifest", metavar="MANIFEST", help="a run's manifest.json, or its folder")
     text = "take the step again that ended a run for values that are not finite"
-    sub = verb("replay", verbs.replay, text)
+    sub = verb("replay", runs.replay, text)
     sub.add_argument("dump", metavar="DUMP", help="WORKDIR/dumps/step_N")
-    sub = verb("eval", verbs.evaluate, "COCO numbers of a model", config=True)
+    sub = verb("eval", models.evaluate, "COCO numbers of a model", config=True)
     anything = "a run, its model folder, a packed model"
     sub.add_argument("--model", required=True, metavar="DIR", help=anything)
     sub.add_argument("--out", metavar="DIR", help="where results.json and detections.json go")
     text = "a float model at few bits by calibration alone, and its COCO numbers"
-    sub = verb("ptq", verbs.ptq, text, config=True)
+    sub = verb("ptq", models.ptq, text, config=True)
     sub.add_argument("--out", required=True, metavar="DIR", help="where model and results go")
-    sub = verb("predict", verbs.predict, "detect on images")
+    sub = verb("predict", models.predict, "detect on images")
     sub.add_argument("images", nargs="+", metavar="IMAGE")
     sub.add_argument("--model", metavar="DIR", help=anything)
     sub.add_argument("--out", default="predictions", metavar="DIR")
     sub.add_argument("--threshold", type=float, default=0.5)
     sub.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images")
-    sub = verb("convert", verbs.convert, "a published checkpoint becomes a model folder")
+    sub = verb("convert", models.convert, "a published checkpoint becomes a model folder")
     sub.add_argument("source", metavar="SOURCE", help="weights file, or transformers' model folder")
     sub.add_argument("--to", required=True, metavar="DIR", help="the model folder to write")
     sub.add_argument("--num-classes", type=int, metavar="N", help="a new class head, N classes")
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the backbone is (not) dilated (DC5), where the source does not say",
     )
     sub = verb(
-        "export", verbs.export, "a model for devices, or for another library", overrides=True
+        "export", models.export, "a model for devices, or for another library", overrides=True
     )
     sub.add_argument("--model", required=True, metavar="DIR", help="a run or its model folder")
     sub.add_argument("--to", required=True, metavar="DIR", help="the folder to write")
@@ -159,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         help="weights of a low-bit model as the values on their grids; the rest is float",
     )
     text = "latency, memory and size of models side by side"
-    sub = verb("benchmark", verbs.benchmark, text, computes=False)
+    sub = verb("benchmark", models.benchmark, text, computes=False)
     sub.add_argument(
         "models",
         nargs="+",
@@ -175,13 +176,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--openvino", action="store_true", help="ONNX files in OpenVINO too")
     sub.add_argument("--json", metavar="FILE", help="where rows and raw figures go")
     text = "a float detector becomes a 4-bit one, in minutes"
-    sub = verb("quickstart", verbs.quickstart, text, overrides=True)
+    sub = verb("quickstart", runs.quickstart, text, overrides=True)
     sub.add_argument("--workdir", default="runs/quickstart", metavar="DIR")
     sub.add_argument("--model", choices=("detr", "deformable"), default="detr")
     sub.add_argument("--from-scratch", action="store_true", help="train the float teacher too")
     sub.add_argument("--baseline", action="store_true", help="also train plain LSQ as long")
     text = "a folder of your own images becomes a low-bit detector"
-    sub = verb("finetune", verbs.finetune, text, overrides=True)
+    sub = verb("finetune", runs.finetune, text, overrides=True)
     sub.add_argument("data", metavar="DIR", help="COCO, Roboflow, Pascal VOC, YOLO or prepared")
     sub.add_argument("--workdir", metavar="DIR", help="default: runs/finetune-NAME")
     sub.add_argument("--model", choices=("detr", "deformable"), help="default: deformable")
@@ -191,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         "--effort", type=float, default=1.0, metavar="X", help="length of every stage, 1 = recipe"
     )
     sub = verb(
-        "prepare-data", verbs.prepare, "write a data set as TFDS or COCO folder", overrides=True
+        "prepare-data", data.prepare, "write a data set as TFDS or COCO folder", overrides=True
     )
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="configs/NAME.py", help="whose data are written")
@@ -206,14 +207,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--format", choices=("tfds", "coco"), default="tfds")
     sub.add_argument("--out", required=True, metavar="DIR")
-    sub = verb("inspect-data", verbs.inspect, "check a data set before training", config=True)
+    sub = verb("inspect-data", data.inspect, "check a data set before training", config=True)
     sub.add_argument(
         "--pictures",
         metavar="FILE.png|DIR",
         help="draw images with their boxes, those with problems first: one picture, or one a set",
     )
     sub = verb(
-        "plan", verbs.plan, "what a slice of TPUs gives, without a TPU", config=True, computes=False
+        "plan", runs.plan, "what a slice of TPUs gives, without a TPU", config=True, computes=False
     )
     sub.add_argument("--topology", required=True, metavar="v5e:16x16", help="the slice")
     sub.add_argument("--per_chip", type=int, metavar="N", help="images a chip in a step")
@@ -224,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--search", action="store_true", help="find the largest batch that fits")
     sub.add_argument("--out", metavar="FILE.json", help="where the plan is written too")
     text = "parameters, multiply-adds, bits, and bytes of the packed file"
-    sub = verb("complexity", verbs.complexity, text, computes=False)
+    sub = verb("complexity", models.complexity, text, computes=False)
     sub.set_defaults(overrides=True)
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="configs/NAME.py")
@@ -234,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--operations", action="store_true", help="list every operation too")
     sub.add_argument("--json", metavar="FILE", help="where all of it is written too")
     sub = verb(
-        "sensitivity", verbs.sensitivity, "which operations can do with few bits", config=True
+        "sensitivity", models.sensitivity, "which operations can do with few bits", config=True
     )
     sub.add_argument("--model", required=True, metavar="DIR", help="the float model")
     sub.add_argument("--out", required=True, metavar="DIR", help="where measurements are kept")
@@ -248,5 +249,5 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--by", choices=("AP", "noise"), default="AP", help="what the choice keeps small"
     )
-    verb("config", verbs.config, "print a resolved configuration", config=True, computes=False)
+    verb("config", runs.config, "print a resolved configuration", config=True, computes=False)
     return parser

@@ -19,8 +19,9 @@ from PIL import Image
 
 from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.data.dataset import DetectionDataset, Example, ImageReadError
+from aqdetr_jax.data.eval_batches import EvalBatches
 from aqdetr_jax.data.open import open_dataset
-from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
+from aqdetr_jax.data.pipeline import PipelineConfig
 from aqdetr_jax.deploy import ranking
 from aqdetr_jax.deploy.sensitivity import POLICY
 from aqdetr_jax.io import folder_bytes, read_json

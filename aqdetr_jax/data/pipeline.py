@@ -12,15 +12,13 @@ of processes (dealt out like cards: process ``r`` of ``P`` gets positions ``s * 
 
 Buckets: a short list of (height, width), one compilation each. In training the bucket of a step
 is drawn from (seed, step), so all hosts agree without talking; images that exceed it are scaled
-down to fit. In evaluation each image goes to the smallest bucket that holds it after the
-evaluation resize, and batches are formed bucket by bucket, in dataset order within a bucket.
+down to fit. Evaluation's batches are those of ``eval_batches``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -255,116 +253,6 @@ def train_bucket(config: PipelineConfig, step: int) -> int:
     return int(rng.integers(len(config.buckets)))
 
 
-class EvalBatches:
-    """Evaluation batches of this process; can be iterated again and again.
-
-    Attributes:
-      stats: what was left out so far.
-    """
-
-    def __init__(self, dataset: DetectionDataset, config: PipelineConfig) -> None:
-        check_dataset(dataset, config, boxes_matter=False)
-        self.stats = PipelineStats()
-        self._dataset = dataset
-        self._config = config
-        self._batches = _eval_plan(dataset, config)
-
-    def __len__(self) -> int:
-        """Number of batches, the same on every process."""
-        return len(self._batches)
-
-    @property
-    def buckets(self) -> tuple[tuple[int, int], ...]:
-        """The buckets that some batch has, in the order of the batches."""
-        used = dict.fromkeys(bucket for bucket, _ in self._batches)
-        return tuple(self._config.buckets[bucket] for bucket in used)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """A fresh pass over the dataset."""
-        config = self._config
-        source = grain.MapDataset.range(len(self._batches)).map(lambda i: self._load(int(i)))
-        options = grain.ReadOptions(
-            num_threads=config.num_threads, prefetch_buffer_size=config.prefetch
-        )
-        return iter(source.to_iter_dataset(options))
-
-    def _load(self, number: int) -> Batch:
-        config = self._config
-        bucket, images = self._batches[number]
-        mine = images[config.process_index :: config.process_count]
-        rows = [self._load_row(index, config.buckets[bucket]) for index in mine]
-        return assemble(rows, config.buckets[bucket], config.max_boxes, self.stats)
-
-    def _load_row(self, index: int, bucket: tuple[int, int]) -> Row | None:
-        if index < 0:
-            return None
-        config = self._config
-        try:
-            with self.stats.reading(self._dataset.file_name(index)):
-                example = self._dataset[index]
-        except ImageReadError as error:
-            if config.on_error == "error":
-                raise _with_remedy(error) from error
-            self.stats.add_skipped(self._dataset.file_name(index), str(error))
-            return None
-        original_size = example.image.shape[0], example.image.shape[1]
-        size = _eval_size(original_size, config)
-        example = transforms.resize(example, transforms.fitted_size(*size, bucket))
-        example = transforms.select(example, ~example.iscrowd)
-        return Row(example, index, original_size)
-
-
-def make_eval_pipeline(dataset: DetectionDataset, config: PipelineConfig) -> EvalBatches:
-    """Makes the evaluation batches: every image exactly once, not augmented.
-
-    Batches hold the same arrays as in training. With one bucket they come in dataset order; with
-    several, bucket by bucket, so that no image is scaled below the evaluation size because of its
-    neighbours. The last batch of a bucket is filled up with rows of ``image_index`` -1: black
-    images without boxes whose mask is all True (an all-False mask would make attention NaN).
-
-    Boxes beyond ``max_boxes`` are truncated and counted: scores come from
-    ``dataset.coco_ground_truth()``, not from here.
-
-    Args:
-      dataset: images with boxes.
-      config: parameters; ``augment``, ``seed`` and ``start_step`` do not matter.
-
-    Raises:
-      DatasetError: the dataset is empty.
-      ImageReadError: (while iterating) an image cannot be read and ``on_error`` is ``"error"``.
-    """
-    return EvalBatches(dataset, config)
-
-
-def _eval_plan(
-    dataset: DetectionDataset, config: PipelineConfig
-) -> list[tuple[int, tuple[int, ...]]]:
-    """(bucket, dataset indices with -1 for fillers) of each global evaluation batch."""
-    order = sorted(range(len(config.buckets)), key=lambda b: math.prod(config.buckets[b]))
-    members: dict[int, list[int]] = {b: [] for b in order}
-    for index in range(len(dataset)):
-        height, width = _eval_size(dataset.image_size(index), config)
-
-        def shrink(b: int, height: int = height, width: int = width) -> float:
-            return min(1.0, config.buckets[b][0] / height, config.buckets[b][1] / width)
-
-        members[max(order, key=shrink)].append(index)  # The first of equals is the smallest.
-    plan = []
-    for bucket in order:
-        rows = members[bucket]
-        rows += [-1] * (-len(rows) % config.batch_size)
-        for start in range(0, len(rows), config.batch_size):
-            plan.append((bucket, tuple(rows[start : start + config.batch_size])))
-    return plan
-
-
-def _eval_size(size: tuple[int, int], config: PipelineConfig) -> tuple[int, int]:
-    height, width = size
-    if config.eval_short_side is None:
-        return height, width
-    return transforms.resized_size(height, width, config.eval_short_side, config.eval_max_size)
-
-
 def check_dataset(
     dataset: DetectionDataset, config: PipelineConfig, boxes_matter: bool = True
 ) -> None:
@@ -400,7 +288,7 @@ def _read_or_next(
                 return index, dataset[index]
         except ImageReadError as error:
             if on_error == "error":
-                raise _with_remedy(error) from error
+                raise with_remedy(error) from error
             reason = str(error)
             stats.add_skipped(dataset.file_name(index), reason)
             index = (index + 1) % len(dataset)
@@ -410,5 +298,6 @@ def _read_or_next(
     )
 
 
-def _with_remedy(error: ImageReadError) -> ImageReadError:
+def with_remedy(error: ImageReadError) -> ImageReadError:
+    """An image's error with what would help."""
     return ImageReadError(f"{error} (--config.data.on_error=skip goes on without such images)")

@@ -15,9 +15,10 @@ import numpy as np
 
 from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.data.config import DataConfig
+from aqdetr_jax.data.eval_batches import EvalBatches
 from aqdetr_jax.data.first import FirstImages
 from aqdetr_jax.data.open import open_dataset
-from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
+from aqdetr_jax.data.pipeline import PipelineConfig
 from aqdetr_jax.deploy.compare import Comparison, NetworkComparer, model_codes
 from aqdetr_jax.deploy.detector import DeployedBundle
 from aqdetr_jax.evaluation.coco import evaluate_detections, postprocess, to_coco_results
@@ -192,7 +193,7 @@ def _compare_model(model, deployed, dataset, given, show) -> Comparison:
         NetworkComparer(deployed.network),
         Comparison(),
     )
-    batches = make_eval_pipeline(dataset, _pipeline(model, given, given.batch_size))
+    batches = EvalBatches(dataset, _pipeline(model, given, given.batch_size))
     variables = jax.device_put(model.variables)
     for number, batch in enumerate(batches, 1):
         logits, boxes, codes = run(variables, batch["images"], batch["mask"])
@@ -206,7 +207,7 @@ def _compare_runtime(runtime: Runtime, deployed, dataset, given, show) -> Compar
     codes_of = runtime.codes
     assert codes_of is not None
     comparer, comparison = NetworkComparer(deployed.network), Comparison()
-    batches = make_eval_pipeline(dataset, _pipeline(deployed, given, runtime.batch))
+    batches = EvalBatches(dataset, _pipeline(deployed, given, runtime.batch))
     for number, batch in enumerate(batches, 1):
         images, mask, real = batch["images"], batch["mask"], batch["image_index"] >= 0
         codes = codes_of(images, _sizes(mask))
@@ -230,7 +231,7 @@ def _runtime_metrics(runtime: Runtime, bundle, dataset, given, show) -> Mapping[
         )
     )
     results: list[dict[str, Any]] = []
-    batches = make_eval_pipeline(dataset, _pipeline(bundle, given, runtime.batch))
+    batches = EvalBatches(dataset, _pipeline(bundle, given, runtime.batch))
     for number, batch in enumerate(batches, 1):
         sizes, original = _sizes(batch["mask"]), batch["original_size"]
         found = runtime.detect(batch["images"], sizes)

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from aqdetr_jax.data.batching import PipelineStats
 from aqdetr_jax.data.dataset import DetectionDataset
-from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
+from aqdetr_jax.data.eval_batches import EvalBatches
+from aqdetr_jax.data.pipeline import PipelineConfig
 from aqdetr_jax.data.remedies import smaller_images
 from aqdetr_jax.evaluation.coco import evaluate_detections, postprocess, to_coco_results
 from aqdetr_jax.io import read_json, write_json_atomic
@@ -128,7 +129,7 @@ class Evaluator:
         )
         # A batch of nothing but fillers beyond the set would take memory for nothing.
         size = -(-min(pipeline.batch_size, len(dataset) or 1) // unit) * unit
-        self._batches = make_eval_pipeline(dataset, dataclasses.replace(pipeline, batch_size=size))
+        self._batches = EvalBatches(dataset, dataclasses.replace(pipeline, batch_size=size))
         self._mesh = mesh
         split = batch_sharding(mesh)
         self._programs = Programs(

@@ -11,8 +11,9 @@ import numpy as np
 
 from aqdetr_jax.checkpoint.model_folder import ModelBundle
 from aqdetr_jax.data.dataset import DetectionDataset, Example
+from aqdetr_jax.data.eval_batches import EvalBatches
 from aqdetr_jax.data.images import MAX_PIXELS, ImageLike, as_array
-from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
+from aqdetr_jax.data.pipeline import PipelineConfig
 from aqdetr_jax.evaluation.evaluator import make_predict_fn
 
 

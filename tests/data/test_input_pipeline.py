@@ -8,9 +8,9 @@ import pytest
 from aqdetr_jax.data.coco import CocoFolder
 from aqdetr_jax.data.coco_writer import write_coco_folder
 from aqdetr_jax.data.dataset import DatasetError, Example, ImageReadError
+from aqdetr_jax.data.eval_batches import EvalBatches
 from aqdetr_jax.data.pipeline import (
     PipelineConfig,
-    make_eval_pipeline,
     make_train_pipeline,
     train_bucket,
     train_map_dataset,
@@ -103,7 +103,7 @@ def test_batch_follows_the_contract(shapes):
 
 def test_boxes_are_normalised_by_the_unpadded_size():
     data = ArrayDataset([(40, 80)], boxes=[(20, 10, 60, 30), (0, 0, 80, 40)])
-    batch = next(make_eval_pipeline(data, config(batch_size=1, buckets=((64, 96),))).__iter__())
+    batch = next(EvalBatches(data, config(batch_size=1, buckets=((64, 96),))).__iter__())
     assert batch["size"].tolist() == [[40, 80]]
     assert batch["boxes"][0, :2].tolist() == [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]
     assert batch["mask"][0, :40, :80].all()
@@ -230,7 +230,7 @@ def test_too_many_boxes_are_refused_or_counted():
 
 def test_empty_dataset_is_refused():
     data = ArrayDataset([])
-    for make in (make_train_pipeline, make_eval_pipeline):
+    for make in (make_train_pipeline, EvalBatches):
         with pytest.raises(DatasetError, match="shapes/train: the dataset has no images"):
             make(data, config())
 
@@ -244,7 +244,7 @@ def test_unreadable_image_stops_the_run_and_is_named(threads):
     with pytest.raises(ImageReadError, match=r"broken_2\.png.*--config\.data\.on_error=skip"):
         next(iterator)
     with pytest.raises(ImageReadError, match=r"broken_2\.png"):
-        list(make_eval_pipeline(data, config()))
+        list(EvalBatches(data, config()))
 
 
 def test_unreadable_image_can_be_skipped_the_same_way_everywhere():
@@ -258,7 +258,7 @@ def test_unreadable_image_can_be_skipped_the_same_way_everywhere():
     assert "broken_2.png" in iterator.stats.skipped_names[0]
     again = make_train_pipeline(data, settings)
     assert_equal(next(again), next(make_train_pipeline(data, settings)))
-    evaluation = make_eval_pipeline(data, settings)
+    evaluation = EvalBatches(data, settings)
     (batch,) = list(evaluation)
     assert batch["image_index"].tolist() == [0, 1, -1, 3]
     list(evaluation)
@@ -276,7 +276,7 @@ def test_a_dataset_of_unreadable_images_ends_in_an_error():
 def test_evaluation_sees_every_image_once(shapes, processes):
     seen, lengths = [], set()
     for r in range(processes):
-        batches = make_eval_pipeline(shapes, config(process_index=r, process_count=processes))
+        batches = EvalBatches(shapes, config(process_index=r, process_count=processes))
         lengths.add(len(batches))
         for batch in batches:
             assert len(batch["image_index"]) == 4 // processes
@@ -290,7 +290,7 @@ def test_evaluation_sees_every_image_once(shapes, processes):
 
 
 def test_evaluation_is_in_order_unaugmented_and_repeatable(shapes):
-    evaluation = make_eval_pipeline(shapes, config(num_threads=2, prefetch=2))
+    evaluation = EvalBatches(shapes, config(num_threads=2, prefetch=2))
     first, second = list(evaluation), list(evaluation)
     for a, b in zip(first, second, strict=True):
         assert_equal(a, b)
@@ -305,7 +305,7 @@ def test_evaluation_is_in_order_unaugmented_and_repeatable(shapes):
 def test_evaluation_groups_by_bucket_without_extra_shrinking():
     sizes = [(60, 100), (100, 60), (60, 100), (60, 60), (200, 200)]
     settings = config(batch_size=2, buckets=((100, 128), (128, 100), (64, 64)))
-    batches = list(make_eval_pipeline(ArrayDataset(sizes), settings))
+    batches = list(EvalBatches(ArrayDataset(sizes), settings))
     where = {}
     for batch in batches:
         for index, size in zip(batch["image_index"], batch["size"], strict=True):
@@ -320,7 +320,7 @@ def test_evaluation_groups_by_bucket_without_extra_shrinking():
 
 def test_evaluation_resize_rule():
     settings = config(batch_size=1, buckets=((100, 133),), eval_short_side=80, eval_max_size=133)
-    (batch,) = list(make_eval_pipeline(ArrayDataset([(48, 64)]), settings))
+    (batch,) = list(EvalBatches(ArrayDataset([(48, 64)]), settings))
     assert batch["size"].tolist() == [[80, 106]]
     assert batch["original_size"].tolist() == [[48, 64]]
 

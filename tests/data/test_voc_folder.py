@@ -6,8 +6,9 @@ from PIL import Image
 
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.dataset import DatasetError, ImageReadError
+from aqdetr_jax.data.eval_batches import EvalBatches
 from aqdetr_jax.data.open import open_dataset
-from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline, make_train_pipeline
+from aqdetr_jax.data.pipeline import PipelineConfig, make_train_pipeline
 from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.data.voc import VocFolder, parse_xml
 
@@ -306,6 +307,6 @@ def test_bccd_goes_through_the_pipeline(bccd_root):
         assert (sides > 0).all()
         assert np.isfinite(batch["boxes"]).all()
     iterator.close()
-    first = next(iter(make_eval_pipeline(folder, config)))
+    first = next(iter(EvalBatches(folder, config)))
     assert first["size"].tolist() == [[240, 320]] * 4
     assert first["original_size"].tolist() == [[480, 640]] * 4

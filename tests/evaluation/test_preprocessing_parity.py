@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aqdetr_jax.data.eval_batches import EvalBatches
 from aqdetr_jax.data.images import as_array
 from aqdetr_jax.data.open import load_dataset
-from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline
+from aqdetr_jax.data.pipeline import PipelineConfig
 from aqdetr_jax.data.transforms import resized_size
 from aqdetr_jax.evaluation.coco import postprocess
 from aqdetr_jax.models.config import DetrConfig
@@ -79,7 +80,7 @@ def rows_of(dataset, buckets=OFFICIAL, batch_size=1):
         prefetch=0,
     )
     found = {}
-    for batch in make_eval_pipeline(dataset, config):
+    for batch in EvalBatches(dataset, config):
         for i, index in enumerate(batch["image_index"]):
             name = Path(dataset.file_name(int(index))).stem
             found[name] = {key: value[i] for key, value in batch.items()}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from aqdetr_jax.checkpoint.model_folder import InputRule
-from aqdetr_jax.data.pipeline import EvalBatches, PipelineConfig
+from aqdetr_jax.data.eval_batches import EvalBatches
+from aqdetr_jax.data.pipeline import PipelineConfig
 from aqdetr_jax.data.shapes.dataset import ShapesDataset
 from aqdetr_jax.interop.preprocessing import ImageRule, buckets
 

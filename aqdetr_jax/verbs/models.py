@@ -1,63 +1,12 @@
-"""What the verbs of the command do: they call the package, and print what it says; no logic.
-
-A verb imports what it needs when it runs: help and mistyped arguments must not wait for JAX.
-
-Each takes the parsed arguments and the overrides of the configuration, and returns an exit status
-(None = 0).
-"""
+"""Models: judged, used, changed into other forms, measured."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from aqdetr_jax import host
-
-
-def _experiment(arguments, overrides, **options):
-    from aqdetr_jax.training.experiment import load_experiment
-
-    return load_experiment(arguments.config, overrides, **options)
-
-
-def train(arguments: argparse.Namespace, overrides: Sequence[str], **options: Any) -> None:
-    """Trains one run."""
-    from aqdetr_jax.parallel.hosts import initialize_distributed, is_main
-    from aqdetr_jax.reporting import report_training
-    from aqdetr_jax.training.loop import train
-
-    initialize_distributed()
-    result = train(_experiment(arguments, overrides, **options), arguments.workdir)
-    if is_main():
-        report_training(result, arguments.workdir)
-
-
-def pretrain(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Pretrains a backbone."""
-    train(arguments, overrides, pretrain=True)
-
-
-def rerun(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Does a run again from its manifest."""
-    from aqdetr_jax.parallel.hosts import initialize_distributed, say
-    from aqdetr_jax.training.rerun import format_rerun, rerun
-
-    initialize_distributed()
-    made = rerun(arguments.manifest, arguments.workdir)
-    say(format_rerun(made))
-    return int(not made["equal"])
-
-
-def replay(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Takes the step of a dump again."""
-    from aqdetr_jax.training.dump import format_replay, replay
-
-    made = replay(arguments.dump)
-    print(format_replay(made))
-    return int(not made["reproduced"])
+from aqdetr_jax.verbs.shared import counter, experiment, show_line, show_stages
 
 
 def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -76,7 +25,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     given = [text.partition("=")[0] for text in overrides]
     if any(key in INPUT_KEYS for key in given) and "data.fit" not in given:
         overrides = (*overrides, "data.fit=0")  # the keys it would decide are given
-    config = _experiment(arguments, overrides)
+    config = experiment(arguments, overrides)
     if arguments.out:
         as_path(arguments.out).mkdir(parents=True, exist_ok=True)
     bundle = open_model(arguments.model)
@@ -88,7 +37,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         batch_size=eval_batch_size(config),
         seed=config.seed,
         rule=rule,
-        progress=_counter("evaluated", "batches") if is_main() else None,
+        progress=counter("evaluated", "batches") if is_main() else None,
     )
     if not is_main():
         return
@@ -107,21 +56,10 @@ def ptq(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from aqdetr_jax.training.effects import check_calibration_keys
 
     check_calibration_keys(overrides)
-    config = _experiment(arguments, overrides)
-    block = ptq(config, arguments.out, _counter("evaluated", "batches"))
+    config = experiment(arguments, overrides)
+    block = ptq(config, arguments.out, counter("evaluated", "batches"))
     print(f"written to {arguments.out}")
     print(format_results(block))
-
-
-def _counter(verb: str, things: str) -> Callable[[int, int], None]:
-    """Shows "VERB 3/20 THINGS", rewritten on a terminal, else once at the end."""
-
-    def show(done: int, total: int) -> None:
-        end = "\n" if done == total else "\r"
-        if sys.stderr.isatty() or done == total:
-            print(f"{verb} {done}/{total} {things}", end=end, file=sys.stderr, flush=True)
-
-    return show
 
 
 def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -215,7 +153,7 @@ def _export_to_devices(arguments, overrides) -> None:
             raise ValueError(
                 f"config.{key} has no effect: images are those of the model's own rule"
             )
-    config = _experiment(arguments, overrides)
+    config = experiment(arguments, overrides)
     images = IMAGES if arguments.images is None else arguments.images
     report = export_model(
         arguments.model,
@@ -223,7 +161,7 @@ def _export_to_devices(arguments, overrides) -> None:
         arguments.format,
         GateData(config.data, images, eval_batch_size(config), config.name),
         force=arguments.force,
-        progress=_stages(),
+        progress=show_stages(),
         **options,
     )
     print(format_report(report))
@@ -250,134 +188,11 @@ def benchmark(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         runs=arguments.runs,
         image=arguments.image,
         openvino=arguments.openvino,
-        progress=_line,
+        progress=show_line,
     )
     print(format_benchmark(result))
     if arguments.json:
         print(f"written to {write_json_atomic(arguments.json, result)}")
-
-
-def _line(text: str) -> None:
-    """Shows what is being done on a terminal, rewritten."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
-
-
-def _stages() -> Callable[[str, int, int], None]:
-    """Shows "THINGS done 3/20", rewritten on a terminal, else once at the end of each."""
-
-    def show(things: str, done: int, total: int) -> None:
-        _counter(things, "batches")(done, total)
-
-    return show
-
-
-def quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Compresses the packaged teacher."""
-    from aqdetr_jax.quickstart import quickstart
-
-    quickstart(
-        arguments.workdir,
-        model=arguments.model,
-        from_scratch=arguments.from_scratch,
-        baseline=arguments.baseline,
-        overrides=tuple(overrides),
-    )
-
-
-def finetune(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Trains on a folder of images."""
-    from aqdetr_jax.finetune import finetune
-    from aqdetr_jax.paths import as_path
-
-    finetune(
-        arguments.data,
-        arguments.workdir or f"runs/finetune-{as_path(arguments.data).resolve().name}",
-        family=arguments.model,
-        source=arguments.source or "",
-        baseline=arguments.baseline,
-        effort=arguments.effort,
-        overrides=overrides,
-    )
-
-
-def prepare(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Writes a data set."""
-    from aqdetr_jax.data.coco_writer import write_coco_folders
-    from aqdetr_jax.data.notices import say_contents, say_findings
-    from aqdetr_jax.data.official import open_official
-    from aqdetr_jax.data.open import open_both
-    from aqdetr_jax.data.tfds_builder import prepare
-
-    if arguments.set and overrides:
-        raise ValueError(f"{overrides[0]} has no effect: --set reads no configuration")
-    if arguments.set:
-        sets = open_official(arguments.set, arguments.manual, partial=arguments.partial)
-    elif arguments.manual or arguments.partial:
-        raise ValueError("--manual and --partial are of --set")
-    else:
-        sets = open_both(_experiment(arguments, overrides).data)
-    for dataset in sets.values():
-        say_contents(dataset)
-        say_findings(dataset)
-    show = _counter("written", "images")
-    if arguments.format == "tfds":
-        print(f"written to {prepare(sets, arguments.out, progress=show)}")
-    else:
-        for file in write_coco_folders(sets.values(), arguments.out, progress=show):
-            print(f"written to {file}")
-
-
-def inspect(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Checks a data set."""
-    from aqdetr_jax.data.inspect import format_report, inspect_dataset
-    from aqdetr_jax.data.open import open_dataset
-    from aqdetr_jax.paths import as_path
-    from aqdetr_jax.training.data_check import reasons_to_stop
-    from aqdetr_jax.viz.contact_sheet import write_contact_sheets
-
-    config = _experiment(arguments, overrides)
-    evaluation = open_dataset(config.data, train=False)
-    train = open_dataset(config.data, train=True)
-    queries = config.model.num_queries or None
-    show = _counter("read", "images")
-    reports = [
-        inspect_dataset(train, queries, other=evaluation, progress=show),
-        inspect_dataset(evaluation, queries, progress=show),
-    ]
-    for report in reports:
-        print(format_report(report))
-    if arguments.pictures:
-        sets = list(zip((train, evaluation), reports, strict=True))
-        for path in write_contact_sheets(as_path(arguments.pictures), sets, seed=config.seed):
-            print(f"written to {path}")
-    reasons = reasons_to_stop(config, train, evaluation, reports)
-    for reason in reasons:
-        print(f"training would stop: {reason}")
-    return int(bool(reasons))
-
-
-def plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Compiles for TPUs."""
-    from aqdetr_jax.io import write_json_atomic
-    from aqdetr_jax.planning.plan import KINDS, as_json, make_plan
-    from aqdetr_jax.planning.table import format_plan
-
-    host.use_cpu()
-    plan = make_plan(
-        _experiment(arguments, overrides),
-        arguments.topology,
-        per_chip=arguments.per_chip,
-        bucket=arguments.bucket,
-        kinds=KINDS if arguments.kind == "both" else (arguments.kind,),
-        images=arguments.images,
-        fast=arguments.fast,
-        search=arguments.search,
-    )
-    print(format_plan(plan))
-    if arguments.out:
-        print(f"written to {write_json_atomic(arguments.out, as_json(plan))}")
-    return int(not plan.fits)
 
 
 def complexity(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -392,7 +207,7 @@ def complexity(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if arguments.model:
         made = complexity.complexity_of_model(arguments.model, size)
     else:
-        made = complexity.complexity_of_config(_experiment(arguments, overrides), size)
+        made = complexity.complexity_of_config(experiment(arguments, overrides), size)
     if arguments.operations:
         print(format_bit_report({**made, "rows": made["operations"]}), end="\n\n")
     print(complexity.format_complexity(made))
@@ -407,7 +222,7 @@ def sensitivity(arguments: argparse.Namespace, overrides: Sequence[str]) -> None
     from aqdetr_jax.reporting import report_sensitivity
 
     result = sensitivity(
-        _experiment(arguments, overrides),
+        experiment(arguments, overrides),
         arguments.model,
         arguments.out,
         images=arguments.images,
@@ -417,10 +232,3 @@ def sensitivity(arguments: argparse.Namespace, overrides: Sequence[str]) -> None
     )
     print(as_text(result))
     report_sensitivity(result, arguments.out)
-
-
-def config(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Prints a configuration."""
-    from aqdetr_jax.config_types import from_dataclass
-
-    print(json.dumps(from_dataclass(_experiment(arguments, overrides)), indent=2))
