@@ -51,6 +51,7 @@ class Row:
       overrides: of the configuration.
       facts: what tells the rows apart in tables: family, method, bits, seed.
       model: of "eval".
+      start: row of the same study whose model it starts from, if it is not the configuration's.
     """
 
     name: str
@@ -59,10 +60,12 @@ class Row:
     overrides: tuple[str, ...] = ()
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: str = ""
+    start: str = ""
 
     def command(self, folder: Path | str, more: Sequence[str] = ()) -> list[str]:
         """The words after ``aqdetr`` that make the row."""
-        overrides = [f"--config.{word}" for word in (*self.overrides, *more)]
+        start = (f"init_from={Path(folder).parent / self.start}",) if self.start else ()
+        overrides = [f"--config.{word}" for word in (*self.overrides, *start, *more)]
         config = f"--config={self.config}"
         if self.kind == "train":
             return ["train", config, f"--workdir={folder}", *overrides]
@@ -111,7 +114,11 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
         except WorkdirError:
             continue  # somebody else makes it
         with contextlib.closing(lock):
-            if row.name in {made["name"] for made in rows_of(options.out)}:
+            done = {made["name"] for made in rows_of(options.out)}
+            if row.name in done:
+                continue
+            if row.start and row.start not in done:
+                print(f"{row.name} starts from {row.start}, which is not done yet: left out")
                 continue
             print(f"=== {number}/{len(wanted)} {row.name}", flush=True)
             made = made_row(row, options.work / row.name, overrides, child)
@@ -176,10 +183,11 @@ def made_row(
     truth = open_dataset(config.data, train=False).coco_ground_truth()
     draws = image_draws(len(truth["images"]), DRAWS)
     ap = bootstrap_ap(truth, Detections.read(folder, 0.0).results, draws)
+    shown = f"DIR/{row.name}" if row.start else "DIR"
     return {
         "name": row.name,
         "facts": dict(row.facts),
-        "command": "aqdetr " + " ".join(row.command("DIR", hidden(overrides))),
+        "command": "aqdetr " + " ".join(row.command(shown, hidden(overrides))),
         **block,
         "run_seconds": round(time.monotonic() - start, 1),
         "cores": host.cores(),

@@ -85,3 +85,15 @@ def test_a_failed_row_can_be_made_again(started, monkeypatch):
         started()
     monkeypatch.setattr(study, "made_row", make)
     assert len(started()) == len(ROWS)
+
+
+def test_a_row_waits_for_the_one_it_starts_from(started, tmp_path, capsys):
+    student = study.Row("student", "shapes_w4a4:queries100-lsq", start="teacher")
+    teacher = study.Row("teacher", "shapes_teacher:queries100")
+    started(rows=(student, teacher))
+    assert "student starts from teacher, which is not done yet" in capsys.readouterr().out
+    assert started.made == ["teacher"]
+    assert len(started(rows=(student, teacher))) == 2
+    words = student.command(tmp_path / "student", ("seed=1",))
+    assert words[3:] == [f"--config.init_from={tmp_path / 'teacher'}", "--config.seed=1"]
+    assert teacher.command("DIR")[3:] == []
