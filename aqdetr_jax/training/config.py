@@ -120,7 +120,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig:
-    """A part of a run in which less is quantized, or less is trained.
+    """A part of a run in which less is quantized, or less is trained, or at other rates.
 
     Attributes:
       begin: fraction of the run's steps after which it begins.
@@ -130,6 +130,7 @@ class PhaseConfig:
       trained: regular expressions of paths of the parameters that are trained, as far as they are
         otherwise; the others stay as they are. () = all.
       from_average: begins from the moving average of the parameters (``optimizer.ema``).
+      rate: factor on the learning rates that the schedule gives.
     """
 
     begin: float = 0.0
@@ -137,6 +138,7 @@ class PhaseConfig:
     quantized: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     from_average: bool = False
+    rate: float = 1.0
 
     def __post_init__(self):
         for pattern in (*self.quantized, *self.trained):
@@ -146,11 +148,13 @@ class PhaseConfig:
                 f"begin={self.begin} and end={self.end} must be fractions of the run in order: "
                 "0 <= begin < end <= 1"
             )
-        if not (self.quantized or self.trained or self.from_average):
+        if not (self.quantized or self.trained or self.from_average or self.rate != 1):
             raise ValueError(
-                "a phase without quantized, trained or from_average is the run as it is: give one "
-                "of them, or leave the phase out"
+                "a phase without quantized, trained, from_average or rate is the run as it is: "
+                "give one of them, or leave the phase out"
             )
+        if self.rate <= 0:
+            raise ValueError(f"rate must be positive, got {self.rate}: see trained for what stays")
         if self.from_average and not self.begin:
             raise ValueError("from_average needs begin > 0: before the first step there is none")
 

@@ -77,6 +77,11 @@ class Phase:
         chosen = packing.mask(lambda path: any(re.search(p, path) for p in patterns))
         return jax.tree.map(one, chosen, new, old)
 
+    def at_rate(self, updates: Any) -> Any:
+        """The optimizer's updates at this phase's learning rates; they are linear in those."""
+        rate = 1.0 if self.rules is None else self.rules.rate
+        return updates if rate == 1 else jax.tree.map(lambda x: rate * x, updates)
+
     def describe(self) -> str:
         """For the progress of a run."""
         texts = [f"steps {self.first + 1} to {self.stop}"]
@@ -86,6 +91,8 @@ class Phase:
             for name in ("quantized", "trained"):
                 if getattr(self.rules, name):
                     texts.append(f"{name}: {', '.join(getattr(self.rules, name))}")
+            if self.rules.rate != 1:
+                texts.append(f"learning rates x {self.rules.rate:g}")
         return "; ".join(texts)
 
 

@@ -340,6 +340,7 @@ def make_train_step(
         squares = jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(gradients)])
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, old)
+        updates = phase.at_rate(updates)
         params = optim.keep_steps_positive(optax.apply_updates(old, updates), packing.groups)
         params = phase.of_trained(packing, params, old)
         bad_steps = optim.count_bad_steps(params, packing.groups)

@@ -28,6 +28,8 @@ from aqdetr_jax.training.config import (
 )
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.phases import Phase, check_phases, phase_of, restarted, run_phases
+from aqdetr_jax.training.state import TrainState
+from aqdetr_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -62,7 +64,8 @@ def test_phases_make_up_the_run():
     [
         ("{'begin': 0.5, 'end': 0.5, 'trained': ('a',)}", "0 <= begin < end <= 1"),
         ("{'end': 1.5, 'trained': ('a',)}", "0 <= begin < end <= 1"),
-        ("{'begin': 0.5}", "without quantized, trained or from_average is the run as it is"),
+        ("{'begin': 0.5}", "without quantized, trained, from_average or rate is the run as it is"),
+        ("{'begin': 0.5, 'rate': 0.0}", "rate must be positive, got 0.0"),
         ("{'from_average': True}", "from_average needs begin > 0"),
         ("{'quantised': ('a',)}", "has no key 'quantised'; did you mean 'quantized'"),
         ("{'trained': ('(',)}", "not a regular expression"),
@@ -118,6 +121,31 @@ def test_adam_starts_again_and_the_schedule_goes_on():
     made = updates(restarted(asleep, True))
     np.testing.assert_allclose(made, -np.repeat(rates[:, None], 2, 1), rtol=1e-4)
     assert (updates(restarted(asleep, False))[-1] < -2 * rates[-1]).all()
+
+
+def test_a_phase_has_rates_of_its_own():
+    """A first update of Adam is the rate, plus the decay at that rate; of a step relative to it."""
+    params = {"kernel": np.float32([[1.0, -2.0]]), "bias": np.float32([0.5])}
+    params |= {"input_step": np.float32(0.25), "x_offset": np.float32(-1.0)}
+    config = OptimizerConfig(
+        lr=0.01, lr_steps=0.001, weight_decay=0.1, clip_norm=0.0, schedule="constant"
+    )
+    optimizer = optim.make_optimizer(params, config, 10, frozen_norms=False)
+
+    def loss_fn(params, stats, teacher, batch, number, part=None):
+        loss = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))
+        return loss, ({"loss": loss}, stats)
+
+    rules = PhaseConfig(rate=3.0, trained=("kernel", "_step", "_offset"))
+    experiment = dataclasses.replace(tiny.FLOAT, optimizer=config)
+    step = jax.jit(make_train_step(experiment, loss_fn, optimizer, Phase(0, 5, rules)))
+    state = TrainState.create(params, {}, optimizer, ema=False)
+    after = jax.device_get(step(state, {}, {})[0].params)
+    decayed = params["kernel"] - 3 * 0.01 * (1 + 0.1 * params["kernel"])
+    np.testing.assert_allclose(after["kernel"], decayed, rtol=1e-5)
+    np.testing.assert_allclose(after["input_step"], 0.25 * (1 - 3 * 0.001), rtol=1e-6)
+    np.testing.assert_allclose(after["x_offset"], -1 - 3 * 8 * 0.001, rtol=1e-5)
+    np.testing.assert_array_equal(after["bias"], params["bias"])
 
 
 # --- what a phase does to a model ------------------------------------------------------------
