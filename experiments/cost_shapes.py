@@ -58,8 +58,11 @@ class Method:
     def __init__(self, family: str, name: str, overrides: tuple[str, ...], mesh: Any):
         variant = f"{FAMILIES[family]}{'lsq' if name == 'float' else name}"
         # Time does not depend on the weights: every model starts from random ones.
-        words = ("init_from=unused", *overrides, *(("quant.policy=float",) * (name == "float")))
-        config = load_experiment(f"configs/shapes_quickstart.py:{variant}", words)
+        words = ["init_from=unused", *overrides]
+        if name == "float":
+            words = [word for word in words if not word.startswith("quant.")]
+            words.append("quant.policy=float")
+        config = load_experiment(f"configs/shapes_quickstart.py:{variant}", tuple(words))
         self.data = open_dataset(config.data, train=True)
         self.config = config = sizing.with_data(config, self.data)
         module, teacher = setup.build_module(config), stand_in_teacher(config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import re
 import shutil
 
@@ -28,6 +30,7 @@ from aqdetr_jax.training.config import (
 )
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.phases import Phase, check_phases, phase_of, restarted, run_phases
+from aqdetr_jax.training.programs import StepPrograms
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import make_train_step
 
@@ -159,7 +162,7 @@ def student(tiny_teacher, quick_compile):
     config = dataclasses.replace(
         config,
         quant=grid,
-        model=tiny.MODEL,
+        model=dataclasses.replace(tiny.MODEL, decoder_layers=1),
         distill=DistillConfig(),
         train=dataclasses.replace(
             config.train,
@@ -208,10 +211,31 @@ def test_float_operations_are_the_float_models_bit_for_bit(student):
 
 
 @pytest.fixture(scope="module")
-def straight(student, tmp_path_factory):
+def train():
+    """``train(config, folder)`` returns what a run says; all of them compile once."""
+    made = []
+
+    def programs(*arguments):
+        made.extend([StepPrograms(*arguments)] * (not made))
+        return made[0]
+
+    def run(config, folder):
+        with pytest.MonkeyPatch.context() as patch, io.StringIO() as told:
+            patch.setattr(loop, "StepPrograms", programs)
+            with contextlib.redirect_stdout(told):
+                loop.train(config, folder)
+            return told.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(student, train, tmp_path_factory):
     """The folder of a run that was never stopped, with a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("phases") / "straight"
-    loop.train(student[0], folder)
+    told = train(student[0], folder)
+    assert "steps 1 to 2; quantized: ^backbone/; trained: ^backbone/\n" in told
+    assert "steps 3 to 4; from the moving average; trained: _(step|offset)$, " in told
     return folder
 
 
@@ -286,9 +310,7 @@ def test_patterns_that_match_nothing_are_named(student):
 # --- a run ------------------------------------------------------------------------------------
 
 
-def test_a_run_that_goes_on_at_a_border_equals_the_straight_one(
-    student, straight, tmp_path, capsys
-):
+def test_a_run_that_goes_on_at_a_border_equals_the_straight_one(student, train, straight, tmp_path):
     folder = tmp_path / "resumed"
     shutil.copytree(straight, folder)
     (folder / "results.json").unlink()
@@ -296,11 +318,7 @@ def test_a_run_that_goes_on_at_a_border_equals_the_straight_one(
     for path in (folder / "checkpoints").glob("step_*"):
         if int(re.search(r"\d+", path.name)[0]) > 2:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    loop.train(student[0], folder)
-    told = capsys.readouterr().out
-    assert "going on from step 2" in told
-    assert "steps 3 to 4; from the moving average; trained: " in told
-    assert "steps 1 to 2" not in told
+    assert "going on from step 2" in train(student[0], folder)
     found = []
     for each in (straight, folder):
         with Checkpoints(each / "checkpoints") as checkpoints:
