@@ -47,7 +47,7 @@ def comparison(
 
     Returns:
       "difference" of the means; "better", the share of draws of images in which the mean over seeds
-      is higher; "wins" and "seeds"; None if they share no seed.
+      is higher, of equals half; "wins" and "seeds"; None if they share no seed.
     """
     left, right = ({r["facts"].get("seed", 0): r for r in some} for some in (rows, others))
     seeds = sorted(left.keys() & right.keys())
@@ -56,7 +56,7 @@ def comparison(
     draws = np.mean([np.subtract(left[s]["AP_draws"], right[s]["AP_draws"]) for s in seeds], axis=0)
     return {
         "difference": statistics.mean(left[s]["AP"] - right[s]["AP"] for s in seeds),
-        "better": float(np.mean(draws > 0)),
+        "better": float(np.mean(draws > 0) + np.mean(draws == 0) / 2),
         "wins": sum(left[s]["AP"] > right[s]["AP"] for s in seeds),
         "seeds": len(seeds),
     }

@@ -34,6 +34,12 @@ def test_a_study_of_one_family_has_one_table():
     assert found == "better: +0.0500, in 100% of the draws, on 2 of 2 seeds"
 
 
+def test_equals_are_no_worse():
+    rows = [trained("lsq", 4, 0.4)]
+    found = render_study.verdict(render_study.comparison(rows, rows))
+    assert found == "no difference shown: +0.0000, in 50% of the draws, on 0 of 1 seed"
+
+
 def test_schedules_stand_against_the_plain_one():
     rows = [
         trained("lsq", 4, 0.40, schedule="plain"),
