@@ -50,7 +50,7 @@ class StepPrograms:
             phase: Programs(
                 assembly.step(module, teacher, phase),
                 batches,
-                name="training step",
+                name=f"training step{f' ({phase.first + 1} to {phase.stop})' * self._told}",
                 remedies=remedies,
             )
             for phase in self._phases
