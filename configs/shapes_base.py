@@ -7,11 +7,16 @@ Deformable DETR three of strides 8, 16 and 32 (336 tokens), with box refinement.
 
 from ml_collections import ConfigDict
 
+FAMILIES = ("detr", "deformable", "queries100")
+
 
 def get_config(family: str = "detr") -> ConfigDict:
-    """Data and model of the embedded set; ``family``: "detr" or "deformable"."""
-    if family not in ("detr", "deformable"):
-        raise ValueError(f"unknown family {family!r}: 'detr' or 'deformable'")
+    """Data and model of the embedded set.
+
+    ``family``: "detr", "deformable", or "queries100", a DETR with its own balance of positives.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}: one of {FAMILIES}")
     config = ConfigDict()
     config.name = "shapes_base"
     config.task = "detect"
@@ -80,6 +85,9 @@ def get_config(family: str = "detr") -> ConfigDict:
             log_every=20,
         )
     )
+    if family == "queries100":  # for 4.5 objects an image: positives are rare, as in DETR itself
+        config.model.num_queries = 100
+        config.loss.eos = 0.1
     if family == "deformable":
         config.model.backbone.update(strides=(1, 2, 2), dilations=(1, 1, 1))
         config.model.update(

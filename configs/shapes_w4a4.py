@@ -5,7 +5,8 @@ aqdetr ptq   --config=configs/shapes_w4a4.py:VARIANT --out=DIR       (calibrated
 
 VARIANT: "aqdetr" (auxiliary queries and distillation), "auxiliary", "distill" (one of them), "lsq"
 (neither), "lsq_plus" (grids with a learned offset), "qdetr" (those, distribution alignment and the
-distillation of foreground queries); of Deformable DETR "deformable-aqdetr" and so on.
+distillation of foreground queries); of Deformable DETR "deformable-aqdetr" and so on, of a DETR
+with 100 queries "queries100-aqdetr" and so on, with 300 auxiliary queries and K = 3.
 Bits: --config.quant.policy=w3a3 (or w2a2, w4a4-attn8, w8a8).
 
 Result (seed 0, 1200 validation images): aqdetr AP 0.484, 98.8 % of the teacher's
@@ -28,12 +29,14 @@ def get_config(variant: str = "aqdetr") -> ConfigDict:
     family = family or "detr"
     if method not in VARIANTS:
         raise ValueError(
-            f"unknown variant {variant!r}; one of {sorted(VARIANTS)}, or deformable-VARIANT"
+            f"unknown variant {variant!r}; one of {sorted(VARIANTS)}, deformable-VARIANT or "
+            "queries100-VARIANT"
         )
     config = shapes_base.get_config(family)
     prefix = "" if family == "detr" else f"{family}_"
     config.name = f"shapes_w4a4_{prefix}{method}"
-    config.init_from = f"packaged:shapes_{prefix}teacher"
+    whose = "runs/" if family == "queries100" else "packaged:"
+    config.init_from = f"{whose}shapes_{prefix}teacher"
     # Centred inputs keep 78 % of the teacher's AP by calibration alone, symmetric ones 72 %.
     grid = "offset" if method in ("lsq_plus", "qdetr") else "centred"
     config.quant = ConfigDict(
@@ -42,8 +45,9 @@ def get_config(variant: str = "aqdetr") -> ConfigDict:
     # Four bits cost small objects and tight boxes most: AP75 gains by a larger GIoU weight.
     config.loss.giou = 5.0
     if method in ("auxiliary", "aqdetr"):
-        config.auxiliary = ConfigDict(dict(weight=1.0, repeats=2, start="object", noise=0.1))
-        config.model.num_auxiliary = 50
+        count, repeats = (300, 3) if family == "queries100" else (50, 2)
+        config.auxiliary = ConfigDict(dict(weight=1.0, repeats=repeats, start="object", noise=0.1))
+        config.model.num_auxiliary = count
     # Found on seed 0 with 400 steps of 32 or 800 of 16 images: the encoder's KL is about 0.1, so
     # that a weight of 1 says nothing beside a detection loss of 14; the decoder's cross-attention
     # [ours] added 0.007 AP to the encoder's [the paper's].

@@ -442,6 +442,15 @@ def main() -> None:
     replace(document, "ledger", render_ledger.ledger_table())
     title = "Embedded set, the quickstart's schedule"
     replace(document, "main", render_study.main_table(title, load("main_shapes.json")))
+    studies = {
+        "balance": (render_study.main_table, "100 object queries, 300 auxiliary ones, K = 3"),
+        "schedules": (render_study.schedules_table, "Schedules, DETR, embedded set, one seed"),
+        "capacity": (render_study.capacity_tables, "Query capacity, embedded set"),
+        "cost": (render_study.cost_tables, "Cost of a training step, embedded set"),
+    }
+    for name, (table, about) in studies.items():
+        replace(document, name, table(about, load(f"{name}_shapes.json")))
+    render_study.write_capacity_pictures(load("capacity_shapes.json"), ROOT / "docs")
     replace(document, "ablation", "\n\n".join(parts))
 
 

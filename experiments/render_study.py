@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from aqdetr_jax.viz.curves import capacity_curves, save_figure
 
 NAMES = {
     "float": "float",
@@ -31,12 +34,10 @@ def of(rows: Sequence[Mapping[str, Any]], **facts: Any) -> list[Mapping[str, Any
     return sorted(found, key=lambda row: row["facts"].get("seed", 0))
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
+def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
     """Mean and standard deviation over seeds."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:.4f}"
-    return f"{mean:.4f} ± {statistics.stdev(values):.4f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def comparison(
@@ -46,7 +47,7 @@ def comparison(
 
     Returns:
       "difference" of the means; "better", the share of draws of images in which the mean over seeds
-      is higher; "wins" and "seeds"; None if they share no seed.
+      is higher, of equals half; "wins" and "seeds"; None if they share no seed.
     """
     left, right = ({r["facts"].get("seed", 0): r for r in some} for some in (rows, others))
     seeds = sorted(left.keys() & right.keys())
@@ -55,7 +56,7 @@ def comparison(
     draws = np.mean([np.subtract(left[s]["AP_draws"], right[s]["AP_draws"]) for s in seeds], axis=0)
     return {
         "difference": statistics.mean(left[s]["AP"] - right[s]["AP"] for s in seeds),
-        "better": float(np.mean(draws > 0)),
+        "better": float(np.mean(draws > 0) + np.mean(draws == 0) / 2),
         "wins": sum(left[s]["AP"] > right[s]["AP"] for s in seeds),
         "seeds": len(seeds),
     }
@@ -85,6 +86,8 @@ def main_table(title: str, result: Mapping[str, Any] | None, reference: str = "l
     rows, parts = result["rows"], []
     for family, name in FAMILIES.items():
         mine = of(rows, family=family)
+        if not mine:
+            continue
         bits = sorted({r["facts"]["bits"] for r in mine} - {32}, reverse=True)
         whole = of(mine, method="float")
         if not whole:
@@ -116,7 +119,151 @@ def main_table(title: str, result: Mapping[str, Any] | None, reference: str = "l
                     "–" if method == reference else verdict(pair),
                 ]
             lines.append(f"| {label} | {count} | {' | '.join(cells)} |")
-        commits = sorted({r["commit"][:12] + r["commit"][40:] for r in mine})
-        lines += ["", f"Commits {', '.join(commits)}."]
+        lines += ["", commits_of(mine)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def commits_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The commits of some rows, in twelve digits; that one was dirty stays said."""
+    commits = sorted({r["commit"][:12] + r["commit"][40:] for r in rows})
+    return f"Commits {', '.join(commits)}."
+
+
+SCHEDULES = {
+    "plain": "as it is (moving average evaluated)",
+    "raw": "without the moving average",
+    "backbone_first": "a third with only the backbone quantized (Q-DETR's first stage)",
+    "backbone_alone": "a third with only the backbone quantized and trained",
+    "steps_last": "a last tenth of steps, offsets and shifts, from the average",
+}
+
+
+def schedules_table(title: str, result: Mapping[str, Any] | None) -> str:
+    """Schedules by method and bits, each against the plain one."""
+    if result is None:
+        return f"**{title}**: not run."
+    rows = result["rows"]
+    kinds = sorted({(-r["facts"]["bits"], r["facts"]["method"]) for r in rows})
+    kinds = sorted(kinds, key=lambda kind: (kind[0], list(NAMES).index(kind[1])))
+    heads = [f"{NAMES[method]}, {-bits} bits | against plain" for bits, method in kinds]
+    lines = [
+        f"**{title}**: AP.",
+        "",
+        f"| schedule | {' | '.join(heads)} |",
+        "|---" * (2 * len(kinds) + 1) + "|",
+    ]
+    for schedule, label in SCHEDULES.items():
+        cells = []
+        for bits, method in kinds:
+            mine = of(rows, method=method, bits=-bits)
+            found, plain = (of(mine, schedule=name) for name in (schedule, "plain"))
+            if not found:
+                cells += ["not run", ""]
+                continue
+            values = mean_and_spread([r["AP"] for r in found])
+            cells += [values, "–" if schedule == "plain" else verdict(comparison(found, plain))]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", commits_of(rows)])
+
+
+CAPACITY = {
+    "entropy": "entropy, nats",
+    "effective_rank": "effective rank",
+    "cosine": "mean cosine",
+    "distinct": "distinct predictions",
+}
+DRAWN = ("float", "lsq", "qdetr", "aqdetr")
+"""Methods of the picture of query capacity."""
+
+
+def capacity_tables(title: str, result: Mapping[str, Any] | None) -> str:
+    """Query capacity after the last decoder layer, of each family, method and number of bits."""
+    if result is None:
+        return f"**{title}**: not run."
+    parts = []
+    for family, name in FAMILIES.items():
+        mine = of(result["rows"], family=family)
+        if not mine:
+            continue
+        lines = [
+            f"**{title}, {name}**: object queries after the last decoder layer, "
+            f"{mine[0]['images']} images, mean ± standard deviation over seeds.",
+            "",
+            f"| model | bits | seeds | {' | '.join(CAPACITY.values())} | positives a step |",
+            "|---" * (len(CAPACITY) + 4) + "|",
+        ]
+        for bits in sorted({r["facts"]["bits"] for r in mine}, reverse=True):
+            for method, label in NAMES.items():
+                found = of(mine, method=method, bits=bits)
+                if not found:
+                    continue
+                cells = [
+                    mean_and_spread([r["layers"][-1][key] for r in found], 2) for key in CAPACITY
+                ]
+                positives = [r["positives"] for r in found if "positives" in r]
+                cells.append(
+                    " + ".join(
+                        f"{statistics.mean(p[kind] for p in positives):.0f} {kind}"
+                        for kind in positives[0]
+                    )
+                    if positives
+                    else "–"
+                )
+                lines.append(f"| {label} | {bits} | {len(found)} | {' | '.join(cells)} |")
+        parts.append("\n".join([*lines, "", f"`{result['command']}`. {commits_of(mine)}"]))
+    return "\n\n".join(parts)
+
+
+def write_capacity_pictures(result: Mapping[str, Any] | None, folder: Path) -> None:
+    """``capacity_FAMILY.png``: each measure by decoder layer, the mean over seeds."""
+    if result is None:
+        return
+    for family in FAMILIES:
+        rows = []
+        for method in DRAWN:
+            mine = of(result["rows"], family=family, method=method)
+            for bits in sorted({r["facts"]["bits"] for r in mine}, reverse=True):
+                found = of(mine, bits=bits)
+                for layer in range(len(found[0]["layers"])):
+                    means = {
+                        text: statistics.mean(r["layers"][layer][key] for r in found)
+                        for key, text in CAPACITY.items()
+                    }
+                    kind = "" if method == "float" else f"{bits} bits"
+                    names = {"model": NAMES[method], "set": kind}
+                    rows.append({**names, "layer": layer + 1, **means})
+        figure = capacity_curves(rows)
+        if figure is not None:
+            save_figure(figure, folder / f"capacity_{family}.png")
+
+
+def cost_tables(title: str, result: Mapping[str, Any] | None) -> str:
+    """Time and memory of each method's step, and the size of what it exports."""
+    if result is None:
+        return f"**{title}**: not run."
+    parts = []
+    for family, found in result["families"].items():
+        lines = [
+            f"**{title}, {FAMILIES[family]}**: batch {found['batch']}, {result['device']}; ratios "
+            "are to the float step of the same run.",
+            "",
+            "| method | step, ms | of float | memory, MiB | of float | ONNX nodes | parameters | "
+            "bytes |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for method, row in found["methods"].items():
+            graph = row["onnx"]
+            lines.append(
+                f"| {NAMES[method]} | {1e3 * row['median_seconds']:.0f} | "
+                f"{row['time_of_float']:.2f} | {row['step_bytes'] / 2**20:.0f} | "
+                f"{row['memory_of_float']:.2f} | {graph['nodes']} | {graph['parameters']:,} | "
+                f"{graph['bytes']:,} |"
+            )
+        same = found["same_graph"]
+        names = ", ".join(NAMES[method] for method in same["methods"])
+        word = "are equal" if same["equal"] else "DIFFER"
+        lines += ["", f"The exported graphs of {names} {word} in nodes, parameters and bytes."]
+        parts.append("\n".join(lines))
+    commit = commits_of([result])
+    return "\n\n".join([*parts, f"`{result['command']}`. {commit}"])

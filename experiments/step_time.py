@@ -5,8 +5,8 @@ python experiments/step_time.py [--config=shapes_w4a4,shapes_w4a4:deformable-aqd
 
 Variants: float (no quantization), lsq (4-bit), auxiliary (+ auxiliary queries), aqdetr (+ teacher
 and distillation); on CPUs the first and the last once more in the order that XLA takes unless told
-otherwise (``training.step.LEAST_MEMORY``). They run in turn, round after round, on the same batch,
-so that a drift of the machine's speed hits all alike; ratios are medians over rounds, to the same
+otherwise (``assemble.LEAST_MEMORY``). They run in turn, round after round, on the same batch, so
+that a drift of the machine's speed hits all alike; ratios are medians over rounds, to the same
 model's float step and, where several configurations are given, to the first one's. Every step is
 compiled over the mesh as the training loop does it. Shares of the whole step: the matcher (timed
 alone on the same predictions), the teacher's forward pass (timed alone), and the quantizers (lsq

@@ -24,6 +24,8 @@ from types import FrameType
 from typing import Any, Literal
 
 from aqdetr_jax import host
+from aqdetr_jax.checkpoint.model_folder import load_model, save_model
+from aqdetr_jax.checkpoint.steps import Checkpoints
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.bootstrap import bootstrap_ap, image_draws
 from aqdetr_jax.evaluation.evaluator import Detections
@@ -36,7 +38,7 @@ ROOT = Path(__file__).resolve().parent
 RESULTS, MANIFESTS = ROOT / "results", ROOT / "manifests"
 DRAWS = 1000
 
-Kind = Literal["train", "ptq", "eval"]
+Kind = Literal["train", "ptq", "eval", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +48,12 @@ class Row:
     Attributes:
       name: of the row, and of its folder.
       config: configuration with its variant, as on the command line.
-      kind: "train", "ptq" (calibrated, not trained) or "eval" (``model`` as it is).
+      kind: "train", "ptq" (calibrated, not trained), "eval" (``model`` as it is) or "last" (run
+        ``start`` with its last parameters in place of their average, see ``last_model``).
       overrides: of the configuration.
       facts: what tells the rows apart in tables: family, method, bits, seed.
       model: of "eval".
+      start: row of the same study whose model it starts from, if it is not the configuration's.
     """
 
     name: str
@@ -58,16 +62,42 @@ class Row:
     overrides: tuple[str, ...] = ()
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: str = ""
+    start: str = ""
 
     def command(self, folder: Path | str, more: Sequence[str] = ()) -> list[str]:
         """The words after ``aqdetr`` that make the row."""
-        overrides = [f"--config.{word}" for word in (*self.overrides, *more)]
+        start = (f"init_from={Path(folder).parent / self.start}",) if self.start else ()
+        if self.kind == "last":
+            start = ()
+        overrides = [f"--config.{word}" for word in (*self.overrides, *start, *more)]
         config = f"--config={self.config}"
         if self.kind == "train":
             return ["train", config, f"--workdir={folder}", *overrides]
         if self.kind == "ptq":
             return ["ptq", config, f"--out={folder}", *overrides]
-        return ["eval", config, f"--model={self.model}", f"--out={folder}", *overrides]
+        model = self.model or f"{folder}/{LAST}"
+        return ["eval", config, f"--model={model}", f"--out={folder}", *overrides]
+
+
+LAST = "last"
+"""Folder of the model of a "last" row, within its own."""
+
+
+def last_model(run: Path, to: Path) -> None:
+    """The model of a finished run that an average was kept of, without it.
+
+    Args:
+      run: its folder; its last checkpoint has the parameters.
+      to: folder of the model.
+    """
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        restored = checkpoints.restore()
+    if restored is None:
+        raise SystemExit(f"{run / 'checkpoints'}: no checkpoint, of which the last model is")
+    tree = restored[0]
+    # What is empty is not in a checkpoint.
+    variables = {"params": tree["params"], "batch_stats": tree.get("batch_stats", {})}
+    save_model(to, dataclasses.replace(load_model(run), variables=variables))
 
 
 class Stopped(Exception):
@@ -110,7 +140,11 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
         except WorkdirError:
             continue  # somebody else makes it
         with contextlib.closing(lock):
-            if row.name in {made["name"] for made in rows_of(options.out)}:
+            done = {made["name"] for made in rows_of(options.out)}
+            if row.name in done:
+                continue
+            if row.start and row.start not in done:
+                print(f"{row.name} starts from {row.start}, which is not done yet: left out")
                 continue
             print(f"=== {number}/{len(wanted)} {row.name}", flush=True)
             made = made_row(row, options.work / row.name, overrides, child)
@@ -167,6 +201,8 @@ def made_row(
     """Runs a row, or goes on with it; returns what is kept of it."""
     child = child or _Child()
     start = time.monotonic()
+    if row.kind == "last":
+        last_model(folder.parent / row.start, folder / LAST)
     try:
         child.run(row.command(folder, overrides))
     except Stopped:
@@ -178,10 +214,11 @@ def made_row(
     truth = open_dataset(config.data, train=False).coco_ground_truth()
     draws = image_draws(len(truth["images"]), DRAWS)
     ap = bootstrap_ap(truth, Detections.read(folder, 0.0).results, draws)
+    shown = f"DIR/{row.name}" if row.start else "DIR"
     return {
         "name": row.name,
         "facts": dict(row.facts),
-        "command": "aqdetr " + " ".join(row.command("DIR", hidden(overrides))),
+        "command": "aqdetr " + " ".join(row.command(shown, hidden(overrides))),
         **block,
         "run_seconds": round(time.monotonic() - start, 1),
         "cores": host.cores(),

@@ -6,9 +6,17 @@ import json
 import sys
 import threading
 
+import jax
+import main_shapes
+import numpy as np
 import pytest
+import schedules_shapes
 import study
 import study_pictures
+import tiny
+
+from aqdetr_jax.checkpoint.model_folder import load_model, save_model
+from aqdetr_jax.checkpoint.steps import Checkpoints
 
 ROWS = tuple(study.Row(f"row{i}", "shapes_quickstart", facts={"seed": i}) for i in range(6))
 
@@ -114,3 +122,44 @@ def test_pictures_show_means_and_losses_by_class():
     assert list(axes[0].lines[0].get_ydata()) == pytest.approx([41.0, 21.0])
     bars = study_pictures.classes_figure(rows).axes[0].patches
     assert [bar.get_height() for bar in bars] == pytest.approx([20.0, 0.0])
+
+
+def test_a_row_waits_for_the_one_it_starts_from(started, tmp_path, capsys):
+    student = study.Row("student", "shapes_w4a4:queries100-lsq", start="teacher")
+    teacher = study.Row("teacher", "shapes_teacher:queries100")
+    started(rows=(student, teacher))
+    assert "student starts from teacher, which is not done yet" in capsys.readouterr().out
+    assert started.made == ["teacher"]
+    assert len(started(rows=(student, teacher))) == 2
+    words = student.command(tmp_path / "student", ("seed=1",))
+    assert words[3:] == [f"--config.init_from={tmp_path / 'teacher'}", "--config.seed=1"]
+    assert teacher.command("DIR")[3:] == []
+
+
+def test_the_last_parameters_of_a_run_in_place_of_their_average(tmp_path):
+    state = {"params": {"auxiliary_queries": np.ones(2)}, "ema": {}, "batch_stats": {}}
+    bundle = tiny.bundle(drawn=False)
+    state["params"] |= jax.tree.map(lambda x: x + 1, bundle.variables["params"])
+    save_model(tmp_path / "run" / "model", bundle)
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(3, state, wait=True)
+    row = study.Row("raw", "shapes_w4a4", "last", start="run")
+    study.last_model(tmp_path / "run", tmp_path / "raw" / "last")
+    assert row.command(tmp_path / "raw")[2:] == [
+        f"--model={tmp_path / 'raw' / 'last'}",
+        f"--out={tmp_path / 'raw'}",
+    ]
+    found = load_model(tmp_path / "raw" / "last")
+    jax.tree.map(
+        lambda mine, theirs: np.testing.assert_array_equal(mine, theirs + 1),
+        found.variables["params"],
+        bundle.variables["params"],
+    )
+
+
+def test_the_schedules_plain_runs_are_the_main_studys():
+    main = {row.name: row for row in main_shapes.rows()}
+    plain = [row for row in schedules_shapes.rows() if row.facts["schedule"] == "plain"]
+    assert len(plain) == 4
+    for row in plain:
+        assert row.command("DIR") == main[row.name].command("DIR")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 from aqdetr_jax.quant.product import Arithmetic
@@ -104,6 +105,16 @@ class Policy:
             if re.search(rule.pattern, path):
                 return rule
         return None
+
+    def only(self, patterns: Sequence[str]) -> Policy:
+        """This policy for the operations that a pattern is found in; all others are float.
+
+        Args:
+          patterns: regular expressions.
+        """
+        found = "|".join(f"(?:{pattern})" for pattern in patterns)
+        others = Rule(f"^(?!.*(?:{found}))", None, None, None, "float in this phase")
+        return dataclasses.replace(self, rules=(others, *self.rules))
 
     def weight_spec(self, path: str) -> QuantSpec | None:
         """Weights: signed, one step per output channel."""

@@ -17,14 +17,15 @@ from jax.sharding import Mesh
 from aqdetr_jax.checkpoint.steps import Checkpoints
 from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detector import Detector, build_detector
+from aqdetr_jax.parallel.mesh import batch_sharding, replicated
 from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.phases import Phase
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
     LossFn,
     detection_loss_fn,
-    jit_train_step,
     make_train_step,
     pretrain_loss_fn,
 )
@@ -58,11 +59,46 @@ class Assembly:
         create = jax.jit(self.create, out_shardings=shardings)
         return create(variables["params"], variables["batch_stats"])
 
-    def step(self, module: Detector | DensePretrainer, teacher: Detector | None) -> Any:
-        """The jitted step, see ``step.make_train_step``; ``teacher``: its module, if there is."""
-        loss_fn = loss_function(self.config, module, teacher)
-        step = make_train_step(self.config, loss_fn, self.optimizer)
+    def step(
+        self,
+        module: Detector | DensePretrainer,
+        teacher: Detector | None,
+        phase: Phase | None = None,
+    ) -> Any:
+        """The jitted step, see ``step.make_train_step``.
+
+        Args:
+          module: of the run.
+          teacher: its module, if there is one.
+          phase: of the run; None = a step that trains and quantizes all.
+        """
+        loss_fn = loss_function(self.config, phase.module(module) if phase else module, teacher)
+        step = make_train_step(self.config, loss_fn, self.optimizer, phase)
         return jit_train_step(step, self.state, self.mesh)
+
+
+LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+"""XLA's default for CPUs starts whatever it can: what is computed again (``DetrConfig.remat``) all
+at once, before any of it is needed. This order takes less memory without that too."""
+
+
+def jit_train_step(step: Callable, state: TrainState, mesh: Mesh) -> Any:
+    """``make_train_step``'s function compiled over a mesh, its state donated.
+
+    Args:
+      step: from ``make_train_step``.
+      state: as it lies on the devices (or its shapes, with shardings); it stays where it is.
+      mesh: the batch is split along "data"; teacher and metrics are on every device.
+    """
+    whole = replicated(mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, whole, batch_sharding(mesh)),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+        compiler_options=LEAST_MEMORY if mesh.devices.flat[0].platform == "cpu" else None,
+    )
 
 
 def loss_function(

@@ -19,6 +19,7 @@ from aqdetr_jax.parallel.hosts import agree, is_main, say
 from aqdetr_jax.quant.report import bit_report, format_bit_report
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training.config import ExperimentConfig
+from aqdetr_jax.training.phases import check_phases
 from aqdetr_jax.training.state import TrainState
 
 
@@ -71,6 +72,7 @@ def write_bits(
     shapes = jax.eval_shape(lambda s: s.evaluated, state)
     rows = record_ops(module, shapes, bucket)
     setup.check_patterns(config, [row.path for row in rows], state.params)
+    check_phases(config, rows, state.params)
     report = bit_report(rows)
     if not is_main():
         return

@@ -8,6 +8,7 @@ around.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from typing import Literal
 
@@ -118,6 +119,47 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """A part of a run in which less is quantized, or less is trained, or at other rates.
+
+    Attributes:
+      begin: fraction of the run's steps after which it begins.
+      end: fraction at which it ends.
+      quantized: regular expressions of operations that are quantized as ``quant`` says; the others
+        are float. () = all.
+      trained: regular expressions of paths of the parameters that are trained, as far as they are
+        otherwise; the others stay as they are. () = all.
+      from_average: begins from the moving average of the parameters (``optimizer.ema``).
+      rate: factor on the learning rates that the schedule gives.
+    """
+
+    begin: float = 0.0
+    end: float = 1.0
+    quantized: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    from_average: bool = False
+    rate: float = 1.0
+
+    def __post_init__(self):
+        for pattern in (*self.quantized, *self.trained):
+            check_pattern(pattern)
+        if not 0 <= self.begin < self.end <= 1:
+            raise ValueError(
+                f"begin={self.begin} and end={self.end} must be fractions of the run in order: "
+                "0 <= begin < end <= 1"
+            )
+        if not (self.quantized or self.trained or self.from_average or self.rate != 1):
+            raise ValueError(
+                "a phase without quantized, trained, from_average or rate is the run as it is: "
+                "give one of them, or leave the phase out"
+            )
+        if self.rate <= 0:
+            raise ValueError(f"rate must be positive, got {self.rate}: see trained for what stays")
+        if self.from_average and not self.begin:
+            raise ValueError("from_average needs begin > 0: before the first step there is none")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The loop.
 
@@ -146,6 +188,7 @@ class TrainConfig:
         all hosts; 0 = however long it takes.
       pictures: validation images drawn in the report.
       profile: "FIRST:LAST", steps whose profiler trace is written; "" = none.
+      phases: parts of the run in which not all is quantized or trained, in their order.
     """
 
     steps: int = 0
@@ -165,6 +208,7 @@ class TrainConfig:
     watchdog: float = 1800.0
     pictures: int = 8
     profile: str = ""
+    phases: tuple[PhaseConfig, ...] = ()
 
     @property
     def profiled(self) -> tuple[int, int] | None:
@@ -182,6 +226,12 @@ class TrainConfig:
 
     def __post_init__(self):
         _ = self.profiled  # refuses another text
+        for one, other in itertools.pairwise(self.phases):
+            if one.end > other.begin:
+                raise ValueError(
+                    f"phases must follow one another: one ends at {one.end}, the next begins at "
+                    f"{other.begin}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +307,15 @@ class ExperimentConfig:
         ):
             if getattr(self.train, name) < 0:
                 raise ValueError(f"train.{name} must not be negative")
+        if self.task == "pretrain" and self.train.phases:
+            raise ValueError("train.phases are of a detector's training, and task is 'pretrain'")
+        for phase in self.train.phases:
+            if phase.quantized and not self.quant.quantized:
+                raise ValueError(
+                    "train.phases: one has 'quantized', and quant.policy is 'float': leave it out"
+                )
+            if phase.from_average and not self.optimizer.ema:
+                raise ValueError("train.phases: one has 'from_average', and optimizer.ema is 0")
         if self.optimizer.reference_batch < 0:
             raise ValueError("optimizer.reference_batch must not be negative")
         if self.train.accumulate > 1:

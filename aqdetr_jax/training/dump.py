@@ -33,6 +33,7 @@ from aqdetr_jax.training.assemble import TRAINED_KEYS, assemble, loss_function, 
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.faults import bad_parameters, culprits, in_words
 from aqdetr_jax.training.metrics import is_loss
+from aqdetr_jax.training.phases import phase_of, run_phases
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.trees import flatten, path_name
 
@@ -155,11 +156,13 @@ def replay(folder: str | Path) -> dict[str, Any]:
         teacher_module = teacher.module() if teacher else None
         variables = jax.device_put(teacher.variables if teacher else {}, replicated(mesh))
         broken = bad_parameters(state.params)
-        loss_fn = loss_function(config, module, teacher_module)
+        phase = phase_of(run_phases(config), known["step"] - 1)
+        loss_fn = loss_function(config, phase.module(module), teacher_module)
         gradients = _bad_gradients(loss_fn, state, variables, _placed(batch, mesh))
         # Last of all, because the step takes the state's memory.
         params, stats, step = jax.device_get((state.params, state.batch_stats, state.step))
-        _, metrics = assembly.step(module, teacher_module)(state, variables, _placed(batch, mesh))
+        step_fn = assembly.step(module, teacher_module, phase)
+        _, metrics = step_fn(state, variables, _placed(batch, mesh))
         found = jax.device_get(dict(metrics))
     alone = _bad_images(loss_fn, module, params, stats, teacher, batch, step)
     values = {key: _plain(value) for key, value in found.items() if np.ndim(value) == 0}

@@ -33,6 +33,7 @@ PRETRAIN_IDLE = (
     "loss.*",
     "train.eval_*",
     "train.pictures",
+    "train.phases",
     "model.num_queries",
     "model.num_auxiliary",
     "model.auxiliary_groups",

@@ -93,6 +93,7 @@ def pretraining(config: ExperimentConfig, given: Sequence[str]) -> ExperimentCon
         quant=QuantConfig(),
         distill=DistillConfig(),
         model=dataclasses.replace(model, backbone=backbone, num_auxiliary=0, auxiliary_groups=1),
+        train=dataclasses.replace(config.train, phases=()),
         optimizer=optimizer,
     )
 

@@ -53,9 +53,10 @@ from aqdetr_jax.training.dump import write_dump
 from aqdetr_jax.training.health import QuantizerHealth
 from aqdetr_jax.training.log import StepLog, flat_results, has_metric, open_writer
 from aqdetr_jax.training.notices import TrainingDivergedError, in_one_line, say_limits
+from aqdetr_jax.training.phases import run_phases
 from aqdetr_jax.training.places import place_of
 from aqdetr_jax.training.profile import STEP, StepTrace, check_profile
-from aqdetr_jax.training.programs import step_programs
+from aqdetr_jax.training.programs import StepPrograms
 from aqdetr_jax.training.resume import facts, shared_facts
 from aqdetr_jax.training.saving import Saver
 from aqdetr_jax.training.state import TrainState
@@ -143,6 +144,7 @@ def _opened(config: ExperimentConfig, workdir: Path, clock: RunClock) -> tuple[_
     sizing.say_sizes(given, config, train_set)
     known = facts(config, workdir, train_set, eval_set)
     check_profile(config)
+    run_phases(config)  # refuses one without a step
     return _Run(given, config, workdir, mesh, train_set, eval_set, clock), known
 
 
@@ -192,12 +194,10 @@ class _Run:
             saver = Saver(checkpoints, go_on=go_on, first=restored)
 
             # --- the step ---------------------------------------------------------------------
-            step = assembly.step(self.module, teacher_module)
-            devices = self.mesh.shape["data"]
             self.helps = helps = remedies.for_run(
-                self.given.data, config, devices, resumed=self.resumed
+                *(self.given.data, config, self.mesh.shape["data"]), resumed=self.resumed
             )
-            programs = step_programs(config, step, self.mesh, helps)
+            programs = StepPrograms(assembly, self.module, teacher_module, helps, first)
             self.parts = assembly.optimizer.packing.names
             self.health = health = QuantizerHealth(config, self.module, self.mesh, helps)
             if on_accelerators(self.mesh):
@@ -331,7 +331,7 @@ class _Run:
                         batch = next(batches)
                         placed = put_batch({k: batch[k] for k in TRAINED_KEYS}, self.mesh)
                     with clock.within("compile"):  # if this bucket's program is not made yet
-                        program = programs((state, teacher_variables), (placed,))
+                        program = programs(number, (state, teacher_variables), (placed,))
                     state, metrics = clock.step(program, state, teacher_variables, placed)
                 trace.after(done, metrics)
                 if self._due(done, config.train.log_every) or done == config.train.steps:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -111,6 +112,27 @@ class Packing:
                 group: jnp.concatenate([jnp.ravel(leaves[path]) for path in paths])
                 for group, paths in self._packed.items()
             },
+        }
+
+    def mask(self, chosen: Callable[[str], bool]) -> dict[str, Any]:
+        """A packed tree of which parameters are chosen.
+
+        Args:
+          chosen: of a parameter's path.
+
+        Returns:
+          For each leaf True or False, or, for a vector with some of each, bool as long as it.
+        """
+
+        def vector(paths: list[tuple[str, ...]]) -> bool | np.ndarray:
+            each = [chosen("/".join(path)) for path in paths]
+            if all(each) or not any(each):
+                return each[0]
+            return np.repeat(each, [math.prod(self._shapes[path]) for path in paths])
+
+        return {
+            "alone": unflatten_dict({path: chosen("/".join(path)) for path in self._alone}),
+            "packed": {group: vector(paths) for group, paths in self._packed.items()},
         }
 
     def unpack(self, packed: dict[str, Any], tree: Any) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from aqdetr_jax.losses.auxiliary import AuxiliaryLossConfig, aqdetr_detection_loss
 from aqdetr_jax.losses.dense import dense_assignment, dense_loss
@@ -21,10 +21,10 @@ from aqdetr_jax.models.dense import DensePretrainer
 from aqdetr_jax.models.detector import Detector, memory_valid
 from aqdetr_jax.models.dropout import drawing, row_keys
 from aqdetr_jax.models.output import DetrOutput
-from aqdetr_jax.parallel.mesh import batch_sharding, replicated
 from aqdetr_jax.training import optimizer as optim
 from aqdetr_jax.training.config import ExperimentConfig
 from aqdetr_jax.training.metrics import is_loss
+from aqdetr_jax.training.phases import Phase
 from aqdetr_jax.training.state import TrainState, variables
 
 Batch = dict[str, Array]
@@ -297,7 +297,10 @@ def accumulated_gradient(config: ExperimentConfig, loss_fn: LossFn) -> Callable[
 
 
 def make_train_step(
-    config: ExperimentConfig, loss_fn: LossFn, optimizer: optim.Optimizer
+    config: ExperimentConfig,
+    loss_fn: LossFn,
+    optimizer: optim.Optimizer,
+    phase: Phase | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
     """The update step: loss, gradient, guarded AdamW update, step sizes kept positive, average.
 
@@ -309,6 +312,7 @@ def make_train_step(
       config: for the moving average's decay, and ``train.accumulate``.
       loss_fn: see ``detection_loss_fn``.
       optimizer: see ``optimizer.make_optimizer``.
+      phase: which parameters are trained; None = all that the optimizer trains.
 
     Returns:
       ``step(state, teacher_variables, batch) -> (state, metrics)``, to be jitted with the state
@@ -321,18 +325,24 @@ def make_train_step(
         gradient_fn = accumulated_gradient(config, loss_fn)
     else:
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    phase = phase or Phase(0, config.train.steps)
 
     def step(state: TrainState, teacher_variables, batch: Batch):
+        state = phase.begun(state)
         (loss, (terms, batch_stats)), gradients = gradient_fn(
             state.params, state.batch_stats, teacher_variables, batch, state.step
         )
         packing = optimizer.packing
         # Small parameters side by side: what follows is one operation for all of a group.
         old, gradients = packing.pack(state.params), packing.pack(gradients)
+        # What stays as it is does not count in the norm that gradients are clipped by.
+        gradients = phase.of_trained(packing, gradients, jax.tree.map(jnp.zeros_like, gradients))
         squares = jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(gradients)])
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.transformation.update(gradients, state.opt_state, old)
+        updates = phase.at_rate(updates)
         params = optim.keep_steps_positive(optax.apply_updates(old, updates), packing.groups)
+        params = phase.of_trained(packing, params, old)
         bad_steps = optim.count_bad_steps(params, packing.groups)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (bad_steps == 0)
         for name, term in terms.items():
@@ -374,27 +384,3 @@ def make_train_step(
         return new, metrics
 
     return step
-
-
-LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""XLA's default for CPUs starts whatever it can: what is computed again (``DetrConfig.remat``) all
-at once, before any of it is needed. This order takes less memory without that too."""
-
-
-def jit_train_step(step: Callable, state: TrainState, mesh: Mesh) -> Any:
-    """``make_train_step``'s function compiled over a mesh, its state donated.
-
-    Args:
-      step: from ``make_train_step``.
-      state: as it lies on the devices (or its shapes, with shardings); it stays where it is.
-      mesh: the batch is split along "data"; teacher and metrics are on every device.
-    """
-    whole = replicated(mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(
-        step,
-        in_shardings=(shardings, whole, batch_sharding(mesh)),
-        out_shardings=(shardings, whole),
-        donate_argnums=0,
-        compiler_options=LEAST_MEMORY if mesh.devices.flat[0].platform == "cpu" else None,
-    )

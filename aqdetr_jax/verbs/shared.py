@@ -17,7 +17,7 @@ def experiment(
     """The configuration that the arguments name, with its overrides."""
     from aqdetr_jax.training.experiment import load_experiment
 
-    return load_experiment(arguments.config, overrides, **options)
+    return load_experiment(arguments.config, tuple(overrides), **options)
 
 
 def counter(verb: str, things: str) -> Callable[[int, int], None]:

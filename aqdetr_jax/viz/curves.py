@@ -7,6 +7,7 @@ state, no display, safe beside a user's own plots.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import re
@@ -49,6 +50,8 @@ _LINE_COLORS = {
     ),
 }
 _STYLES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""Of lines that must be told apart without colours."""
 
 
 def training_curves(
@@ -182,7 +185,7 @@ def capacity_curves(rows: Records, *, theme: str = "light") -> Figure | None:
     for index, measure in enumerate(measures):
         axes = figure.add_subplot(grid, columns, index + 1)
         style_panel(axes, measure.replace("_", " "), theme)
-        for name in names:
+        for name, marker in zip(names, itertools.cycle(_MARKERS), strict=False):
             for style, kind in zip(_STYLES * len(sets), sets, strict=False):
                 line = sorted(
                     (r["layer"], float(r[measure]))
@@ -194,13 +197,22 @@ def capacity_curves(rows: Records, *, theme: str = "light") -> Figure | None:
                     x, y = zip(*line, strict=True)
                     label = ", ".join(part for part in (name, kind) if part)
                     axes.plot(
-                        x, y, style, color=colors[name], lw=1.8, marker="o", ms=4, label=label
+                        x, y, style, color=colors[name], lw=1.6, marker=marker, ms=5.5, label=label
                     )
         axes.set_xlabel("decoder layer", color=palette.theme(theme).muted, fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        handles, labels = axes.get_legend_handles_labels()
-        if index == 0 and labels and labels != [""]:
-            add_legend(axes, theme, handles, labels, columns=1)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if labels and labels != [""]:
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=2 * columns,
+            fontsize=8,
+            frameon=False,
+            labelcolor=palette.theme(theme).ink,
+            handlelength=5,
+        )
     return figure
 
 

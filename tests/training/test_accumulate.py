@@ -113,8 +113,9 @@ ON_DEVICES = """
     from aqdetr_jax.parallel.mesh import make_mesh, put_batch
     from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
     from aqdetr_jax.training import optimizer as optim
+    from aqdetr_jax.training.assemble import jit_train_step
     from aqdetr_jax.training.state import TrainState
-    from aqdetr_jax.training.step import detection_loss_fn, jit_train_step, make_train_step
+    from aqdetr_jax.training.step import detection_loss_fn, make_train_step
 
     batch = batch_of(3)
     config = experiment("detr", 2)

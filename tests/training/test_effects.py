@@ -144,6 +144,7 @@ ALWAYS = (
     "train.eval_batch_size", "train.eval_batch_per_chip", "train.eval_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.on_save_error", "train.log_every",
     "train.abort_after", "train.watchdog", "train.pictures", "train.profile",
+    "train.phases",
     "mesh.data", "mesh.model",
 )
 # fmt: on

@@ -24,12 +24,12 @@ PROGRAM = """
     from aqdetr_jax.training import initial, setup
     from aqdetr_jax.training import optimizer as optim
     from aqdetr_jax.training.config import DistillConfig
-    from aqdetr_jax.training.assemble import TRAINED_KEYS
+    from aqdetr_jax.training.assemble import TRAINED_KEYS, jit_train_step
     from aqdetr_jax.checkpoint.model_folder import load_model
     from aqdetr_jax.parallel.mesh import AXES, batch_sharding, make_mesh, put_batch, replicated
     from aqdetr_jax.parallel.placement import MODEL_PARALLEL, parameter_shardings
     from aqdetr_jax.training.state import TrainState
-    from aqdetr_jax.training.step import detection_loss_fn, jit_train_step, make_train_step
+    from aqdetr_jax.training.step import detection_loss_fn, make_train_step
 
     # Float, because a rounding boundary turns the last bit of a sum into a whole step; learning
     # norms, because their statistics run over the global batch.

@@ -49,6 +49,18 @@ def test_every_method_by_its_name(file, family, method):
     assert config.distill.needs_teacher == weights.active == distilled
 
 
+def test_the_balance_of_detr_itself():
+    """100 queries, "no object" at a tenth (facebookresearch/detr); M = 300, K = 3 for them."""
+    for file in ("shapes_w4a4", "shapes_quickstart"):
+        config = load_experiment(f"{file}:queries100-aqdetr")
+        assert (config.model.num_queries, config.loss.eos) == (100, 0.1)
+        assert (config.model.num_auxiliary, config.auxiliary.repeats) == (300, 3)
+    teacher = load_experiment("shapes_teacher:queries100")
+    assert (teacher.model.num_queries, teacher.loss.eos) == (100, 0.1)
+    assert teacher.model.num_auxiliary == 0
+    assert config.init_from.endswith(teacher.name)
+
+
 def test_a_float_path_is_of_a_quantized_student_and_of_maps():
     weights = DistillationWeights(encoder=1.0, foreground=1.0)
     with pytest.raises(ValueError, match="foreground compares with another network's queries"):

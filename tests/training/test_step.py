@@ -16,13 +16,12 @@ from aqdetr_jax.models.detr import Detr
 from aqdetr_jax.parallel.mesh import make_mesh, put_batch, replicated
 from aqdetr_jax.training import initial, setup
 from aqdetr_jax.training import optimizer as optim
-from aqdetr_jax.training.assemble import TRAINED_KEYS
+from aqdetr_jax.training.assemble import TRAINED_KEYS, jit_train_step
 from aqdetr_jax.training.config import DistillConfig
 from aqdetr_jax.training.state import TrainState
 from aqdetr_jax.training.step import (
     detection_loss_fn,
     distillation_loss,
-    jit_train_step,
     make_train_step,
     targets_of,
 )

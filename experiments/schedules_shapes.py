@@ -1,0 +1,48 @@
+"""Schedules that later low-bit work found strong, each measured once: kept only if it helps.
+
+python experiments/schedules_shapes.py --work=DIR [--only=...] [--minutes=M] [--list]
+
+DETR, one seed, 4 and 2 bits, LSQ and AQ-DETR, by the quickstart's schedule from the packaged
+teacher. "plain" is the quickstart itself, whose moving average is evaluated: the same runs as
+``main_shapes.py``'s, which are not trained again if DIR is that study's. "raw" is of the same runs
+without the average; the others change one thing of "plain".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from study import Row, run_study
+
+BACKBONE = "('^backbone/',)"
+SHIFTS = "('_(step|offset)$', '(^|/)bias$')"
+PHASES: dict[str, str] = {
+    "backbone_first": f"{{'end': 0.33, 'quantized': {BACKBONE}}}",
+    "backbone_alone": f"{{'end': 0.33, 'quantized': {BACKBONE}, 'trained': {BACKBONE}}}",
+    # At the last rates of the cosine alone they would move by a percent.
+    "steps_last": f"{{'begin': 0.9, 'trained': {SHIFTS}, 'from_average': True, 'rate': 10}}",
+}
+METHODS, BITS, SEED = ("lsq", "aqdetr"), (4, 2), 0
+
+
+def rows() -> Iterator[Row]:
+    """At 4 bits first."""
+    for bits in BITS:
+        for schedule in ("plain", "raw", *PHASES):
+            for method in METHODS:
+                config = f"configs/shapes_quickstart.py:{method}"
+                plain = f"detr_w{bits}_{method}_seed{SEED}"
+                name = plain if schedule == "plain" else f"w{bits}_{method}_{schedule}"
+                facts = {"family": "detr", "method": method, "bits": bits, "seed": SEED}
+                facts["schedule"] = schedule
+                if schedule == "raw":
+                    yield Row(name, config, "last", facts=facts, start=plain)
+                    continue
+                words = (f"quant.policy=w{bits}a{bits}", f"seed={SEED}")
+                if schedule in PHASES:
+                    words += (f"train.phases=({PHASES[schedule]},)",)
+                yield Row(name, config, "train", words, facts)
+
+
+if __name__ == "__main__":
+    run_study("schedules_shapes", rows(), __doc__.splitlines()[0])

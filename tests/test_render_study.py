@@ -1,0 +1,127 @@
+"""Tables of the studies, from results written by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import render_study
+from PIL import Image
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def trained(method, bits, ap, seed=0, spread=0.0, **facts):
+    """A row of a study; ``spread``: of its AP over draws of images."""
+    draws = ap + spread * np.linspace(-1, 1, 20)
+    known = {"family": "detr", "method": method, "bits": bits, "seed": seed, **facts}
+    return {"facts": known, "AP": ap, "AP_draws": list(draws), "commit": COMMIT}
+
+
+def cells(table: str, label: str) -> list[str]:
+    """The row of a table that begins with a label."""
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_a_study_of_one_family_has_one_table():
+    rows = [trained("float", 32, 0.5)]
+    rows += [trained("lsq", 4, 0.40 + 0.01 * s, s) for s in (0, 1)]
+    rows += [trained("aqdetr", 4, 0.45 + 0.01 * s, s) for s in (0, 1)]
+    table = render_study.main_table("Balance", {"rows": rows})
+    assert "Deformable" not in table
+    assert cells(table, "LSQ") == ["2", "0.4050 ± 0.0071", "81.0%", "–"]
+    found = cells(table, "AQ-DETR (both)")[3]
+    assert found == "better: +0.0500, in 100% of the draws, on 2 of 2 seeds"
+
+
+def test_equals_are_no_worse():
+    rows = [trained("lsq", 4, 0.4)]
+    found = render_study.verdict(render_study.comparison(rows, rows))
+    assert found == "no difference shown: +0.0000, in 50% of the draws, on 0 of 1 seed"
+
+
+def test_schedules_stand_against_the_plain_one():
+    rows = [
+        trained("lsq", 4, 0.40, schedule="plain"),
+        trained("lsq", 4, 0.41, schedule="backbone_first"),
+        trained("lsq", 4, 0.40, spread=0.1, schedule="raw"),
+        trained("aqdetr", 2, 0.30, schedule="plain"),
+    ]
+    table = render_study.schedules_table("Schedules", {"rows": rows})
+    assert "| LSQ, 4 bits | against plain | AQ-DETR (both), 2 bits | against plain |" in table
+    first = cells(table, render_study.SCHEDULES["backbone_first"])
+    assert first == [
+        "0.4100",
+        "better: +0.0100, in 100% of the draws, on 1 of 1 seed",
+        "not run",
+        "",
+    ]
+    assert cells(table, render_study.SCHEDULES["raw"])[1].startswith("no difference shown")
+    assert cells(table, render_study.SCHEDULES["plain"]) == ["0.4000", "–", "0.3000", "–"]
+
+
+def measured(method, bits, entropy, seed=0, **more):
+    layers = [
+        {"entropy": entropy * layer, "effective_rank": 9.0, "cosine": 0.25, "distinct": 20.0}
+        for layer in (1, 2)
+    ]
+    facts = {"family": "detr", "method": method, "bits": bits, "seed": seed}
+    return {"facts": facts, "images": 400, "layers": layers, "commit": COMMIT, **more}
+
+
+@pytest.fixture
+def capacity():
+    positives = {"object": 70.0, "auxiliary": 139.6}
+    rows = [measured("float", 32, 1.0)]
+    rows += [measured("lsq", 4, 0.5 + 0.1 * s, s, positives={"object": 70.0}) for s in (0, 1)]
+    rows += [measured("aqdetr", bits, 0.8, positives=positives) for bits in (4, 2)]
+    return {"command": "python experiments/capacity_shapes.py", "rows": rows}
+
+
+def test_capacity_is_of_the_last_layer(capacity):
+    table = render_study.capacity_tables("Capacity", capacity)
+    assert "Deformable" not in table
+    assert cells(table, "float") == ["32", "1", "2.00", "9.00", "0.25", "20.00", "–"]
+    assert cells(table, "LSQ")[:3] == ["4", "2", "1.10 ± 0.14"]
+    assert cells(table, "LSQ")[-1] == "70 object"
+    assert table.count("| 70 object + 140 auxiliary |") == 2
+
+
+def test_capacity_is_drawn_for_families_that_were_measured(capacity, tmp_path):
+    render_study.write_capacity_pictures(capacity, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["capacity_detr.png"]
+    with Image.open(tmp_path / "capacity_detr.png") as picture:
+        assert picture.size[0] > 800
+    render_study.write_capacity_pictures(None, tmp_path)
+
+
+def test_cost_says_whether_the_exported_graphs_are_equal():
+    def row(seconds, size, nodes):
+        graph = {"nodes": nodes, "parameters": 1200, "bytes": 9000}
+        return {
+            "median_seconds": seconds,
+            "time_of_float": seconds / 0.2,
+            "step_bytes": size << 20,
+            "memory_of_float": size / 100,
+            "onnx": graph,
+        }
+
+    def result(equal):
+        family = {
+            "batch": 16,
+            "methods": {"float": row(0.2, 100, 50), "aqdetr": row(0.5, 150, 60)},
+            "same_graph": {"methods": ["lsq", "aqdetr"], "equal": equal},
+        }
+        known = {"command": "python experiments/cost_shapes.py", "device": "2 x cpu"}
+        return {**known, "commit": COMMIT, "families": {"deformable": family}}
+
+    table = render_study.cost_tables("Cost", result(True))
+    wanted = ["500", "2.50", "150", "1.50", "60", "1,200", "9,000"]
+    assert cells(table, "AQ-DETR (both)") == wanted
+    assert "graphs of LSQ, AQ-DETR (both) are equal" in table
+    assert "graphs of LSQ, AQ-DETR (both) DIFFER" in render_study.cost_tables("Cost", result(False))
+
+
+@pytest.mark.parametrize("table", ["schedules_table", "capacity_tables", "cost_tables"])
+def test_what_was_not_run_is_said(table):
+    assert getattr(render_study, table)("Title", None) == "**Title**: not run."
