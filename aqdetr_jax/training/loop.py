@@ -124,7 +124,7 @@ def train(config: ExperimentConfig, workdir: str | Path) -> RunResult:
         except StoppedError:  # when the progress line has ended
             run.say_times()
             raise
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
             told = in_one_line(error, watch, run.helps)
             if told is None:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -25,17 +26,22 @@ class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had a non-finite loss, gradient or step size."""
 
 
-def in_one_line(
-    error: jax.errors.JaxRuntimeError, watch: Watch, remedies: str
-) -> RuntimeError | None:
+_STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
+"""How the runtime's own errors begin. Some of them reach Python as a ValueError: of a transfer of
+what a broken exchange between hosts should have made, for one."""
+
+
+def in_one_line(error: Exception, watch: Watch, remedies: str) -> RuntimeError | None:
     """What an error of the devices or of the network means; None if that is not known.
 
     Args:
-      error: as it was raised.
+      error: as it was raised, a ``JaxRuntimeError`` or ``ValueError``.
       watch: of the run.
       remedies: what helps if memory is short.
     """
     text = " ".join(str(error).split())
+    if not isinstance(error, jax.errors.JaxRuntimeError) and not _STATUS.match(text):
+        return None
     if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
         return DoesNotFitError(f"the devices are out of memory: {remedies} ({text[:300]})")
     if jax.process_count() == 1:

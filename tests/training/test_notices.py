@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -12,10 +13,12 @@ from PIL import Image
 from aqdetr_jax.data import resampling
 from aqdetr_jax.data.coco import CocoFolder
 from aqdetr_jax.data.open import open_dataset
+from aqdetr_jax.host import LostError
 from aqdetr_jax.training.notices import (
     TrainingDivergedError,
     check_step,
     counts_by_image,
+    in_one_line,
     say_limits,
 )
 
@@ -115,3 +118,27 @@ def test_counts_belong_to_images_by_name(monkeypatch):
     monkeypatch.setattr("jax.process_index", lambda: 1)
     both = np.array([9, 9, 9, 9, 1, 0, 7, 2])
     assert counts_by_image(both, index, data) == {names[0]: 3, names[1]: 0}
+
+
+class Ended:
+    """A watch that knows who has ended."""
+
+    def lost(self) -> str:
+        return "process 1 (there) ended without a word"
+
+
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_an_exchange_that_breaks_is_a_process_that_has_ended(monkeypatch, kind):
+    broken = kind("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    assert in_one_line(broken, Ended(), "") is None  # alone, there is nobody to lose
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    told = in_one_line(broken, Ended(), "")
+    assert isinstance(told, LostError)
+    assert "process 1 (there) ended" in str(told)
+    assert "Connection reset by peer" in str(told)
+
+
+def test_an_error_of_the_users_waits_for_nobody(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for text in ("config.train.steps must not be negative", "a query of UNKNOWN: kind"):
+        assert in_one_line(ValueError(text), Ended(), "") is None
