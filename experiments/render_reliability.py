@@ -18,12 +18,15 @@ def kill_points_text(killed: dict[str, Any] | None, stopped: dict[str, Any] | No
     return "\n\n".join(lines)
 
 
+_AN = {"step": "a step", "save": "a save", "evaluation": "an evaluation"}
+
+
 def _killed(result: dict[str, Any]) -> str:
     points = result["points"]
     phases = Counter(point["phase"] for point in points)
     equal = sum(all(point["equal"].values()) for point in points)
     text = (
-        f"{len(points)} random points ({', '.join(f'{n} in a {p}' for p, n in phases.items())}); "
+        f"{len(points)} random points ({', '.join(f'{n} in {_AN[p]}' for p, n in phases.items())}); "
         f"{equal} runs went on to the same bits."
     )
     seconds = [
@@ -56,5 +59,7 @@ def _stopped(result: dict[str, Any]) -> str:
 
 def _where(points: list[dict[str, Any]], result: dict[str, Any]) -> str:
     stored = sum(point["kind"] == "store" for point in points)
-    where = f"Work directories: a disk, {stored} in an object store (an emulator)"
+    where = "Work directories: on a disk"
+    if stored:
+        where += f", {stored} of them in an object store (an emulator)"
     return f"{where}; commit `{result['commit'][:12]}`."
