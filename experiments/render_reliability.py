@@ -25,10 +25,8 @@ def _killed(result: dict[str, Any]) -> str:
     points = result["points"]
     phases = Counter(point["phase"] for point in points)
     equal = sum(all(point["equal"].values()) for point in points)
-    text = (
-        f"{len(points)} random points ({', '.join(f'{n} in {_AN[p]}' for p, n in phases.items())}); "
-        f"{equal} runs went on to the same bits."
-    )
+    moments = ", ".join(f"{n} in {_AN[phase]}" for phase, n in phases.items())
+    text = f"{len(points)} random points ({moments}); {equal} runs went on to the same bits."
     seconds = [
         point["ended"]["seconds"][1 - point["victim"]] for point in points if point["kind"] == "two"
     ]

@@ -131,9 +131,10 @@ def whole_text(result: list[dict[str, Any]] | None) -> str:
         )
     commits = ", ".join(sorted({row["commit"][:12] for row in result}))
     versions = result[0]["versions"]
+    commands = ", ".join(f"`{text}`" for text in dict.fromkeys(row["command"] for row in result))
     lines += [
         "",
-        f"{command}, jax {versions['jax']}, libtpu {versions.get('libtpu', 'unknown')}; commits: "
+        f"{commands}; jax {versions['jax']}, libtpu {versions.get('libtpu', 'unknown')}; commits: "
         f"{commits}.",
     ]
     return "\n".join(lines)

@@ -87,6 +87,7 @@ def main() -> None:
         kept = [row for row in rows_of(options.out) if not same(row, key)]
         made = {**slim(as_json(plan)), "given": name}
         if options.whole:
+            made["command"] = "python experiments/tpu_plan.py --whole"
             made["compiler"] = _cost(before, resource.getrusage(resource.RUSAGE_CHILDREN))
         write_json_atomic(options.out, [*kept, made])
 
