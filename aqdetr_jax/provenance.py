@@ -43,7 +43,8 @@ def git_commit() -> str:
             return "unknown"
         commit = git("rev-parse", "--verify", "HEAD")
         # What the drivers of tables write is output: it does not change what runs.
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)experiments/results")
+        outputs = (f":(exclude)experiments/{name}" for name in ("results", "manifests"))
+        changed = git("status", "--porcelain", "--", ".", *outputs)
         return f"{commit}-dirty" if changed else commit
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -36,9 +36,10 @@ def test_git_commit(tmp_path, monkeypatch):
     git(tmp_path, "commit", "-q", "-m", "one")
     clean = git_commit.__wrapped__()
     assert len(clean) == 40
-    results = tmp_path / "experiments" / "results" / "table.json"
-    results.parent.mkdir(parents=True)
-    results.write_text("{}")
+    for output in ("results/table.json", "manifests/table/row.json"):
+        written = tmp_path / "experiments" / output
+        written.parent.mkdir(parents=True)
+        written.write_text("{}")
     assert git_commit.__wrapped__() == clean
     source.write_text("x = 2\n")
     assert git_commit.__wrapped__() == clean + "-dirty"
