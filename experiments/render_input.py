@@ -7,9 +7,10 @@ from typing import Any
 
 import render_tpu
 
-HOST_CHIPS = {"v5e": (4, 112), "v6e": (4, 180), "v5p": (4, 208)}
-"""Chips of a host, and its vCPUs, from Google's pages on the machine types ct5lp-hightpu-4t,
-ct6e-standard-4t and ct5p-hightpu-4t."""
+HOST_CHIPS = 4
+"""Chips of a host in a slice of several, of v5e, v6e and v5p alike."""
+VCPUS = {"v5e": 112}
+"""Of such a host (machine type ct5lp-hightpu-4t), where it was looked up."""
 SIDES = {
     "ours": "this program, COCO folder",
     "ours_records": "this program, records of `prepare-data`",
@@ -48,12 +49,12 @@ def input_text(result: dict[str, Any] | None, plan: list[dict[str, Any]] | None)
         ]
         for row in sorted(plan, key=lambda x: (x["given"], x["chips"], x["topology"])):
             kind = row["topology"].partition(":")[0]
-            if kind not in HOST_CHIPS or (kind == "v5e" and row["chips"] == 4):
+            if row["chips"] <= HOST_CHIPS:
                 continue
-            chips, there = HOST_CHIPS[kind]
-            images = chips * render_tpu.chip_rate(row)
+            there = VCPUS.get(kind, "–")
+            images = HOST_CHIPS * render_tpu.chip_rate(row)
             lines.append(
-                f"| `{row['given']}` | {row['topology']} | {chips} | {images:.0f} | "
+                f"| `{row['given']}` | {row['topology']} | {HOST_CHIPS} | {images:.0f} | "
                 f"{images / rate:.1f} | {there} |"
             )
     return "\n".join(lines)
