@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shapes_rows import JUDGE, student
 from study import Row, run_study
 
 METHODS, SEEDS, BITS = ("lsq", "auxiliary", "distill", "aqdetr"), (0, 1, 2), 4
@@ -19,17 +20,11 @@ METHODS, SEEDS, BITS = ("lsq", "auxiliary", "distill", "aqdetr"), (0, 1, 2), 4
 def rows() -> Iterator[Row]:
     """The teacher, then by seed."""
     facts = {"family": "detr", "method": "float", "bits": 32, "seed": 0}
-    yield Row("teacher", "configs/shapes_teacher.py:queries100", facts=facts)
+    yield Row("teacher", "configs/shapes_teacher.py:queries100", facts=facts, judge=JUDGE)
     for seed in SEEDS:
         for method in METHODS:
-            yield Row(
-                f"w{BITS}_{method}_seed{seed}",
-                f"configs/shapes_quickstart.py:queries100-{method}",
-                "train",
-                (f"quant.policy=w{BITS}a{BITS}", f"seed={seed}"),
-                {"family": "detr", "method": method, "bits": BITS, "seed": seed},
-                start="teacher",
-            )
+            name = f"w{BITS}_{method}_seed{seed}"
+            yield student(name, "queries100", method, bits=BITS, seed=seed, start="teacher")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from shapes_rows import FAMILIES
 from step_time import ratio, timed
 from study import RESULTS
 
@@ -45,7 +46,6 @@ from aqdetr_jax.training.bundles import run_bundle
 from aqdetr_jax.training.experiment import load_experiment
 
 METHODS = ("float", "lsq", "lsq_plus", "qdetr", "auxiliary", "distill", "aqdetr")
-FAMILIES = {"detr": "", "deformable": "deformable-"}
 SAME_GRAPH = ("lsq", "auxiliary", "distill", "aqdetr")
 """Methods that differ in training only."""
 WARM_UP = 2

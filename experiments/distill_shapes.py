@@ -3,16 +3,17 @@
 python experiments/distill_shapes.py --work=DIR [--only=...] [--minutes=M] [--list]
 
 Embedded set, the quickstart's schedule. Weights of the terms are those of configs/shapes_w4a4.py
-where its kind of distance is used, and are chosen to give terms of the same size elsewhere.
+where its kind of distance is used, and are chosen to give terms of the same size elsewhere. Those
+with both places' probabilities are ``main_shapes.py``'s, not trained again if DIR is that study's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shapes_rows import FAMILIES, student
 from study import Row, run_study
 
-FAMILIES = {"detr": "", "deformable": "deformable-"}
 KL, LOGITS, OUTPUT = (20.0, 10.0), (0.5, 0.25), (2.0, 1.0)
 PLACES = {
     "encoder": ("kl", KL[0], 0.0),
@@ -28,23 +29,17 @@ SEEDS = (0, 1)
 def rows() -> Iterator[Row]:
     """By seed, then by place."""
     for seed in SEEDS:
-        for family, prefix in FAMILIES.items():
+        for family in FAMILIES:
             for name in (*PLACES, "both_float_path"):
                 kind, encoder, cross = PLACES[name.removesuffix("_float_path")]
-                source = SOURCES.get(name, "teacher")
-                weights = f"distill.weights.encoder={encoder}", f"distill.weights.kind={kind}"
-                yield Row(
-                    f"{family}_{name}_seed{seed}",
-                    f"configs/shapes_quickstart.py:{prefix}distill",
-                    "train",
-                    (
-                        *weights,
-                        f"distill.weights.decoder_cross={cross}",
-                        f"distill.source={source}",
-                        f"seed={seed}",
-                    ),
-                    {"family": family, "method": name, "bits": 4, "seed": seed},
+                words = (
+                    f"distill.weights.encoder={encoder}",
+                    f"distill.weights.kind={kind}",
+                    f"distill.weights.decoder_cross={cross}",
+                    f"distill.source={SOURCES.get(name, 'teacher')}",
                 )
+                of_row = f"{family}_{'w4_distill' if name == 'both' else name}_seed{seed}"
+                yield student(of_row, family, "distill", words, {"method": name}, seed=seed)
 
 
 if __name__ == "__main__":

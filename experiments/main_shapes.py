@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shapes_rows import FAMILIES, JUDGE, student
 from study import Row, run_study
 
-FAMILIES = {"detr": "", "deformable": "deformable-"}
-TEACHERS = {"detr": "packaged:shapes_teacher", "deformable": "packaged:shapes_deformable_teacher"}
+from aqdetr_jax.checkpoint.model_folder import TEACHERS
+
 MAIN, OTHERS = ("lsq", "aqdetr"), ("qdetr", "lsq_plus")
 PARTS = ("distill", "auxiliary")
 """Each of AQ-DETR's contributions alone, at 4 bits."""
@@ -34,7 +35,8 @@ def rows() -> Iterator[Row]:
     for family, prefix in FAMILIES.items():
         config = f"configs/shapes_quickstart.py:{prefix}lsq"
         facts = {"family": family, "method": "float", "bits": 32, "seed": 0}
-        yield Row(f"{family}_float", config, "eval", facts=facts, model=TEACHERS[family])
+        model = TEACHERS[family]
+        yield Row(f"{family}_float", config, "eval", facts=facts, model=model, judge=JUDGE)
         for bits in BITS:
             for way in CALIBRATIONS:
                 yield Row(
@@ -43,17 +45,13 @@ def rows() -> Iterator[Row]:
                     "ptq",
                     (f"quant.policy=w{bits}a{bits}", f"quant.calibration_method={way}"),
                     {"family": family, "method": f"ptq_{way}", "bits": bits, "seed": 0},
+                    judge=JUDGE,
                 )
     for bits, seed, methods in ORDER:
-        for family, prefix in FAMILIES.items():
+        for family in FAMILIES:
             for method in methods:
-                yield Row(
-                    f"{family}_w{bits}_{method}_seed{seed}",
-                    f"configs/shapes_quickstart.py:{prefix}{method}",
-                    "train",
-                    (f"quant.policy=w{bits}a{bits}", f"seed={seed}"),
-                    {"family": family, "method": method, "bits": bits, "seed": seed},
-                )
+                name = f"{family}_w{bits}_{method}_seed{seed}"
+                yield student(name, family, method, bits=bits, seed=seed)
 
 
 if __name__ == "__main__":

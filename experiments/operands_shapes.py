@@ -9,32 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shapes_rows import FAMILIES, student
 from study import Row, run_study
 
-FAMILIES = {"detr": "", "deformable": "deformable-"}
 
-
-def policies() -> Iterator[tuple[str, str]]:
-    """(what is at few bits, policy)."""
-    yield "nothing", "w8a8"
+def policies() -> Iterator[tuple[int, str, str]]:
+    """(bits, of what, policy)."""
+    yield 8, "nothing", "w8a8"
     for bits in (4, 2):
-        yield f"weights {bits}", f"w{bits}a8-attn8"
-        yield f"activations {bits}", f"w8a{bits}-attn8"
-        yield f"attention {bits}", f"w8a8-attn{bits}"
-        yield f"weights and activations {bits}", f"w{bits}a{bits}-attn8"
+        yield bits, f"weights {bits}", f"w{bits}a8-attn8"
+        yield bits, f"activations {bits}", f"w8a{bits}-attn8"
+        yield bits, f"attention {bits}", f"w8a8-attn{bits}"
+        yield bits, f"weights and activations {bits}", f"w{bits}a{bits}-attn8"
 
 
 def rows() -> Iterator[Row]:
     """By family, then by policy."""
-    for family, prefix in FAMILIES.items():
-        for what, policy in policies():
-            yield Row(
-                f"{family}_{policy}",
-                f"configs/shapes_quickstart.py:{prefix}lsq",
-                "train",
-                (f"quant.policy={policy}",),
-                {"family": family, "method": what, "policy": policy, "seed": 0},
-            )
+    for family in FAMILIES:
+        for bits, what, policy in policies():
+            facts = {"method": what, "policy": policy}
+            words = (f"quant.policy={policy}",)
+            yield student(f"{family}_{policy}", family, "lsq", words, facts, bits=bits)
 
 
 if __name__ == "__main__":

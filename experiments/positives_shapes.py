@@ -4,16 +4,19 @@ python experiments/positives_shapes.py --work=DIR [--only=...] [--minutes=M] [--
 
 M auxiliary queries, every box K times; no distillation. DETR on the embedded set by the
 quickstart's schedule, each from the packaged teacher (the float ones trained on as long). At 4 bits
-M = 0 is LSQ.
+M = 0 is LSQ. Those and M = 50, K = 2 are ``main_shapes.py``'s runs, which are not trained again if
+DIR is that study's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shapes_rows import student
 from study import Row, run_study
 
 SETS = ((0, 0), (25, 1), (50, 1), (50, 2), (75, 3), (150, 6))
+MAIN = ((0, 0), (50, 2))
 SEEDS = (0, 1)
 
 
@@ -22,23 +25,16 @@ def rows() -> Iterator[Row]:
     for seed in SEEDS:
         for count, repeats in SETS:
             for policy in ("w4a4", "float"):
-                method = "auxiliary" if count else "lsq"
-                overrides = [f"quant.policy={policy}", f"seed={seed}"]
+                words = [f"quant.policy={policy}"]
                 if count:
-                    overrides += [f"model.num_auxiliary={count}", f"auxiliary.repeats={repeats}"]
-                yield Row(
-                    f"{policy}_M{count}_K{repeats}_seed{seed}",
-                    f"configs/shapes_quickstart.py:{method}",
-                    "train",
-                    tuple(overrides),
-                    {
-                        "family": "detr",
-                        "bits": 4 if policy == "w4a4" else 32,
-                        "M": count,
-                        "K": repeats,
-                        "seed": seed,
-                    },
-                )
+                    words += [f"model.num_auxiliary={count}", f"auxiliary.repeats={repeats}"]
+                bits = 4 if policy == "w4a4" else 32
+                facts = {"M": count, "K": repeats}
+                method = "auxiliary" if count else "lsq"
+                name = f"{policy}_M{count}_K{repeats}_seed{seed}"
+                if bits == 4 and (count, repeats) in MAIN:
+                    name = f"detr_w4_{method}_seed{seed}"
+                yield student(name, "detr", method, words, facts, bits=bits, seed=seed)
 
 
 if __name__ == "__main__":

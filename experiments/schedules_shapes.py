@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shapes_rows import JUDGE, student
 from study import Row, run_study
 
 BACKBONE = "('^backbone/',)"
@@ -30,18 +31,15 @@ def rows() -> Iterator[Row]:
     for bits in BITS:
         for schedule in ("plain", "raw", *PHASES):
             for method in METHODS:
-                config = f"configs/shapes_quickstart.py:{method}"
                 plain = f"detr_w{bits}_{method}_seed{SEED}"
                 name = plain if schedule == "plain" else f"w{bits}_{method}_{schedule}"
-                facts = {"family": "detr", "method": method, "bits": bits, "seed": SEED}
-                facts["schedule"] = schedule
+                phase = PHASES.get(schedule)
+                words = (f"train.phases=({phase},)",) if phase else ()
+                facts = {"schedule": schedule}
+                row = student(name, "detr", method, words, facts, bits=bits, seed=SEED)
                 if schedule == "raw":
-                    yield Row(name, config, "last", facts=facts, start=plain)
-                    continue
-                words = (f"quant.policy=w{bits}a{bits}", f"seed={SEED}")
-                if schedule in PHASES:
-                    words += (f"train.phases=({PHASES[schedule]},)",)
-                yield Row(name, config, "train", words, facts)
+                    row = Row(name, row.config, "last", (), row.facts, start=plain, judge=JUDGE)
+                yield row
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ class Row:
       facts: what tells the rows apart in tables: family, method, bits, seed.
       model: of "eval".
       start: row of the same study whose model it starts from, if it is not the configuration's.
+      judge: overrides of the configuration for a last evaluation, of which the row's numbers are;
+        () = the run's own.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Row:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: str = ""
     start: str = ""
+    judge: tuple[str, ...] = ()
 
     def command(self, folder: Path | str, more: Sequence[str] = ()) -> list[str]:
         """The words after ``aqdetr`` that make the row."""
@@ -75,12 +78,25 @@ class Row:
             return ["train", config, f"--workdir={folder}", *overrides]
         if self.kind == "ptq":
             return ["ptq", config, f"--out={folder}", *overrides]
-        model = self.model or f"{folder}/{LAST}"
-        return ["eval", config, f"--model={model}", f"--out={folder}", *overrides]
+        return ["eval", config, f"--model={self.judged(folder)}", f"--out={folder}", *overrides]
+
+    def judged(self, folder: Path | str) -> str:
+        """The model that the row is about."""
+        if self.kind in ("train", "ptq"):
+            return str(folder)
+        return self.model or f"{folder}/{LAST}"
+
+    def last_command(self, folder: Path | str, more: Sequence[str] = ()) -> list[str]:
+        """The words after ``aqdetr`` that judge the row, if its run's own evaluation does not."""
+        overrides = [f"--config.{word}" for word in (*self.judge, *more)]
+        words = [f"--config={self.config}", f"--model={self.judged(folder)}"]
+        return ["eval", *words, f"--out={folder}/{JUDGED}", *overrides]
 
 
 LAST = "last"
 """Folder of the model of a "last" row, within its own."""
+JUDGED = "judged"
+"""Folder of a row's last evaluation, within its own."""
 
 
 def last_model(run: Path, to: Path) -> None:
@@ -203,17 +219,26 @@ def made_row(
     start = time.monotonic()
     if row.kind == "last":
         last_model(folder.parent / row.start, folder / LAST)
+    judged = folder / JUDGED if row.judge else folder
     try:
         child.run(row.command(folder, overrides))
+        if row.judge:
+            child.run(row.last_command(folder, overrides))
     except Stopped:
         raise SystemExit(75) from None
     block = read_json(folder / "results.json")
-    config = load_experiment(row.config, (*row.overrides, *overrides))
+    if row.judge:
+        # Of the run: what made it. Of the last evaluation: every number.
+        made_by = {key: block[key] for key in ("config", "seed", "commit")}
+        judge = "aqdetr " + " ".join(row.last_command("DIR", hidden(overrides)))
+        own = {"judge": judge, "own_AP": block["AP"]}
+        block = {**read_json(judged / "results.json"), **made_by, **own}
+    config = load_experiment(row.config, (*row.overrides, *row.judge, *overrides))
     report = folder / "bit_report.json"
     size = read_json(report)["packed_bytes"] if report.is_file() else None
     truth = open_dataset(config.data, train=False).coco_ground_truth()
     draws = image_draws(len(truth["images"]), DRAWS)
-    ap = bootstrap_ap(truth, Detections.read(folder, 0.0).results, draws)
+    ap = bootstrap_ap(truth, Detections.read(judged, 0.0).results, draws)
     shown = f"DIR/{row.name}" if row.start else "DIR"
     return {
         "name": row.name,

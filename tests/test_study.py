@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pathlib
 import sys
 import threading
 
+import distill_shapes
 import jax
 import main_shapes
 import numpy as np
+import positives_shapes
 import pytest
 import schedules_shapes
 import study
@@ -17,6 +21,7 @@ import tiny
 
 from aqdetr_jax.checkpoint.model_folder import load_model, save_model
 from aqdetr_jax.checkpoint.steps import Checkpoints
+from aqdetr_jax.training.experiment import load_experiment
 
 ROWS = tuple(study.Row(f"row{i}", "shapes_quickstart", facts={"seed": i}) for i in range(6))
 
@@ -157,9 +162,54 @@ def test_the_last_parameters_of_a_run_in_place_of_their_average(tmp_path):
     )
 
 
-def test_the_schedules_plain_runs_are_the_main_studys():
+@pytest.mark.parametrize(
+    ("other", "shared"), [(schedules_shapes, 4), (distill_shapes, 4), (positives_shapes, 4)]
+)
+def test_runs_of_two_studies_are_of_one_configuration(other, shared):
     main = {row.name: row for row in main_shapes.rows()}
-    plain = [row for row in schedules_shapes.rows() if row.facts["schedule"] == "plain"]
-    assert len(plain) == 4
-    for row in plain:
-        assert row.command("DIR") == main[row.name].command("DIR")
+    rows = [row for row in other.rows() if row.name in main]
+    assert len(rows) == shared
+    for row in rows:
+        mine = main[row.name]
+        configs = [load_experiment(row.config, row.overrides) for row in (row, mine)]
+        # Variants have names; what they are is what counts.
+        assert dataclasses.replace(configs[0], name="") == dataclasses.replace(configs[1], name="")
+        assert row.judge == mine.judge
+
+
+def test_a_row_is_judged_on_the_split_of_its_study(tmp_path, monkeypatch):
+    row = study.Row("row", "shapes_quickstart:lsq", judge=("data.eval_split=test",))
+    commands = []
+
+    class Child:
+        def run(self, command):
+            commands.append(command)
+            word = next(w for w in command if w.startswith(("--workdir=", "--out=")))
+            folder = pathlib.Path(word.partition("=")[2])
+            folder.mkdir(parents=True)
+            made = {"AP": 0.5, "config": "run", "seed": 3, "commit": "a"}
+            if command[0] == "eval":
+                made = {"AP": 0.4, "config": "eval", "seed": 0, "commit": "b"}
+            (folder / "results.json").write_text(json.dumps(made))
+
+    read = []
+
+    class Found:
+        results = ()
+
+        @staticmethod
+        def read(folder, seconds):
+            read.append(folder)
+            return Found
+
+    monkeypatch.setattr(study, "Detections", Found)
+    monkeypatch.setattr(study, "bootstrap_ap", lambda truth, results, draws: np.full(3, 0.4))
+    made = study.made_row(row, tmp_path / "row", ("data.num_eval=4",), Child())
+    assert [command[0] for command in commands] == ["train", "eval"]
+    assert "--config.data.eval_split=test" not in commands[0]
+    assert commands[1][-2:] == ["--config.data.eval_split=test", "--config.data.num_eval=4"]
+    assert read == [tmp_path / "row" / "judged"]
+    assert (made["AP"], made["own_AP"]) == (0.4, 0.5)
+    assert (made["config"], made["seed"], made["commit"]) == ("run", 3, "a")
+    assert made["judge"].startswith("aqdetr eval")
+    assert "DIR/judged" in made["judge"]
