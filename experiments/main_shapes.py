@@ -30,18 +30,24 @@ ORDER = (
 """(bits, seed, methods) of the trained rows."""
 
 
-def rows() -> Iterator[Row]:
-    """What is cheap first; then the method beside plain LSQ; then what else tells most."""
+def floats() -> Iterator[Row]:
+    """The packaged teachers."""
     for family, prefix in FAMILIES.items():
         config = f"configs/shapes_quickstart.py:{prefix}lsq"
         facts = {"family": family, "method": "float", "bits": 32, "seed": 0}
-        model = TEACHERS[family]
+        model = str(TEACHERS[family])
         yield Row(f"{family}_float", config, "eval", facts=facts, model=model, judge=JUDGE)
+
+
+def rows() -> Iterator[Row]:
+    """What is cheap first; then the method beside plain LSQ; then what else tells most."""
+    yield from floats()
+    for family, prefix in FAMILIES.items():
         for bits in BITS:
             for way in CALIBRATIONS:
                 yield Row(
                     f"{family}_w{bits}_ptq_{way}",
-                    config,
+                    f"configs/shapes_quickstart.py:{prefix}lsq",
                     "ptq",
                     (f"quant.policy=w{bits}a{bits}", f"quant.calibration_method={way}"),
                     {"family": family, "method": f"ptq_{way}", "bits": bits, "seed": 0},

@@ -1,0 +1,56 @@
+"""What longer training changes: LSQ, distillation and AQ-DETR beyond the quickstart's schedule.
+
+python experiments/long_shapes.py --work=DIR [--only=...] [--minutes=M] [--list]
+
+Embedded set. 4 bits for three times the quickstart's steps, on three seeds; 2 bits by the whole
+schedule of configs/shapes_w4a4.py, on one. The float rows are ``main_shapes.py``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from main_shapes import floats
+from shapes_rows import student
+from study import Row, run_study
+
+LONG = {"detr": 3600, "deformable": 2700}
+WHOLE = 8000
+METHODS, SEEDS = ("lsq", "aqdetr"), (0, 1, 2)
+
+
+def rows() -> Iterator[Row]:
+    """4 bits by seed, with 2 bits in between; distillation alone last."""
+    yield from floats()
+    for seed in SEEDS:
+        yield from _long("detr", seed, METHODS)
+        if seed == 0:
+            yield from _whole(("aqdetr", "lsq"))
+    for seed in SEEDS:
+        yield from _long("deformable", seed, METHODS)
+    for seed in SEEDS:
+        yield from _long("detr", seed, ("distill",))
+
+
+def _long(family: str, seed: int, methods: tuple[str, ...]) -> Iterator[Row]:
+    steps = LONG[family]
+    for method in methods:
+        name = f"{family}_w4_{method}_{steps}_seed{seed}"
+        # The average is as long a part of the run, and so is the warm-up.
+        words = (f"train.steps={steps}", "optimizer.warmup=100", "optimizer.ema=0.995")
+        yield student(name, family, method, words, {"steps": "three times"}, seed=seed)
+
+
+def _whole(methods: tuple[str, ...]) -> Iterator[Row]:
+    for family in LONG:
+        for method in methods:
+            name = f"{family}_w2_{method}_{WHOLE}_seed0"
+            row = student(name, family, method, (), {"steps": "whole"}, bits=2)
+            config = row.config.replace("shapes_quickstart", "shapes_w4a4")
+            # Looks on the way cost half a minute each.
+            words = (*row.overrides, "train.eval_every=0", "train.quantizers_every=0")
+            yield Row(name, config, "train", words, row.facts, judge=row.judge)
+
+
+if __name__ == "__main__":
+    run_study("long_shapes", rows(), __doc__.splitlines()[0])
