@@ -10,41 +10,29 @@ from __future__ import annotations
 import re
 import statistics
 from pathlib import Path
-from typing import Any
 
 import render_bfloat16
 import render_complexity
 import render_deploy
 import render_input
 import render_ledger
+import render_parity
 import render_reliability
 import render_sensitivity
+import render_speed
 import render_study
 import render_tpu
 import study_pictures
-from outside.table import outside_table
+from results_files import ROOT, load, short
 
-from aqdetr_jax.io import read_json, write_text_atomic
+from aqdetr_jax.io import write_text_atomic
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "experiments" / "results"
 VARIANTS = {
     "lsq": "LSQ alone",
     "auxiliary": "+ auxiliary queries",
     "distill": "+ distillation",
     "aqdetr": "both (AQ-DETR)",
 }
-
-
-def load(name: str) -> dict[str, Any] | None:
-    """A results file, or None."""
-    path = RESULTS / name
-    return read_json(path) if path.is_file() else None
-
-
-def short(commit: str) -> str:
-    """A commit in twelve digits; that it was dirty stays said."""
-    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def blocks_table(name: str, command: str, images: str = "embedded validation set") -> str:
@@ -76,6 +64,27 @@ def blocks_table(name: str, command: str, images: str = "embedded validation set
         f"`{short(block['commit'])}`, from `experiments/results/{name}`."
     )
     return "\n".join(lines)
+
+
+def residual_table() -> str:
+    """AP of calibrated models by the bits of their residual sums."""
+    result = load("residual_grids.json")
+    if result is None:
+        return "Not run."
+    rows = result["rows"]
+    widths = sorted({row["residual"] for row in rows}, key=lambda bits: -bits or -99)
+    names = [f"{bits} bits" if bits else "float" for bits in widths]
+    lines = [
+        f"| calibrated, AP on {rows[0]['images']} images | {' | '.join(names)} |",
+        "|---|" + "---|" * len(widths),
+    ]
+    for config in dict.fromkeys(row["config"] for row in rows):
+        found = {row["residual"]: row for row in rows if row["config"] == config}
+        policy = next(iter(found.values()))["policy"]
+        cells = " | ".join(f"{found[b]['AP']:.4f}" if b in found else "not run" for b in widths)
+        lines.append(f"| `{config}`, {policy} | {cells} |")
+    commits = ", ".join(sorted({short(row["commit"]) for row in rows}))
+    return "\n".join([*lines, "", f"`{result['command']}`; commit {commits}."])
 
 
 def results_of_readme() -> str:
@@ -127,229 +136,6 @@ def ablation_table(name: str, title: str, bits: int = 4, family: str = "") -> st
     return "\n".join(lines)
 
 
-def step_time_table() -> str:
-    """Ratios of the step-time benchmark."""
-    result = load("step_time.json")
-    if result is None:
-        return "**Step time**: not run."
-    lines = [
-        f"**Step time**, device {result['device']}, commit `{short(result['commit'])}`, side by "
-        "side in one process:",
-        "",
-        "| config | variant | ratio to float | ratio to the first model's | median ms | compile s "
-        "| temporaries MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    notes = []
-    for found in result["configs"]:
-        height, width = found["image"]
-        for name, row in found["variants"].items():
-            lines.append(
-                f"| {found['config']} | {name} | {row['ratio_to_float']:.2f} | "
-                f"{row['ratio_to_first']:.2f} | {row['median_seconds'] * 1e3:.0f} | "
-                f"{row['compile_seconds']:.0f} | {row['temporary_bytes'] / 2**20:.0f} |"
-            )
-        shares = ", ".join(f"{k} {v:.1%}" for k, v in found["share_of_whole_step"].items())
-        notes.append(
-            f"`{found['config']}`: batch {found['batch']}, {height}x{width}; shares of the whole "
-            f"step: {shares}."
-        )
-    peak = result["peak_resident_bytes"] / 2**30
-    notes.append(f"Peak {peak:.1f} GiB resident for all.")
-    return "\n".join([*lines, "", *notes, "", *outside_table(result.get("outside"))])
-
-
-def per_minute_table() -> str:
-    """AP and training time of both families."""
-    result = load("deformable_per_minute.json")
-    if result is None:
-        return "**AP per minute of training**: not run."
-    lines = [
-        f"**AP per minute of training**, embedded set, device {result['device']}, commit "
-        f"`{short(result['commit'])}`, all steps side by side in one process:",
-        "",
-        "| family | model | AP | steps x batch | ms a step | minutes | AP a minute |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['family']} | {row['model']} | {row['AP']:.3f} | {row['steps']} x "
-            f"{row['batch']} | {row['median_seconds'] * 1e3:.0f} | {row['minutes']:.1f} | "
-            f"{row['AP_per_minute']:.4f} |"
-        )
-    for row in result["rows"]:
-        if row["curve"]:
-            points = ", ".join(f"{p['AP']:.3f} ({p['minutes']:.0f} min)" for p in row["curve"])
-            lines += ["", f"{row['family']}, {row['model']}, on the way: {points}."]
-    return "\n".join(
-        [*lines, "", "`python experiments/per_minute.py`; a student starts from its float teacher."]
-    )
-
-
-def sampling_table() -> str:
-    """Ways to sample for deformable attention."""
-    result = load("deformable_sampling.json")
-    if result is None:
-        return "**Deformable sampling**: not run."
-    lines = [
-        f"**Deformable sampling**, {result['cores']} cores of {result['device']}, commit "
-        f"`{short(result['commit'])}`, side by side in one process; ratios are to the plain "
-        "gather, bytes are temporaries of forward plus gradient:",
-        "",
-        "| case | way | forward ms | ratio | with gradient ms | ratio | MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for case, found in result["cases"].items():
-        for way, row in found["methods"].items():
-            if isinstance(row, str):
-                lines.append(f"| {case} | {way} | {row} | | | | |")
-                continue
-            times = " | ".join(
-                f"{statistics.median(row[f'{kind}_seconds']) * 1e3:.1f} | "
-                f"{row[f'{kind}_ratio_to_gather']:.2f}"
-                for kind in ("forward", "gradient")
-            )
-            here = row.get("gradient_temporary_bytes")
-            cells = "–" if here is None else f"{here / 2**20:.0f}"
-            lines.append(f"| {case} | {way} | {times} | {cells} |")
-    return "\n".join([*lines, "", "`python experiments/deformable_sampling.py`."])
-
-
-def residual_table() -> str:
-    """AP of calibrated models by the bits of their residual sums."""
-    result = load("residual_grids.json")
-    if result is None:
-        return "Not run."
-    rows = result["rows"]
-    widths = sorted({row["residual"] for row in rows}, key=lambda bits: -bits or -99)
-    names = [f"{bits} bits" if bits else "float" for bits in widths]
-    lines = [
-        f"| calibrated, AP on {rows[0]['images']} images | {' | '.join(names)} |",
-        "|---|" + "---|" * len(widths),
-    ]
-    for config in dict.fromkeys(row["config"] for row in rows):
-        found = {row["residual"]: row for row in rows if row["config"] == config}
-        policy = next(iter(found.values()))["policy"]
-        cells = " | ".join(f"{found[b]['AP']:.4f}" if b in found else "not run" for b in widths)
-        lines.append(f"| `{config}`, {policy} | {cells} |")
-    commits = ", ".join(sorted({short(row["commit"]) for row in rows}))
-    return "\n".join([*lines, "", f"`{result['command']}`; commit {commits}."])
-
-
-def matcher_table() -> str:
-    """The matcher, before and after its bids and its kernel."""
-    result = load("matcher.json")
-    if result is None:
-        return "**Matcher**: not run."
-    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        found.setdefault((row["case"], row["costs"], row["boxes"]), []).append(row)
-    before, after = (next(iter(found.values()))[i]["commit"] for i in (0, -1))
-    lines = [
-        f"**Matcher**, commit `{short(before)}` → `{short(after)}`: a step's problems at 4 images "
-        "a chip (shapes: 16), the fullest image with so many boxes; estimates of a v5e chip from "
-        "the compilers' own cycles (`experiments/matcher.py`), nothing was run on one:",
-        "",
-        "| case | costs | boxes | iterations | CPU ms | SciPy's | ms on a v5e, estimated |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (case, costs, boxes), rows in found.items():
-        old, new = rows[0], rows[-1]
-        chips = [row["v5e_ms_estimated"] for row in (old, new) if "v5e_ms_estimated" in row]
-        lines.append(
-            f"| {case} | {costs} | {boxes} | {old['iterations']} → {new['iterations']} | "
-            f"{old['cpu_ms']:.2f} → {new['cpu_ms']:.2f} | {new['scipy_cpu_ms']:.2f} | "
-            f"{' → '.join(f'{ms:.2f}' for ms in chips) or '–'} |"
-        )
-    return "\n".join(lines)
-
-
-def full_size_table(name: str) -> str:
-    """A full-size step."""
-    result = load(name)
-    if result is None:
-        return f"**Full-size step** (`{name}`): not run."
-    seconds = result["seconds"]
-    return (
-        f"**Full size**: one training step of `{result['config']}` at "
-        f"{result['image'][0]}x{result['image'][1]}, batch {result['batch']}, with teacher and "
-        f"{result['auxiliary_queries']} auxiliary queries, on this CPU: {seconds['step']} s, "
-        f"compiled in {seconds['compile']} s, "
-        f"peak {result['peak_resident_bytes'] / 2**30:.1f} GiB resident "
-        f"(`experiments/full_size_step.py`, `experiments/results/{name}`, commit "
-        f"`{short(result['commit'])}`). Trainable "
-        f"parameters in the official recipe: {result['trainable_parameters_official_recipe']:,}."
-    )
-
-
-PARITY_MODELS = {
-    "tiny models": ("transformers", ""),
-    "DETR-R50, DC5": ("transformers", "detr_r50"),
-    "DETR-R101, DC5": ("transformers", "detr_r101"),
-    "Deformable DETR, official models": ("transformers", "deformable_full"),
-    "DETR-R50": ("facebookresearch/detr", "detr_r50"),
-    "Deformable DETR, refinement and two stages": (
-        "fundamentalvision/Deformable-DETR",
-        "deformable_full",
-    ),
-}
-PARITY_STAGES = {
-    "backbone": ("backbone_", "position"),
-    "encoder, decoder": ("encoder_", "decoder_", "decoded", "cross_weights_", "self_weights_"),
-    "logits, boxes": ("logits", "boxes", "proposal_"),
-    "losses": ("loss/",),
-    "gradients": ("gradients",),
-    "exported": ("exported/",),
-    "fake-quantized": ("fake_quantized/",),
-}
-
-
-def exceeded(row: dict[str, Any]) -> str:
-    """A row of the parity table that is over its tolerance, in words."""
-    text = (
-        f"`{row['stage']}` of `{row['model']}` against {row['source']}: {row['max_abs_diff']:.1e} "
-        f"of {row['tolerance']:g}"
-    )
-    single = row["theirs_single"]
-    return text if single is None else f"{text}, theirs in single {single:.1e}"
-
-
-def parity_table() -> str:
-    """Greatest differences of each group of models and of stages, and what exceeds its bound."""
-    result = load("parity.json")
-    if result is None:
-        return "Not run."
-    full = tuple(prefix for _, prefix in PARITY_MODELS.values() if prefix)
-    lines = [
-        f"Greatest differences, torch {result['versions']['torch']}, transformers "
-        f"{result['versions']['transformers']}; in brackets those of their own single precision:",
-        "",
-        f"| model | against | {' | '.join(PARITY_STAGES)} |",
-        "|---|---|" + "---|" * len(PARITY_STAGES),
-    ]
-    for title, (source, prefix) in PARITY_MODELS.items():
-        rows = [
-            row
-            for row in result["rows"]
-            if row["source"].startswith(source)
-            and (row["model"].startswith(prefix) if prefix else not row["model"].startswith(full))
-        ]
-        cells = []
-        for stages in PARITY_STAGES.values():
-            found = [row for row in rows if row["stage"].startswith(stages)]
-            ours = max((row["max_abs_diff"] for row in found), default=None)
-            theirs = max((row["theirs_single"] or 0.0 for row in found), default=0.0)
-            text = "–" if ours is None else f"{ours:.1e}"
-            cells.append(f"{text} ({theirs:.1e})" if theirs else text)
-        lines.append(f"| {title} | {source} | {' | '.join(cells)} |")
-    over = [exceeded(row) for row in result["rows"] if not row["max_abs_diff"] <= row["tolerance"]]
-    lines += ["", f"Over their tolerance: {'; '.join(over) or 'none'}."]
-    commits = sorted({short(row["commit"]) for row in result["rows"]})
-    return "\n".join(
-        [*lines, "", f"`experiments/results/parity.json`, commits {', '.join(commits)}."]
-    )
-
-
 def replace(path: Path, name: str, text: str) -> None:
     """Puts ``text`` between the markers of a document."""
     content = path.read_text(encoding="utf-8")
@@ -391,14 +177,14 @@ def main() -> None:
         ablation_table(
             "deformable_bccd.json", "Deformable DETR, BCCD test split", family="deformable-"
         ),
-        per_minute_table(),
-        step_time_table(),
-        sampling_table(),
-        matcher_table(),
-        full_size_table("full_size_step.json"),
-        full_size_table("deformable_full_size_step.json"),
+        render_speed.per_minute_table(),
+        render_speed.step_time_table(),
+        render_speed.sampling_table(),
+        render_speed.matcher_table(),
+        render_speed.full_size_table("full_size_step.json"),
+        render_speed.full_size_table("deformable_full_size_step.json"),
     ]
-    replace(ROOT / "docs" / "parity.md", "parity", parity_table())
+    replace(ROOT / "docs" / "parity.md", "parity", render_parity.parity_table())
     replace(ROOT / "docs" / "quantization.md", "residual", residual_table())
     study_pictures.write_pictures(load("main_shapes.json"), ROOT / "docs")
     half = load("bfloat16_shapes.json")
