@@ -226,9 +226,16 @@ def main() -> None:
     render_sensitivity.write_picture(load("sensitivity.json"), ROOT / "docs" / "sensitivity.png")
     document = ROOT / "docs" / "results.md"
     replace(document, "ledger", render_ledger.ledger_table())
+    main_study = load("main_shapes.json")
     title = "Embedded set, the quickstart's schedule"
-    replace(document, "main", render_study.main_table(title, load("main_shapes.json")))
+    replace(document, "main", render_study.main_table(title, main_study))
+    title = "Where to distil, what, and from whom: embedded set, 4 bits"
+    text = render_study.distill_table(title, load("distill_shapes.json"), main_study)
+    replace(document, "distill", text)
     studies = {
+        "long": (render_study.long_tables, "Embedded set"),
+        "positives": (render_study.positives_table, "AP against positives: DETR, embedded set"),
+        "operands": (render_study.operands_table, "What few bits cost where: LSQ, embedded set"),
         "balance": (render_study.main_table, "100 object queries, 300 auxiliary ones, K = 3"),
         "schedules": (render_study.schedules_table, "Schedules, DETR, embedded set, one seed"),
         "capacity": (render_study.capacity_tables, "Query capacity, embedded set"),

@@ -139,32 +139,130 @@ SCHEDULES = {
 }
 
 
+def effects_table(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    lines: Mapping[str, Mapping[str, Any]],
+    columns: Mapping[str, Mapping[str, Any]],
+    reference: Mapping[str, Any],
+    against: str,
+) -> str:
+    """What a choice does: AP, and each line compared with the reference's of its column.
+
+    Args:
+      title: of the table.
+      rows: of one study or more.
+      lines: facts by label.
+      columns: facts by label; rows have a line's and a column's.
+      reference: facts of the line that the others stand against.
+      against: its name in the heads.
+    """
+    heads = " | ".join(f"{label} | against {against}" for label in columns)
+    text = [f"**{title}**: AP, mean ± standard deviation over seeds.", ""]
+    text += [f"| | seeds | {heads} |", "|---" * (2 * len(columns) + 2) + "|"]
+    shown = []
+    for label, facts in lines.items():
+        cells, seeds = [], 0
+        for column in columns.values():
+            found = of(rows, **facts, **column)
+            shown += found
+            if not found:
+                cells += ["not run", ""]
+                continue
+            seeds = max(seeds, len(found))
+            pair = comparison(found, of(rows, **reference, **column))
+            cells.append(mean_and_spread([r["AP"] for r in found]))
+            cells.append("–" if facts == reference else verdict(pair))
+        text.append(f"| {label} | {seeds} | {' | '.join(cells)} |")
+    return "\n".join([*text, "", commits_of(shown)])
+
+
 def schedules_table(title: str, result: Mapping[str, Any] | None) -> str:
     """Schedules by method and bits, each against the plain one."""
     if result is None:
         return f"**{title}**: not run."
-    rows = result["rows"]
-    kinds = sorted({(-r["facts"]["bits"], r["facts"]["method"]) for r in rows})
+    kinds = sorted({(-r["facts"]["bits"], r["facts"]["method"]) for r in result["rows"]})
     kinds = sorted(kinds, key=lambda kind: (kind[0], list(NAMES).index(kind[1])))
-    heads = [f"{NAMES[method]}, {-bits} bits | against plain" for bits, method in kinds]
-    lines = [
-        f"**{title}**: AP.",
-        "",
-        f"| schedule | {' | '.join(heads)} |",
-        "|---" * (2 * len(kinds) + 1) + "|",
-    ]
-    for schedule, label in SCHEDULES.items():
-        cells = []
-        for bits, method in kinds:
-            mine = of(rows, method=method, bits=-bits)
-            found, plain = (of(mine, schedule=name) for name in (schedule, "plain"))
-            if not found:
-                cells += ["not run", ""]
-                continue
-            values = mean_and_spread([r["AP"] for r in found])
-            cells += [values, "–" if schedule == "plain" else verdict(comparison(found, plain))]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", commits_of(rows)])
+    columns = {
+        f"{NAMES[method]}, {-bits} bits": {"method": method, "bits": -bits}
+        for bits, method in kinds
+    }
+    lines = {label: {"schedule": name} for name, label in SCHEDULES.items()}
+    reference = {"schedule": "plain"}
+    return effects_table(title, result["rows"], lines, columns, reference, "plain")
+
+
+PLACES = {
+    "lsq": "no distillation (LSQ)",
+    "encoder": "encoder, probabilities",
+    "decoder": "decoder, probabilities",
+    "both": "both, probabilities",
+    "both_logits": "both, logits",
+    "both_output": "both, outputs",
+    "both_float_path": "both, probabilities, of the float path",
+}
+
+
+def distill_table(
+    title: str, result: Mapping[str, Any] | None, main: Mapping[str, Any] | None
+) -> str:
+    """Where to distil, what, and from whom, each against LSQ of the main study."""
+    if result is None:
+        return f"**{title}**: not run."
+    plain = of(main["rows"], method="lsq", bits=4) if main else []
+    seeds = {row["facts"]["seed"] for row in result["rows"]}
+    rows = [*result["rows"], *(row for row in plain if row["facts"]["seed"] in seeds)]
+    lines = {label: {"method": name} for name, label in PLACES.items()}
+    columns = {label: {"family": name} for name, label in FAMILIES.items() if of(rows, family=name)}
+    return effects_table(title, rows, lines, columns, {"method": "lsq"}, "LSQ")
+
+
+def positives_table(title: str, result: Mapping[str, Any] | None) -> str:
+    """AP by auxiliary queries and how often each box is given to them."""
+    if result is None:
+        return f"**{title}**: not run."
+    kinds = sorted({(r["facts"]["M"], r["facts"]["K"]) for r in result["rows"]})
+    lines = {
+        f"M = {count}, K = {repeats}" if count else "none": {"M": count, "K": repeats}
+        for count, repeats in kinds
+    }
+    columns = {"4 bits": {"bits": 4}, "float": {"bits": 32}}
+    reference = {"M": 0, "K": 0}
+    return effects_table(title, result["rows"], lines, columns, reference, "none")
+
+
+def operands_table(title: str, result: Mapping[str, Any] | None) -> str:
+    """What few bits cost where, against 8 bits everywhere."""
+    if result is None:
+        return f"**{title}**: not run."
+    names = dict.fromkeys(r["facts"]["method"] for r in result["rows"])
+    label = {"nothing": "8 bits everywhere"}
+    lines = {label.get(name, f"{name} bits"): {"method": name} for name in names}
+    columns = {
+        label: {"family": name}
+        for name, label in FAMILIES.items()
+        if of(result["rows"], family=name)
+    }
+    reference = {"method": "nothing"}
+    return effects_table(title, result["rows"], lines, columns, reference, "8 bits")
+
+
+LENGTHS = {
+    "three times": "three times the quickstart's steps",
+    "whole": "the whole schedule, 8000 steps",
+}
+
+
+def long_tables(title: str, result: Mapping[str, Any] | None) -> str:
+    """The main table of each longer schedule."""
+    if result is None:
+        return f"**{title}**: not run."
+    parts = []
+    for steps, label in LENGTHS.items():
+        rows = [r for r in result["rows"] if r["facts"].get("steps", steps) == steps]
+        if of(rows, steps=steps):
+            parts.append(main_table(f"{title}, {label}", {"rows": rows}))
+    return "\n\n".join(parts)
 
 
 CAPACITY = {

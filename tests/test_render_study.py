@@ -51,13 +51,14 @@ def test_schedules_stand_against_the_plain_one():
     assert "| LSQ, 4 bits | against plain | AQ-DETR (both), 2 bits | against plain |" in table
     first = cells(table, render_study.SCHEDULES["backbone_first"])
     assert first == [
+        "1",
         "0.4100",
         "better: +0.0100, in 100% of the draws, on 1 of 1 seed",
         "not run",
         "",
     ]
-    assert cells(table, render_study.SCHEDULES["raw"])[1].startswith("no difference shown")
-    assert cells(table, render_study.SCHEDULES["plain"]) == ["0.4000", "–", "0.3000", "–"]
+    assert cells(table, render_study.SCHEDULES["raw"])[2].startswith("no difference shown")
+    assert cells(table, render_study.SCHEDULES["plain"]) == ["1", "0.4000", "–", "0.3000", "–"]
 
 
 def measured(method, bits, entropy, seed=0, **more):
@@ -125,3 +126,38 @@ def test_cost_says_whether_the_exported_graphs_are_equal():
 @pytest.mark.parametrize("table", ["schedules_table", "capacity_tables", "cost_tables"])
 def test_what_was_not_run_is_said(table):
     assert getattr(render_study, table)("Title", None) == "**Title**: not run."
+
+
+def test_distillation_stands_against_the_main_studys_lsq_of_the_same_seeds():
+    main = {"rows": [trained("lsq", 4, 0.40), trained("lsq", 4, 0.30, 1), trained("lsq", 2, 0.1)]}
+    study = {"rows": [trained("both", 4, 0.42), trained("encoder", 4, 0.39)]}
+    table = render_study.distill_table("Distillation", study, main)
+    assert cells(table, "no distillation (LSQ)") == ["1", "0.4000", "–"]
+    assert cells(table, "both, probabilities")[2].startswith("better: +0.0200")
+    assert cells(table, "encoder, probabilities")[2].startswith("worse: -0.0100")
+    assert cells(table, "both, logits") == ["0", "not run", ""]
+
+
+def test_positives_stand_against_none_of_the_same_bits():
+    rows = [
+        trained("lsq", 4, 0.40, M=0, K=0),
+        trained("auxiliary", 4, 0.41, M=50, K=2),
+        trained("lsq", 32, 0.50, M=0, K=0),
+        trained("auxiliary", 32, 0.49, M=50, K=2),
+    ]
+    table = render_study.positives_table("Positives", {"rows": rows})
+    found = cells(table, "M = 50, K = 2")
+    assert found[2].startswith("better: +0.0100")
+    assert found[4].startswith("worse: -0.0100")
+
+
+def test_longer_schedules_have_a_table_each():
+    rows = [trained("float", 32, 0.5)]
+    rows += [trained("lsq", 4, 0.45, steps="three times"), trained("lsq", 2, 0.3, steps="whole")]
+    tables = render_study.long_tables("Set", {"rows": rows}).split("**Set, ")[1:]
+    assert [table.splitlines()[0].split("**")[0] for table in tables] == [
+        "three times the quickstart's steps, DETR",
+        "the whole schedule, 8000 steps, DETR",
+    ]
+    assert cells(tables[0], "LSQ") == ["1", "0.4500", "90.0%", "–"]
+    assert cells(tables[1], "LSQ") == ["1", "0.3000", "60.0%", "–"]
