@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from aqdetr_jax import host
-from aqdetr_jax.checkpoint.model_folder import load_model, save_model
+from aqdetr_jax.checkpoint.model_folder import MODEL_FOLDER, load_model, save_model
 from aqdetr_jax.checkpoint.steps import Checkpoints
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.bootstrap import bootstrap_ap, image_draws
@@ -165,8 +165,11 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
             print(f"=== {number}/{len(wanted)} {row.name}", flush=True)
             made = made_row(row, options.work / row.name, overrides, child)
             _keep(made, options.out, locks / ".results")
-            manifest = options.work / row.name / "manifest.json"
-            if manifest.is_file():
+            # Of a calibrated model its description, which says from what and how it was made.
+            manifests = ("manifest.json", f"{MODEL_FOLDER}/metadata.json")
+            found = (options.work / row.name / name for name in manifests)
+            manifest = next((file for file in found if file.is_file()), None)
+            if manifest is not None:
                 folder = MANIFESTS / name
                 folder.mkdir(parents=True, exist_ok=True)
                 text = manifest.read_text(encoding="utf-8").replace(str(options.work), "DIR")

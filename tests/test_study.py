@@ -61,6 +61,17 @@ def test_rows_are_made_once_and_kept_with_their_manifest(started, tmp_path):
         )
 
 
+def test_of_a_calibrated_row_the_models_description_is_kept(started, tmp_path, monkeypatch):
+    def make(row, folder, overrides, child):
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "metadata.json").write_text("description")
+        return {"name": row.name, "AP": 0.5}
+
+    monkeypatch.setattr(study, "made_row", make)
+    started("--only=row1")
+    assert (tmp_path / "manifests" / "rows" / "row1.json").read_text() == "description"
+
+
 def test_a_study_says_what_is_done(started, capsys):
     started("--only=row2")
     started("--list")
