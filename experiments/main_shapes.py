@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from photo_rows import CALIBRATIONS
 from shapes_rows import FAMILIES, JUDGE, student
 from study import Row, run_study
 
@@ -18,7 +19,6 @@ from aqdetr_jax.checkpoint.model_folder import TEACHERS
 MAIN, OTHERS = ("lsq", "aqdetr"), ("qdetr", "lsq_plus")
 PARTS = ("distill", "auxiliary")
 """Each of AQ-DETR's contributions alone, at 4 bits."""
-CALIBRATIONS = ("minmax", "percentile", "mse")
 BITS, SEEDS = (4, 3, 2), (0, 1, 2)
 ORDER = (
     *((4, seed, MAIN) for seed in SEEDS),

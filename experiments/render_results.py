@@ -241,6 +241,9 @@ def main() -> None:
         "capacity": (render_study.capacity_tables, "Query capacity, embedded set"),
         "cost": (render_study.cost_tables, "Cost of a training step, embedded set"),
     }
+    photos = {"deeppcb": "DeepPCB, test split", "bccd": "BCCD on EfficientNet-Lite0, test split"}
+    for name, about in photos.items():
+        replace(document, name, render_study.main_table(about, load(f"main_{name}.json")))
     for name, (table, about) in studies.items():
         replace(document, name, table(about, load(f"{name}_shapes.json")))
     render_study.write_capacity_pictures(load("capacity_shapes.json"), ROOT / "docs")

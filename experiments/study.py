@@ -30,6 +30,7 @@ from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.bootstrap import bootstrap_ap, image_draws
 from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
+from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training.arguments import parse_arguments
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.places import WorkdirError, lock_file
@@ -38,7 +39,7 @@ ROOT = Path(__file__).resolve().parent
 RESULTS, MANIFESTS = ROOT / "results", ROOT / "manifests"
 DRAWS = 1000
 
-Kind = Literal["train", "ptq", "eval", "last"]
+Kind = Literal["train", "pretrain", "ptq", "eval", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Row:
     Attributes:
       name: of the row, and of its folder.
       config: configuration with its variant, as on the command line.
-      kind: "train", "ptq" (calibrated, not trained), "eval" (``model`` as it is) or "last" (run
-        ``start`` with its last parameters in place of their average, see ``last_model``).
+      kind: "train", "pretrain" (a backbone, of which there are no numbers), "ptq" (calibrated, not
+        trained), "eval" (``model`` as it is) or "last" (run ``start`` with its last parameters in
+        place of their average, see ``last_model``).
       overrides: of the configuration.
       facts: what tells the rows apart in tables: family, method, bits, seed.
       model: of "eval".
@@ -74,15 +76,15 @@ class Row:
             start = ()
         overrides = [f"--config.{word}" for word in (*self.overrides, *start, *more)]
         config = f"--config={self.config}"
-        if self.kind == "train":
-            return ["train", config, f"--workdir={folder}", *overrides]
+        if self.kind in ("train", "pretrain"):
+            return [self.kind, config, f"--workdir={folder}", *overrides]
         if self.kind == "ptq":
             return ["ptq", config, f"--out={folder}", *overrides]
         return ["eval", config, f"--model={self.judged(folder)}", f"--out={folder}", *overrides]
 
     def judged(self, folder: Path | str) -> str:
         """The model that the row is about."""
-        if self.kind in ("train", "ptq"):
+        if self.kind not in ("eval", "last"):
             return str(folder)
         return self.model or f"{folder}/{LAST}"
 
@@ -174,7 +176,8 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 text = manifest.read_text(encoding="utf-8").replace(str(options.work), "DIR")
                 write_text_atomic(folder / f"{row.name}.json", text)
-            print(f"=== {row.name}: AP {made['AP']:.4f}", flush=True)
+            said = f"AP {made['AP']:.4f}" if "AP" in made else "done"
+            print(f"=== {row.name}: {said}", flush=True)
 
 
 def _keep(made: Mapping[str, Any], file: Path, lock: Path) -> None:
@@ -229,6 +232,14 @@ def made_row(
             child.run(row.last_command(folder, overrides))
     except Stopped:
         raise SystemExit(75) from None
+    known = {
+        "name": row.name,
+        "facts": dict(row.facts),
+        "command": "aqdetr " + " ".join(row.command(_shown(row), hidden(overrides))),
+        "cores": host.cores(),
+    }
+    if row.kind == "pretrain":
+        return {**known, "commit": git_commit(), "run_seconds": round(time.monotonic() - start, 1)}
     block = read_json(folder / "results.json")
     if row.judge:
         # Of the run: what made it. Of the last evaluation: every number.
@@ -242,17 +253,18 @@ def made_row(
     truth = open_dataset(config.data, train=False).coco_ground_truth()
     draws = image_draws(len(truth["images"]), DRAWS)
     ap = bootstrap_ap(truth, Detections.read(judged, 0.0).results, draws)
-    shown = f"DIR/{row.name}" if row.start else "DIR"
     return {
-        "name": row.name,
-        "facts": dict(row.facts),
-        "command": "aqdetr " + " ".join(row.command(shown, hidden(overrides))),
+        **known,
         **block,
         "run_seconds": round(time.monotonic() - start, 1),
-        "cores": host.cores(),
         "packed_bytes": size,
         "AP_draws": [round(float(x), 5) for x in ap],
     }
+
+
+def _shown(row: Row) -> str:
+    """The folder of a row as others would type it."""
+    return f"DIR/{row.name}" if row.start else "DIR"
 
 
 def hidden(overrides: Sequence[str]) -> list[str]:

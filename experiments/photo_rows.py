@@ -1,0 +1,55 @@
+"""What the studies on photographs share: from a backbone to a teacher to its students."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from study import Row
+
+CALIBRATIONS = ("minmax", "percentile", "mse")
+
+
+def chain(
+    config: str,
+    family: str,
+    order: Sequence[tuple[int, int, Sequence[str]]],
+    *,
+    lite: bool = False,
+) -> Iterator[Row]:
+    """The rows of a family: pretraining, teacher, calibrations, students.
+
+    Args:
+      config: of the data set, whose variants are those of ``configs/lite0.py``.
+      family: "detr" or "deformable".
+      order: (bits, seed, methods) of the students.
+      lite: on EfficientNet-Lite0, which no pretraining comes before.
+    """
+    prefix = ("" if family == "detr" else f"{family}-") + "lite-" * lite
+    facts = {"family": family, "bits": 32, "seed": 0}
+    first, teacher = f"{family}_pretrain", f"{family}_float"
+    if not lite:
+        whole = {**facts, "method": "pretrain"}
+        yield Row(first, f"{config}:{prefix}pretrain", "pretrain", facts=whole)
+    whole = {**facts, "method": "float"}
+    start = "" if lite else first
+    yield Row(teacher, f"{config}:{prefix}teacher", facts=whole, start=start)
+    for bits in dict.fromkeys(bits for bits, _, _ in order):
+        for way in CALIBRATIONS:
+            yield Row(
+                f"{family}_w{bits}_ptq_{way}",
+                f"{config}:{prefix}lsq",
+                "ptq",
+                (f"quant.policy=w{bits}a{bits}", f"quant.calibration_method={way}"),
+                {"family": family, "method": f"ptq_{way}", "bits": bits, "seed": 0},
+                start=teacher,
+            )
+    for bits, seed, methods in order:
+        for method in methods:
+            yield Row(
+                f"{family}_w{bits}_{method}_seed{seed}",
+                f"{config}:{prefix}{method}",
+                "train",
+                (f"quant.policy=w{bits}a{bits}", f"seed={seed}"),
+                {"family": family, "method": method, "bits": bits, "seed": seed},
+                start=teacher,
+            )
