@@ -11,6 +11,7 @@ import re
 import statistics
 from pathlib import Path
 
+import effects
 import render_bfloat16
 import render_complexity
 import render_deploy
@@ -26,6 +27,7 @@ import study_pictures
 from results_files import ROOT, load, short
 
 from aqdetr_jax.io import write_text_atomic
+from aqdetr_jax.viz.curves import save_figure
 
 VARIANTS = {
     "lsq": "LSQ alone",
@@ -229,15 +231,33 @@ def main() -> None:
     main_study = load("main_shapes.json")
     title = "Embedded set, the quickstart's schedule"
     replace(document, "main", render_study.main_table(title, main_study))
-    title = "Where to distil, what, and from whom: embedded set, 4 bits"
-    text = render_study.distill_table(title, load("distill_shapes.json"), main_study)
-    replace(document, "distill", text)
+    choices = {
+        "ablation": ("AQ-DETR's parts, embedded set, 4 bits", effects.ablation(main_study)),
+        "positives": (
+            "AP against positives: DETR, embedded set",
+            effects.positives(load("positives_shapes.json")),
+        ),
+        "distill": (
+            "Where to distil, what, and from whom: embedded set, 4 bits",
+            effects.distillation(load("distill_shapes.json"), main_study),
+        ),
+        "operands": (
+            "What few bits cost where: LSQ, embedded set",
+            effects.operands(load("operands_shapes.json")),
+        ),
+        "schedules": (
+            "Schedules, DETR, embedded set, one seed",
+            effects.schedules(load("schedules_shapes.json")),
+        ),
+    }
+    for name, (title, found) in choices.items():
+        replace(document, name, effects.effects_table(title, found))
+        figure = effects.effects_figure(found)
+        if figure is not None:
+            save_figure(figure, ROOT / "docs" / f"{name}_shapes.png")
     studies = {
         "long": (render_study.long_tables, "Embedded set"),
-        "positives": (render_study.positives_table, "AP against positives: DETR, embedded set"),
-        "operands": (render_study.operands_table, "What few bits cost where: LSQ, embedded set"),
         "balance": (render_study.main_table, "100 object queries, 300 auxiliary ones, K = 3"),
-        "schedules": (render_study.schedules_table, "Schedules, DETR, embedded set, one seed"),
         "capacity": (render_study.capacity_tables, "Query capacity, embedded set"),
         "cost": (render_study.cost_tables, "Cost of a training step, embedded set"),
     }
@@ -247,7 +267,7 @@ def main() -> None:
     for name, (table, about) in studies.items():
         replace(document, name, table(about, load(f"{name}_shapes.json")))
     render_study.write_capacity_pictures(load("capacity_shapes.json"), ROOT / "docs")
-    replace(document, "ablation", "\n\n".join(parts))
+    replace(document, "others", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -1,82 +1,15 @@
-"""Tables of studies: means over seeds, and pairs of methods compared image by image."""
+"""Tables of studies: the main one, query capacity, and what a training step costs."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from compared import FAMILIES, NAMES, commits_of, comparison, mean_and_spread, of, verdict
 
 from aqdetr_jax.viz.curves import capacity_curves, save_figure
-
-NAMES = {
-    "float": "float",
-    "ptq_minmax": "calibrated, min-max",
-    "ptq_percentile": "calibrated, percentile",
-    "ptq_mse": "calibrated, MSE",
-    "lsq": "LSQ",
-    "lsq_plus": "LSQ+",
-    "qdetr": "Q-DETR",
-    "auxiliary": "LSQ + auxiliary queries",
-    "distill": "LSQ + distillation",
-    "aqdetr": "AQ-DETR (both)",
-}
-FAMILIES = {"detr": "DETR", "deformable": "Deformable DETR"}
-SURE = 0.95
-"""Share of the draws from which on a difference is called one."""
-
-
-def of(rows: Sequence[Mapping[str, Any]], **facts: Any) -> list[Mapping[str, Any]]:
-    """Rows with these facts, by seed."""
-    found = [r for r in rows if all(r["facts"].get(k) == v for k, v in facts.items())]
-    return sorted(found, key=lambda row: row["facts"].get("seed", 0))
-
-
-def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean and standard deviation over seeds."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def comparison(
-    rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
-) -> dict[str, Any] | None:
-    """Two methods on the seeds that both have.
-
-    Returns:
-      "difference" of the means; "better", the share of draws of images in which the mean over seeds
-      is higher, of equals half; "wins" and "seeds"; None if they share no seed.
-    """
-    left, right = ({r["facts"].get("seed", 0): r for r in some} for some in (rows, others))
-    seeds = sorted(left.keys() & right.keys())
-    if not seeds:
-        return None
-    draws = np.mean([np.subtract(left[s]["AP_draws"], right[s]["AP_draws"]) for s in seeds], axis=0)
-    return {
-        "difference": statistics.mean(left[s]["AP"] - right[s]["AP"] for s in seeds),
-        "better": float(np.mean(draws > 0) + np.mean(draws == 0) / 2),
-        "wins": sum(left[s]["AP"] > right[s]["AP"] for s in seeds),
-        "seeds": len(seeds),
-    }
-
-
-def verdict(found: Mapping[str, Any] | None) -> str:
-    """A comparison in words."""
-    if found is None:
-        return "not run"
-    share, wins, seeds = found["better"], found["wins"], found["seeds"]
-    if share >= SURE and wins == seeds:
-        word = "better"
-    elif share <= 1 - SURE and wins == 0:
-        word = "worse"
-    else:
-        word = "no difference shown"
-    return (
-        f"{word}: {found['difference']:+.4f}, in {share:.0%} of the draws, on {wins} of {seeds} "
-        f"seed{'s' if seeds > 1 else ''}"
-    )
 
 
 def main_table(title: str, result: Mapping[str, Any] | None, reference: str = "lsq") -> str:
@@ -122,129 +55,6 @@ def main_table(title: str, result: Mapping[str, Any] | None, reference: str = "l
         lines += ["", commits_of(mine)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
-
-
-def commits_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The commits of some rows, in twelve digits; that one was dirty stays said."""
-    commits = sorted({r["commit"][:12] + r["commit"][40:] for r in rows})
-    return f"Commits {', '.join(commits)}."
-
-
-SCHEDULES = {
-    "plain": "as it is (moving average evaluated)",
-    "raw": "without the moving average",
-    "backbone_first": "a third with only the backbone quantized (Q-DETR's first stage)",
-    "backbone_alone": "a third with only the backbone quantized and trained",
-    "steps_last": "a last tenth of steps, offsets and shifts, from the average",
-}
-
-
-def effects_table(
-    title: str,
-    rows: Sequence[Mapping[str, Any]],
-    lines: Mapping[str, Mapping[str, Any]],
-    columns: Mapping[str, Mapping[str, Any]],
-    reference: Mapping[str, Any],
-    against: str,
-) -> str:
-    """What a choice does: AP, and each line compared with the reference's of its column.
-
-    Args:
-      title: of the table.
-      rows: of one study or more.
-      lines: facts by label.
-      columns: facts by label; rows have a line's and a column's.
-      reference: facts of the line that the others stand against.
-      against: its name in the heads.
-    """
-    heads = " | ".join(f"{label} | against {against}" for label in columns)
-    text = [f"**{title}**: AP, mean ± standard deviation over seeds.", ""]
-    text += [f"| | seeds | {heads} |", "|---" * (2 * len(columns) + 2) + "|"]
-    shown = []
-    for label, facts in lines.items():
-        cells, seeds = [], 0
-        for column in columns.values():
-            found = of(rows, **facts, **column)
-            shown += found
-            if not found:
-                cells += ["not run", ""]
-                continue
-            seeds = max(seeds, len(found))
-            pair = comparison(found, of(rows, **reference, **column))
-            cells.append(mean_and_spread([r["AP"] for r in found]))
-            cells.append("–" if facts == reference else verdict(pair))
-        text.append(f"| {label} | {seeds} | {' | '.join(cells)} |")
-    return "\n".join([*text, "", commits_of(shown)])
-
-
-def schedules_table(title: str, result: Mapping[str, Any] | None) -> str:
-    """Schedules by method and bits, each against the plain one."""
-    if result is None:
-        return f"**{title}**: not run."
-    kinds = sorted({(-r["facts"]["bits"], r["facts"]["method"]) for r in result["rows"]})
-    kinds = sorted(kinds, key=lambda kind: (kind[0], list(NAMES).index(kind[1])))
-    columns = {
-        f"{NAMES[method]}, {-bits} bits": {"method": method, "bits": -bits}
-        for bits, method in kinds
-    }
-    lines = {label: {"schedule": name} for name, label in SCHEDULES.items()}
-    reference = {"schedule": "plain"}
-    return effects_table(title, result["rows"], lines, columns, reference, "plain")
-
-
-PLACES = {
-    "lsq": "no distillation (LSQ)",
-    "encoder": "encoder, probabilities",
-    "decoder": "decoder, probabilities",
-    "both": "both, probabilities",
-    "both_logits": "both, logits",
-    "both_output": "both, outputs",
-    "both_float_path": "both, probabilities, of the float path",
-}
-
-
-def distill_table(
-    title: str, result: Mapping[str, Any] | None, main: Mapping[str, Any] | None
-) -> str:
-    """Where to distil, what, and from whom, each against LSQ of the main study."""
-    if result is None:
-        return f"**{title}**: not run."
-    plain = of(main["rows"], method="lsq", bits=4) if main else []
-    seeds = {row["facts"]["seed"] for row in result["rows"]}
-    rows = [*result["rows"], *(row for row in plain if row["facts"]["seed"] in seeds)]
-    lines = {label: {"method": name} for name, label in PLACES.items()}
-    columns = {label: {"family": name} for name, label in FAMILIES.items() if of(rows, family=name)}
-    return effects_table(title, rows, lines, columns, {"method": "lsq"}, "LSQ")
-
-
-def positives_table(title: str, result: Mapping[str, Any] | None) -> str:
-    """AP by auxiliary queries and how often each box is given to them."""
-    if result is None:
-        return f"**{title}**: not run."
-    kinds = sorted({(r["facts"]["M"], r["facts"]["K"]) for r in result["rows"]})
-    lines = {
-        f"M = {count}, K = {repeats}" if count else "none": {"M": count, "K": repeats}
-        for count, repeats in kinds
-    }
-    columns = {"4 bits": {"bits": 4}, "float": {"bits": 32}}
-    reference = {"M": 0, "K": 0}
-    return effects_table(title, result["rows"], lines, columns, reference, "none")
-
-
-def operands_table(title: str, result: Mapping[str, Any] | None) -> str:
-    """What few bits cost where, against 8 bits everywhere."""
-    if result is None:
-        return f"**{title}**: not run."
-    names = dict.fromkeys(r["facts"]["method"] for r in result["rows"])
-    label = {"nothing": "8 bits everywhere"}
-    lines = {label.get(name, f"{name} bits"): {"method": name} for name in names}
-    columns = {
-        label: {"family": name}
-        for name, label in FAMILIES.items()
-        if of(result["rows"], family=name)
-    }
-    reference = {"method": "nothing"}
-    return effects_table(title, result["rows"], lines, columns, reference, "8 bits")
 
 
 LENGTHS = {

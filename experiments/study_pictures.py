@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compared import FAMILIES, NAMES, Rows, of
 from matplotlib.axes import Axes
-from render_study import FAMILIES, NAMES, of
 
 from aqdetr_jax.viz import palette
 from aqdetr_jax.viz.curves import add_legend, new_figure, save_figure, style_panel
@@ -24,7 +24,6 @@ LOOKS = {
     "aqdetr": ("#2563eb", "o", "-"),
 }
 """Colour, marker and line of a method."""
-Rows = Sequence[Mapping[str, Any]]
 
 
 def points(rows: Rows, family: str, method: str) -> list[tuple[int, float, float, float]]:

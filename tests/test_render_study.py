@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import compared
+import effects
 import numpy as np
 import pytest
 import render_study
@@ -36,7 +38,7 @@ def test_a_study_of_one_family_has_one_table():
 
 def test_equals_are_no_worse():
     rows = [trained("lsq", 4, 0.4)]
-    found = render_study.verdict(render_study.comparison(rows, rows))
+    found = compared.verdict(compared.comparison(rows, rows))
     assert found == "no difference shown: +0.0000, in 50% of the draws, on 0 of 1 seed"
 
 
@@ -47,9 +49,9 @@ def test_schedules_stand_against_the_plain_one():
         trained("lsq", 4, 0.40, spread=0.1, schedule="raw"),
         trained("aqdetr", 2, 0.30, schedule="plain"),
     ]
-    table = render_study.schedules_table("Schedules", {"rows": rows})
+    table = effects.effects_table("Schedules", effects.schedules({"rows": rows}))
     assert "| LSQ, 4 bits | against plain | AQ-DETR (both), 2 bits | against plain |" in table
-    first = cells(table, render_study.SCHEDULES["backbone_first"])
+    first = cells(table, effects.SCHEDULES["backbone_first"])
     assert first == [
         "1",
         "0.4100",
@@ -57,8 +59,8 @@ def test_schedules_stand_against_the_plain_one():
         "not run",
         "",
     ]
-    assert cells(table, render_study.SCHEDULES["raw"])[2].startswith("no difference shown")
-    assert cells(table, render_study.SCHEDULES["plain"]) == ["1", "0.4000", "–", "0.3000", "–"]
+    assert cells(table, effects.SCHEDULES["raw"])[2].startswith("no difference shown")
+    assert cells(table, effects.SCHEDULES["plain"]) == ["1", "0.4000", "–", "0.3000", "–"]
 
 
 def measured(method, bits, entropy, seed=0, **more):
@@ -123,15 +125,37 @@ def test_cost_says_whether_the_exported_graphs_are_equal():
     assert "graphs of LSQ, AQ-DETR (both) DIFFER" in render_study.cost_tables("Cost", result(False))
 
 
-@pytest.mark.parametrize("table", ["schedules_table", "capacity_tables", "cost_tables"])
+@pytest.mark.parametrize(
+    "table",
+    [
+        effects.effects_table,
+        render_study.main_table,
+        render_study.long_tables,
+        render_study.capacity_tables,
+        render_study.cost_tables,
+    ],
+)
 def test_what_was_not_run_is_said(table):
-    assert getattr(render_study, table)("Title", None) == "**Title**: not run."
+    assert table("Title", None) == "**Title**: not run."
+
+
+def test_a_picture_shows_each_difference_and_what_the_images_draw_of_it():
+    rows = [trained("lsq", 4, 0.40), trained("aqdetr", 4, 0.42, spread=0.1)]
+    rows += [trained("lsq", 4, 0.40, family="deformable")]
+    figure = effects.effects_figure(effects.ablation({"rows": rows}))
+    (axes,) = figure.axes  # one family has something to compare
+    assert axes.get_title(loc="left").startswith("DETR: points of AP against LSQ")
+    interval, dot = axes.lines[1:]
+    assert list(dot.get_xdata()) == pytest.approx([2.0])
+    assert list(dot.get_ydata()) == list(interval.get_ydata())[:1] == [2]
+    assert list(interval.get_xdata()) == pytest.approx([2.0 - 9.0, 2.0 + 9.0], abs=0.01)
+    assert effects.effects_figure(effects.ablation({"rows": rows[:1]})) is None
 
 
 def test_distillation_stands_against_the_main_studys_lsq_of_the_same_seeds():
     main = {"rows": [trained("lsq", 4, 0.40), trained("lsq", 4, 0.30, 1), trained("lsq", 2, 0.1)]}
     study = {"rows": [trained("both", 4, 0.42), trained("encoder", 4, 0.39)]}
-    table = render_study.distill_table("Distillation", study, main)
+    table = effects.effects_table("Distillation", effects.distillation(study, main))
     assert cells(table, "no distillation (LSQ)") == ["1", "0.4000", "–"]
     assert cells(table, "both, probabilities")[2].startswith("better: +0.0200")
     assert cells(table, "encoder, probabilities")[2].startswith("worse: -0.0100")
@@ -145,7 +169,7 @@ def test_positives_stand_against_none_of_the_same_bits():
         trained("lsq", 32, 0.50, M=0, K=0),
         trained("auxiliary", 32, 0.49, M=50, K=2),
     ]
-    table = render_study.positives_table("Positives", {"rows": rows})
+    table = effects.effects_table("Positives", effects.positives({"rows": rows}))
     found = cells(table, "M = 50, K = 2")
     assert found[2].startswith("better: +0.0100")
     assert found[4].startswith("worse: -0.0100")

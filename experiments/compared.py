@@ -1,0 +1,83 @@
+"""Rows of studies compared: means over seeds, and pairs of methods image by image."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Rows = Sequence[Mapping[str, Any]]
+NAMES = {
+    "float": "float",
+    "ptq_minmax": "calibrated, min-max",
+    "ptq_percentile": "calibrated, percentile",
+    "ptq_mse": "calibrated, MSE",
+    "lsq": "LSQ",
+    "lsq_plus": "LSQ+",
+    "qdetr": "Q-DETR",
+    "auxiliary": "LSQ + auxiliary queries",
+    "distill": "LSQ + distillation",
+    "aqdetr": "AQ-DETR (both)",
+}
+FAMILIES = {"detr": "DETR", "deformable": "Deformable DETR"}
+SURE = 0.95
+"""Share of the draws from which on a difference is called one."""
+
+
+def of(rows: Rows, **facts: Any) -> list[Mapping[str, Any]]:
+    """Rows with these facts, by seed."""
+    found = [r for r in rows if all(r["facts"].get(k) == v for k, v in facts.items())]
+    return sorted(found, key=lambda row: row["facts"].get("seed", 0))
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def comparison(rows: Rows, others: Rows) -> dict[str, Any] | None:
+    """Two methods on the seeds that both have.
+
+    Returns:
+      "difference" of the means; "better", the share of draws of images in which the mean over seeds
+      is higher, of equals half; "interval", the differences of nine in ten draws; "wins" and
+      "seeds"; None if they share no seed.
+    """
+    left, right = ({r["facts"].get("seed", 0): r for r in some} for some in (rows, others))
+    seeds = sorted(left.keys() & right.keys())
+    if not seeds:
+        return None
+    draws = np.mean([np.subtract(left[s]["AP_draws"], right[s]["AP_draws"]) for s in seeds], axis=0)
+    return {
+        "difference": statistics.mean(left[s]["AP"] - right[s]["AP"] for s in seeds),
+        "interval": tuple(float(x) for x in np.quantile(draws, (0.05, 0.95))),
+        "better": float(np.mean(draws > 0) + np.mean(draws == 0) / 2),
+        "wins": sum(left[s]["AP"] > right[s]["AP"] for s in seeds),
+        "seeds": len(seeds),
+    }
+
+
+def verdict(found: Mapping[str, Any] | None) -> str:
+    """A comparison in words."""
+    if found is None:
+        return "not run"
+    share, wins, seeds = found["better"], found["wins"], found["seeds"]
+    if share >= SURE and wins == seeds:
+        word = "better"
+    elif share <= 1 - SURE and wins == 0:
+        word = "worse"
+    else:
+        word = "no difference shown"
+    return (
+        f"{word}: {found['difference']:+.4f}, in {share:.0%} of the draws, on {wins} of {seeds} "
+        f"seed{'s' if seeds > 1 else ''}"
+    )
+
+
+def commits_of(rows: Rows) -> str:
+    """The commits of some rows, in twelve digits; that one was dirty stays said."""
+    commits = sorted({r["commit"][:12] + r["commit"][40:] for r in rows})
+    return f"Commits {', '.join(commits)}."
