@@ -81,7 +81,8 @@ def effects_figure(effects: Effects | None) -> Any:
     ink = palette.theme("light").ink
     for number, (name, some) in enumerate(drawn.items(), start=1):
         axes = figure.add_subplot(1, len(drawn), number)
-        style_panel(axes, f"{name}: points of AP against {effects.against}", "light")
+        style_panel(axes, name, "light")
+        axes.set_xlabel(f"points of AP against {effects.against}", color=ink, fontsize=9)
         axes.axvline(0, color="#8a93a3", lw=1)
         for place, pair in enumerate(some.values()):
             if pair is None:
