@@ -22,6 +22,7 @@ import render_reliability
 import render_sensitivity
 import render_speed
 import render_study
+import render_summary
 import render_tpu
 import study_pictures
 from results_files import ROOT, load, short
@@ -229,6 +230,18 @@ def main() -> None:
     document = ROOT / "docs" / "results.md"
     replace(document, "ledger", render_ledger.ledger_table())
     main_study = load("main_shapes.json")
+    long = load("long_shapes.json")
+    table = render_summary.summary_table(
+        (
+            ("quickstart's schedule", main_study, {}),
+            ("three times as long", long, {"steps": "three times"}),
+            ("8000 steps", long, {"steps": "whole"}),
+            ("100 queries", load("balance_shapes.json"), {}),
+            ("DeepPCB", load("main_deeppcb.json"), {}),
+            ("BCCD, EfficientNet-Lite0", load("main_bccd.json"), {}),
+        )
+    )
+    replace(ROOT / "README.md", "evidence", table)
     title = "Embedded set, the quickstart's schedule"
     replace(document, "main", render_study.main_table(title, main_study))
     choices = {

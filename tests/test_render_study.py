@@ -7,6 +7,7 @@ import effects
 import numpy as np
 import pytest
 import render_study
+import render_summary
 from PIL import Image
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -186,3 +187,16 @@ def test_longer_schedules_have_a_table_each():
     ]
     assert cells(tables[0], "LSQ") == ["1", "0.4500", "90.0%", "–"]
     assert cells(tables[1], "LSQ") == ["1", "0.3000", "60.0%", "–"]
+
+
+def test_the_summary_has_a_line_where_lsq_and_aqdetr_were_trained():
+    rows = [trained("float", 32, 0.5)]
+    rows += [trained(m, 4, ap) for m, ap in (("lsq", 0.4), ("distill", 0.44), ("aqdetr", 0.45))]
+    rows += [trained("lsq", 2, 0.2)]
+    table = render_summary.summary_table((("Set", {"rows": rows}, {}), ("Other", None, {})))
+    assert len(table.splitlines()) == 3
+    found = cells(table, "Set, DETR")
+    assert found[:7] == ["4", "1", "0.500", "0.400", "0.440", "0.450", "90.0%"]
+    assert found[7].startswith("better: +0.0500")
+    assert found[8].startswith("better: +0.0100")
+    assert render_summary.summary_table(()) == "Not run."

@@ -1,0 +1,44 @@
+"""The evidence in one table: float, LSQ, distillation, AQ-DETR, by set, family and bits."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from compared import FAMILIES, Rows, comparison, of, verdict
+
+SHOWN = ("lsq", "distill", "aqdetr")
+Study = tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]
+"""(what to call it, results or None, facts that its rows have beside family, method and bits)."""
+
+
+def summary_table(studies: Sequence[Study]) -> str:
+    """A line for each set, family and number of bits of which LSQ and AQ-DETR were trained."""
+    lines = [
+        "| | bits | seeds | float | LSQ | + distillation | AQ-DETR | of float | against LSQ "
+        "| against distillation alone |",
+        "|---" * 10 + "|",
+    ]
+    for label, result, facts in studies:
+        if result is not None:
+            lines += _lines(label, result["rows"], facts)
+    return "\n".join(lines) if len(lines) > 2 else "Not run."
+
+
+def _lines(label: str, rows: Rows, facts: Mapping[str, Any]) -> Iterator[str]:
+    for family, name in FAMILIES.items():
+        whole = of(rows, family=family, method="float")
+        for bits in sorted({r["facts"]["bits"] for r in rows} - {32}, reverse=True):
+            found = {m: of(rows, family=family, bits=bits, method=m, **facts) for m in SHOWN}
+            if not (whole and found["lsq"] and found["aqdetr"]):
+                continue
+            best = whole[0]["AP"]
+            means = {m: statistics.mean(r["AP"] for r in some) for m, some in found.items() if some}
+            cells = [f"{means[m]:.3f}" if m in means else "not run" for m in SHOWN]
+            yield (
+                f"| {label}, {name} | {bits} | {len(found['aqdetr'])} | {best:.3f} | "
+                f"{' | '.join(cells)} | {means['aqdetr'] / best:.1%} | "
+                f"{verdict(comparison(found['aqdetr'], found['lsq']))} | "
+                f"{verdict(comparison(found['aqdetr'], found['distill']))} |"
+            )
