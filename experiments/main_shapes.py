@@ -18,12 +18,16 @@ from aqdetr_jax.checkpoint.model_folder import TEACHERS
 
 MAIN, OTHERS = ("lsq", "aqdetr"), ("qdetr", "lsq_plus")
 PARTS = ("distill", "auxiliary")
-"""Each of AQ-DETR's contributions alone, at 4 bits."""
+"""Each of AQ-DETR's contributions alone, at 4 bits; distillation at 2 bits as well."""
 BITS, SEEDS = (4, 3, 2), (0, 1, 2)
 ORDER = (
     *((4, seed, MAIN) for seed in SEEDS),
-    *((2, 0, MAIN), (3, 0, MAIN), (4, 0, (*PARTS, *OTHERS)), (2, 0, OTHERS), (3, 0, OTHERS)),
-    *((bits, seed, MAIN) for seed in SEEDS[1:] for bits in (2, 3)),
+    (2, 0, (*MAIN, "distill")),
+    (3, 0, MAIN),
+    (4, 0, (*PARTS, *OTHERS)),
+    *((bits, 0, OTHERS) for bits in (2, 3)),
+    *((2, seed, (*MAIN, "distill")) for seed in SEEDS[1:]),
+    *((3, seed, MAIN) for seed in SEEDS[1:]),
     *((4, seed, (*PARTS, *OTHERS)) for seed in SEEDS[1:]),
     *((bits, seed, OTHERS) for seed in SEEDS[1:] for bits in (2, 3)),
 )
