@@ -20,6 +20,7 @@ NAMES = {
     "auxiliary": "LSQ + auxiliary queries",
     "distill": "LSQ + distillation",
     "aqdetr": "AQ-DETR (both)",
+    "aqdetr_offset": "AQ-DETR on LSQ+'s grids",
 }
 FAMILIES = {"detr": "DETR", "deformable": "Deformable DETR"}
 SURE = 0.95

@@ -19,13 +19,15 @@ from aqdetr_jax.checkpoint.model_folder import TEACHERS
 MAIN, OTHERS = ("lsq", "aqdetr"), ("qdetr", "lsq_plus")
 PARTS = ("distill", "auxiliary")
 """Each of AQ-DETR's contributions alone, at 4 bits; distillation at 2 bits as well."""
+OFFSET = "aqdetr_offset"
+"""AQ-DETR on the grids of LSQ+ and Q-DETR: what the method gives, and what its grids do."""
 BITS, SEEDS = (4, 3, 2), (0, 1, 2)
 ORDER = (
     *((4, seed, MAIN) for seed in SEEDS),
     (2, 0, (*MAIN, "distill")),
     (3, 0, MAIN),
-    (4, 0, (*PARTS, *OTHERS)),
-    *((bits, 0, OTHERS) for bits in (2, 3)),
+    (4, 0, (*PARTS, *OTHERS, OFFSET)),
+    *((bits, 0, (*OTHERS, OFFSET)) for bits in (2, 3)),
     *((2, seed, (*MAIN, "distill")) for seed in SEEDS[1:]),
     *((3, seed, MAIN) for seed in SEEDS[1:]),
     *((4, seed, (*PARTS, *OTHERS)) for seed in SEEDS[1:]),
@@ -61,7 +63,10 @@ def rows() -> Iterator[Row]:
         for family in FAMILIES:
             for method in methods:
                 name = f"{family}_w{bits}_{method}_seed{seed}"
-                yield student(name, family, method, bits=bits, seed=seed)
+                variant = method.removesuffix("_offset")
+                words = ("quant.grid=offset",) if variant != method else ()
+                facts = {"method": method}
+                yield student(name, family, variant, words, facts, bits=bits, seed=seed)
 
 
 if __name__ == "__main__":
