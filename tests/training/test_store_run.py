@@ -61,7 +61,6 @@ def place(store, tmp_path_factory, quick_compile):
     for train in (True, False):
         write_coco_folder(open_dataset(tiny.FLOAT.data, train=train), bucket / "data")
     tiny.save_teacher(bucket / "teacher")
-    train = {"steps": 4, "eval_every": 4, "pictures": 0, "profile": "2:2"}
     config = dataclasses.replace(
         tiny.FLOAT,
         init_from=f"{bucket}/teacher",
