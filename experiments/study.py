@@ -38,6 +38,8 @@ from aqdetr_jax.training.places import WorkdirError, lock_file
 ROOT = Path(__file__).resolve().parent
 RESULTS, MANIFESTS = ROOT / "results", ROOT / "manifests"
 DRAWS = 1000
+FOLDERS = ("root", "cache_dir")
+"""Keys whose values are this machine's folders."""
 
 Kind = Literal["train", "pretrain", "ptq", "eval", "last"]
 
@@ -174,7 +176,10 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
             if manifest is not None:
                 folder = MANIFESTS / name
                 folder.mkdir(parents=True, exist_ok=True)
-                text = manifest.read_text(encoding="utf-8").replace(str(options.work), "DIR")
+                text = manifest.read_text(encoding="utf-8")
+                for key, _, value in (word.partition("=") for word in overrides):
+                    text = text.replace(value, "FOLDER") if key.endswith(FOLDERS) else text
+                text = text.replace(str(options.work), "DIR")
                 write_text_atomic(folder / f"{row.name}.json", text)
             said = f"AP {made['AP']:.4f}" if "AP" in made else "done"
             print(f"=== {row.name}: {said}", flush=True)
@@ -270,7 +275,7 @@ def _shown(row: Row) -> str:
 def hidden(overrides: Sequence[str]) -> list[str]:
     """Overrides as others would type them, without this machine's folders."""
     keys = [(word.partition("=")[0], word) for word in overrides]
-    return [f"{k}=FOLDER" if k.endswith(("root", "cache_dir")) else word for k, word in keys]
+    return [f"{k}=FOLDER" if k.endswith(FOLDERS) else word for k, word in keys]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -61,6 +61,18 @@ def test_rows_are_made_once_and_kept_with_their_manifest(started, tmp_path):
         )
 
 
+def test_a_manifest_names_no_folder_of_this_machine(started, tmp_path, monkeypatch):
+    def make(row, folder, overrides, child):
+        folder.mkdir()
+        (folder / "manifest.json").write_text(f"{folder} {overrides}")
+        return {"name": row.name, "AP": 0.5}
+
+    monkeypatch.setattr(study, "made_row", make)
+    started("--only=row1", f"data.root={tmp_path}x/set", "seed=1")
+    kept = (tmp_path / "manifests" / "rows" / "row1.json").read_text()
+    assert kept == "DIR/row1 ('data.root=FOLDER', 'seed=1')"
+
+
 def test_of_a_calibrated_row_the_models_description_is_kept(started, tmp_path, monkeypatch):
     def make(row, folder, overrides, child):
         (folder / "model").mkdir(parents=True)
