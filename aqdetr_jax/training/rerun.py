@@ -43,7 +43,8 @@ def rerun(manifest: str | Path, workdir: str | Path) -> dict[str, Any]:
       "environment" (what is another now: name -> (then, now)), "results" (name -> (then, now) of
       those that differ), "first_step" (the first logged step that differs, None = none does),
       "metric" (which of its metrics), "weights" (of those that differ: their number, and the
-      largest difference relative to the largest weight of its array), "steps_compared".
+      largest difference relative to the largest weight of its array), "steps_compared", "run"
+      (which it is, its AP, and the commit that did it again).
 
     Raises:
       FileNotFoundError: no manifest there.
@@ -67,6 +68,14 @@ def rerun(manifest: str | Path, workdir: str | Path) -> dict[str, Any]:
     loop.train(config, workdir)
     made = compare(file, as_path(workdir))
     made["environment"] = {name: list(values) for name, values in environment.items()}
+    made["run"] = {
+        "name": config.name,
+        "seed": config.seed,
+        "manifest": str(manifest),
+        "starts": len(known["starts"]),
+        "AP": known["result"]["results"].get("AP"),
+        "commit": git_commit(),
+    }
     if is_main():
         write_json_atomic(as_path(workdir) / REPORT, made)
     return made
@@ -118,7 +127,7 @@ def compare(manifest: Path, workdir: Path) -> dict[str, Any]:
       workdir: of the second.
 
     Returns:
-      See :func:`rerun`; "environment" is left out.
+      See :func:`rerun`; "environment" and "run" are left out.
     """
     before = read_json(manifest)["result"]
     after = read_json(workdir / "manifest.json")["result"]

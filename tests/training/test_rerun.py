@@ -49,6 +49,10 @@ def test_a_run_is_repeated_to_the_last_bit(run, again):
     assert made["equal"]
     assert made["model"]
     assert (made["first_step"], made["steps_compared"], made["environment"]) == (None, 6, {})
+    before = json.loads((folder / "manifest.json").read_text())
+    assert made["run"]["seed"] == before["config"]["seed"]
+    assert made["run"]["AP"] == before["result"]["results"].get("AP")
+    assert made["run"]["starts"] == 1
 
 
 def test_what_differs_is_named(run, again, tmp_path):
