@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -61,3 +62,25 @@ def _where(points: list[dict[str, Any]], result: dict[str, Any]) -> str:
     if stored:
         where += f", {stored} of them in an object store (an emulator)"
     return f"{where}; commit `{result['commit'][:12]}`."
+
+
+def rerun_text(result: Mapping[str, Any] | None) -> str:
+    """A row that was done again from its manifest."""
+    if result is None:
+        return "A row done again from its manifest: not run."
+    run = result["run"]
+    model = "equal to the last bit" if result["model"] else "another"
+    if result["results"]:
+        values = (f"{name} {then} -> {now}" for name, (then, now) in result["results"].items())
+        numbers = f"results differ: {', '.join(values)}"
+    else:
+        numbers = "all its results the same"
+    starts = f", in {run['starts']} starts" if run["starts"] > 1 else ""
+    command = f"aqdetr rerun {run['manifest']} --workdir=DIR"
+    text = (
+        f"A row done again from its manifest (`{command}`, commit `{run['commit'][:12]}`): "
+        f"`{run['name']}`, seed {run['seed']}, AP {run['AP']:.4f}{starts}. The model is {model}, "
+        f"{numbers}"
+    )
+    other = result["environment"]
+    return f"{text}; another than then: {', '.join(other)}." if other else f"{text}."

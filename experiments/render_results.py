@@ -195,6 +195,8 @@ def main() -> None:
     render_bfloat16.write_picture(half, ROOT / "docs" / "bfloat16.png")
     text = render_reliability.kill_points_text(load("kill_points.json"), load("stop_points.json"))
     replace(ROOT / "docs" / "reliability.md", "kill-points", text)
+    text = render_reliability.rerun_text(load("rerun.json"))
+    replace(ROOT / "docs" / "results.md", "rerun", text)
     text = render_input.input_text(load("input_pipeline.json"), load("plan.json"))
     replace(ROOT / "docs" / "data.md", "input", text)
     plan = ROOT / "docs" / "plan.md"

@@ -6,6 +6,7 @@ import compared
 import effects
 import numpy as np
 import pytest
+import render_reliability
 import render_study
 import render_summary
 from PIL import Image
@@ -200,3 +201,13 @@ def test_the_summary_has_a_line_where_lsq_and_aqdetr_were_trained():
     assert found[7].startswith("better: +0.0500")
     assert found[8].startswith("better: +0.0100")
     assert render_summary.summary_table(()) == "Not run."
+
+
+def test_a_row_done_again_is_said_with_what_differs():
+    run = {"name": "n", "seed": 2, "manifest": "m.json", "starts": 2, "AP": 0.5, "commit": COMMIT}
+    same = {"run": run, "model": True, "results": {}, "environment": {"commit": ["a", "b"]}}
+    text = render_reliability.rerun_text(same)
+    assert "AP 0.5000, in 2 starts" in text
+    assert "equal to the last bit, all its results the same; another than then: commit." in text
+    other = {**same, "model": False, "results": {"AP": [0.5, 0.4]}, "environment": {}}
+    assert "is another, results differ: AP 0.5 -> 0.4." in render_reliability.rerun_text(other)
