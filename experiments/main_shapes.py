@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from photo_rows import CALIBRATIONS
 from shapes_rows import FAMILIES, JUDGE, student
-from study import Row, run_study
+from study import Row, calibrations, run_study
 
 from aqdetr_jax.checkpoint.model_folder import TEACHERS
 
@@ -50,15 +49,8 @@ def rows() -> Iterator[Row]:
     yield from floats()
     for family, prefix in FAMILIES.items():
         for bits in BITS:
-            for way in CALIBRATIONS:
-                yield Row(
-                    f"{family}_w{bits}_ptq_{way}",
-                    f"configs/shapes_quickstart.py:{prefix}lsq",
-                    "ptq",
-                    (f"quant.policy=w{bits}a{bits}", f"quant.calibration_method={way}"),
-                    {"family": family, "method": f"ptq_{way}", "bits": bits, "seed": 0},
-                    judge=JUDGE,
-                )
+            config = f"configs/shapes_quickstart.py:{prefix}lsq"
+            yield from calibrations(config, family, bits, judge=JUDGE)
     for bits, seed, methods in ORDER:
         for family in FAMILIES:
             for method in methods:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from study import Row
-
-CALIBRATIONS = ("minmax", "percentile", "mse")
+from study import Row, calibrations
 
 
 def chain(
@@ -34,15 +32,7 @@ def chain(
     start = "" if lite else first
     yield Row(teacher, f"{config}:{prefix}teacher", facts=whole, start=start)
     for bits in dict.fromkeys(bits for bits, _, _ in order):
-        for way in CALIBRATIONS:
-            yield Row(
-                f"{family}_w{bits}_ptq_{way}",
-                f"{config}:{prefix}lsq",
-                "ptq",
-                (f"quant.policy=w{bits}a{bits}", f"quant.calibration_method={way}"),
-                {"family": family, "method": f"ptq_{way}", "bits": bits, "seed": 0},
-                start=teacher,
-            )
+        yield from calibrations(f"{config}:{prefix}lsq", family, bits, start=teacher)
     for bits, seed, methods in order:
         for method in methods:
             yield Row(

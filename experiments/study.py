@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -101,6 +101,25 @@ LAST = "last"
 """Folder of the model of a "last" row, within its own."""
 JUDGED = "judged"
 """Folder of a row's last evaluation, within its own."""
+
+
+CALIBRATIONS = ("minmax", "percentile", "mse")
+
+
+def calibrations(
+    config: str, family: str, bits: int, *, start: str = "", judge: tuple[str, ...] = ()
+) -> Iterator[Row]:
+    """Rows of calibration alone, by each of its methods; arguments as of ``Row``."""
+    for way in CALIBRATIONS:
+        yield Row(
+            f"{family}_w{bits}_ptq_{way}",
+            config,
+            "ptq",
+            (f"quant.policy=w{bits}a{bits}", f"quant.calibration_method={way}"),
+            {"family": family, "method": f"ptq_{way}", "bits": bits, "seed": 0},
+            start=start,
+            judge=judge,
+        )
 
 
 def last_model(run: Path, to: Path) -> None:
