@@ -74,6 +74,7 @@ def effects_figure(effects: Effects | None) -> Any:
         for name, column in effects.columns.items()
     }
     drawn = {name: some for name, some in drawn.items() if any(some.values())}
+    lines = {k: line for k, line in lines.items() if any(some[k] for some in drawn.values())}
     if not drawn:
         return None
     height = 1.2 + 0.34 * len(lines)
@@ -84,7 +85,7 @@ def effects_figure(effects: Effects | None) -> Any:
         style_panel(axes, name, "light")
         axes.set_xlabel(f"points of AP against {effects.against}", color=ink, fontsize=9)
         axes.axvline(0, color="#8a93a3", lw=1)
-        for place, pair in enumerate(some.values()):
+        for place, pair in enumerate(some[label] for label in lines):
             if pair is None:
                 continue
             low, high = (100 * x for x in pair["interval"])

@@ -53,9 +53,16 @@ def main_figure(rows: Rows) -> Any:
             if axis == 0:
                 axes.set_xlim(4.3, 1.7)
                 axes.set_xticks((4, 3, 2))
-            handles, labels = axes.get_legend_handles_labels()
-            if line == column == 0 and labels:
-                add_legend(axes, "light", handles, labels, columns=1)
+    panels = figure.axes
+    # One legend for all panels, each of which may lack a method.
+    named = dict(
+        pair
+        for axes in panels
+        for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True)
+    )
+    if named:
+        order = sorted(named, key=list(NAMES.values()).index)
+        add_legend(panels[0], "light", [named[name] for name in order], order, columns=1)
     return figure
 
 

@@ -150,7 +150,8 @@ def test_a_picture_shows_each_difference_and_what_the_images_draw_of_it():
     assert axes.get_xlabel() == "points of AP against LSQ"
     interval, dot = axes.lines[1:]
     assert list(dot.get_xdata()) == pytest.approx([2.0])
-    assert list(dot.get_ydata()) == list(interval.get_ydata())[:1] == [2]
+    assert list(dot.get_ydata()) == list(interval.get_ydata())[:1] == [0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["AQ-DETR (both)"]
     assert list(interval.get_xdata()) == pytest.approx([2.0 - 9.0, 2.0 + 9.0], abs=0.01)
     assert effects.effects_figure(effects.ablation({"rows": rows[:1]})) is None
 
