@@ -24,7 +24,10 @@ def rows() -> Iterator[Row]:
     for seed in SEEDS:
         for method in METHODS:
             name = f"w{BITS}_{method}_seed{seed}"
-            yield student(name, "queries100", method, bits=BITS, seed=seed, start="teacher")
+            facts = {"family": "detr"}
+            yield student(
+                name, "queries100", method, (), facts, bits=BITS, seed=seed, start="teacher"
+            )
 
 
 if __name__ == "__main__":

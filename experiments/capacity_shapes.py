@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import main_shapes
 import numpy as np
-from study import RESULTS, Row, rows_of
+from results_files import RESULTS
+from study import Row, rows_of
 
 from aqdetr_jax import host
 from aqdetr_jax.checkpoint.model_folder import ModelBundle, load_model, model_checksum

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from results_files import commits_in
 
 Rows = Sequence[Mapping[str, Any]]
 NAMES = {
@@ -79,6 +80,5 @@ def verdict(found: Mapping[str, Any] | None) -> str:
 
 
 def commits_of(rows: Rows) -> str:
-    """The commits of some rows, in twelve digits; that one was dirty stays said."""
-    commits = sorted({r["commit"][:12] + r["commit"][40:] for r in rows})
-    return f"Commits {', '.join(commits)}."
+    """The commits of some rows, in words."""
+    return f"Commits {commits_in(rows)}."

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from results_files import RESULTS
 from shapes_rows import FAMILIES
 from step_time import ratio, timed
-from study import RESULTS
 
 from aqdetr_jax import host
 from aqdetr_jax.data.open import open_dataset

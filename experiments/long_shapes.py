@@ -45,11 +45,10 @@ def _whole(methods: tuple[str, ...]) -> Iterator[Row]:
     for family in LONG:
         for method in methods:
             name = f"{family}_w2_{method}_{WHOLE}_seed0"
-            row = student(name, family, method, (), {"steps": "whole"}, bits=2)
-            config = row.config.replace("shapes_quickstart", "shapes_w4a4")
             # Looks on the way cost half a minute each.
-            words = (*row.overrides, "train.eval_every=0", "train.quantizers_every=0")
-            yield Row(name, config, "train", words, row.facts, judge=row.judge)
+            words = ("train.eval_every=0", "train.quantizers_every=0")
+            facts = {"steps": "whole"}
+            yield student(name, family, method, words, facts, bits=2, config="shapes_w4a4")
 
 
 if __name__ == "__main__":

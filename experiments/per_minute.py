@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from results_files import RESULTS
 from step_time import AS_IT_IS, Bench
 
 from aqdetr_jax import host
@@ -25,8 +26,6 @@ from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.parallel.mesh import make_mesh
 from aqdetr_jax.provenance import git_commit, package_versions
 from aqdetr_jax.training.experiment import load_experiment
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Model(NamedTuple):

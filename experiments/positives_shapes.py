@@ -17,6 +17,7 @@ from study import Row, run_study
 
 SETS = ((0, 0), (25, 1), (50, 1), (50, 2), (75, 3), (150, 6))
 MAIN = ((0, 0), (50, 2))
+"""(M, K) of ``main_shapes.py``'s runs."""
 SEEDS = (0, 1)
 
 

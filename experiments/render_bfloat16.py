@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from results_files import commits_in
+
 from aqdetr_jax.viz.curves import save_figure, training_curves
 
 DTYPES = ("float32", "bfloat16")
@@ -25,7 +27,7 @@ def bfloat16_text(result: Mapping[str, Any] | None) -> str:
         lines.append(
             f"| {dtype} | {seed} | {run['AP']:.4f} | {run['AP50']:.4f} | {run['losses'][-1]:.3f} |"
         )
-    commits = ", ".join(sorted({run["commit"][:12] for run in result["runs"].values()}))
+    commits = commits_in(result["runs"].values())
     return "\n".join(
         [
             *lines,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from results_files import commits_in
+
 _MIB = 2**20
 
 
@@ -69,7 +71,7 @@ def papers_table(result: list[dict[str, Any]] | None) -> str:
 
 
 def _source(result: list[dict[str, Any]]) -> str:
-    commits = ", ".join(sorted({row["commit"][:12] for row in result}))
+    commits = commits_in(result)
     return (
         f"`python experiments/complexity.py`, one image of {result[0]['height']} x "
         f"{result[0]['width']}, commit {commits}."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from results_files import commits_in
+
 _MIB = 2**20
 _RUNTIME = "ONNX Runtime"
 
@@ -32,7 +34,7 @@ def exports_table(rows: list[dict[str, Any]] | None) -> str:
         )
     first = rows[0]
     steps = sorted({row["steps"] for row in rows if row["steps"]})
-    commits = ", ".join(sorted({row["commit"][:12] for row in rows}))
+    commits = commits_in(rows)
     note = (
         f"`python experiments/exports.py`, {first['set']['images']} images of "
         f"{first['set']['name']}; students of {', '.join(map(str, steps))} steps, seed "
@@ -59,7 +61,7 @@ def sizes_table(rows: list[dict[str, Any]] | None) -> str:
         for part, sizes in chosen["parts"].items():
             cells = " | ".join(f"{size / 1024:,.1f}" for size in sizes.values())
             lines.append(f"| {part} | {cells} |")
-    commits = ", ".join(sorted({row["commit"][:12] for row in rows}))
+    commits = commits_in(rows)
     return "\n".join(
         [
             *lines,
@@ -86,7 +88,7 @@ def speed_table(result: dict[str, Any] | None) -> str:
             f"{row['p95_ms']:.2f} | {'–' if ratio is None else f'{ratio:.2f}'} | "
             f"{row['file_bytes'] / 1024:,.0f} | {'–' if ap is None else f'{ap:.4f}'} |"
         )
-    commits = ", ".join(sorted({row["commit"][:12] for row in result["rows"]}))
+    commits = commits_in(result["rows"])
     cpu = result["groups"][0]["cpu"]
     flags = ", ".join(cpu["flags"])
     note = f"`python experiments/deploy.py` on {cpu['model']} ({flags}); commit {commits}."

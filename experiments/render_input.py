@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 import render_tpu
+from results_files import short
 
 HOST_CHIPS = 4
 """Chips of a host in a slice of several, of v5e, v6e and v5p alike."""
@@ -36,7 +37,7 @@ def input_text(result: dict[str, Any] | None, plan: list[dict[str, Any]] | None)
             lines.append(f"| {title} | {row['images_a_second']:.0f} | {took:.1f} | {ratio} |")
     other = result["versions_of_theirs"] or {}
     torch = ", ".join(f"{name} {version}" for name, version in other.items())
-    lines += ["", f"{command}: {result['images']}; {torch}; commit `{result['commit'][:12]}`."]
+    lines += ["", f"{command}: {result['images']}; {torch}; commit `{short(result['commit'])}`."]
     if plan:
         rate = result["sides"]["ours_records"]["images_a_second"]
         lines += [

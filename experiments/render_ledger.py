@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from results_files import RESULTS, short
 
 from aqdetr_jax.io import read_json
 
-ROOT = Path(__file__).resolve().parent
-LEDGER, RESULTS = ROOT / "ledger.yaml", ROOT / "results"
+LEDGER = RESULTS.parent / "ledger.yaml"
 POINTS = 0.3
 """AP that a run may stay under a published one and still reach it: two runs differ by as much."""
 
@@ -58,7 +58,7 @@ def found(row: Mapping[str, Any], results: Path = RESULTS) -> dict[str, Any] | N
     return {
         "value": value / ours.get("per", 1),
         "spread": ours.get("spread"),
-        "commit": block["commit"][:12] + block["commit"][40:],
+        "commit": short(block["commit"]),
         "evidence": ours.get("manifest", f"experiments/results/{ours['file']}"),
     }
 

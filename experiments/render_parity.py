@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from results_files import load, short
+from results_files import commits_in, load
 
 PARITY_MODELS = {
     "tiny models": ("transformers", ""),
@@ -68,7 +68,5 @@ def parity_table() -> str:
         lines.append(f"| {title} | {source} | {' | '.join(cells)} |")
     over = [exceeded(row) for row in result["rows"] if not row["max_abs_diff"] <= row["tolerance"]]
     lines += ["", f"Over their tolerance: {'; '.join(over) or 'none'}."]
-    commits = sorted({short(row["commit"]) for row in result["rows"]})
-    return "\n".join(
-        [*lines, "", f"`experiments/results/parity.json`, commits {', '.join(commits)}."]
-    )
+    commits = commits_in(result["rows"])
+    return "\n".join([*lines, "", f"`experiments/results/parity.json`, commits {commits}."])

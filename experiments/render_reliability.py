@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from results_files import short
+
 
 def kill_points_text(killed: dict[str, Any] | None, stopped: dict[str, Any] | None) -> str:
     """What came of killed runs, and of runs that were asked to stop."""
@@ -61,7 +63,7 @@ def _where(points: list[dict[str, Any]], result: dict[str, Any]) -> str:
     where = "Work directories: on a disk"
     if stored:
         where += f", {stored} of them in an object store (an emulator)"
-    return f"{where}; commit `{result['commit'][:12]}`."
+    return f"{where}; commit `{short(result['commit'])}`."
 
 
 def rerun_text(result: Mapping[str, Any] | None) -> str:
@@ -78,7 +80,7 @@ def rerun_text(result: Mapping[str, Any] | None) -> str:
     starts = f", in {run['starts']} starts" if run["starts"] > 1 else ""
     command = f"aqdetr rerun {run['manifest']} --workdir=DIR"
     text = (
-        f"A row done again from its manifest (`{command}`, commit `{run['commit'][:12]}`): "
+        f"A row done again from its manifest (`{command}`, commit `{short(run['commit'])}`): "
         f"`{run['name']}`, seed {run['seed']}, AP {run['AP']:.4f}{starts}. The model is {model}, "
         f"{numbers}"
     )

@@ -25,7 +25,7 @@ import render_study
 import render_summary
 import render_tpu
 import study_pictures
-from results_files import ROOT, load, short
+from results_files import ROOT, commits_in, load, short
 
 from aqdetr_jax.io import write_text_atomic
 from aqdetr_jax.viz.curves import save_figure
@@ -86,7 +86,7 @@ def residual_table() -> str:
         policy = next(iter(found.values()))["policy"]
         cells = " | ".join(f"{found[b]['AP']:.4f}" if b in found else "not run" for b in widths)
         lines.append(f"| `{config}`, {policy} | {cells} |")
-    commits = ", ".join(sorted({short(row["commit"]) for row in rows}))
+    commits = commits_in(rows)
     return "\n".join([*lines, "", f"`{result['command']}`; commit {commits}."])
 
 
@@ -131,10 +131,10 @@ def ablation_table(name: str, title: str, bits: int = 4, family: str = "") -> st
         mean = statistics.mean(done) if done else None
         tail = f"{mean:.4f} | {mean / reference:.1%}" if mean is not None else "not run | "
         lines.append(f"| {VARIANTS[key]} | {cells} | {tail} |")
-    commits = sorted({short(block["commit"]) for block in runs.values()})
+    commits = commits_in(runs.values())
     lines += [
         "",
-        f"`{result['command']}`; commits {', '.join(commits)}; `experiments/results/{name}`.",
+        f"`{result['command']}`; commits {commits}; `experiments/results/{name}`.",
     ]
     return "\n".join(lines)
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from results_files import short
+
 from aqdetr_jax.deploy import ranking
 from aqdetr_jax.viz.curves import save_figure
 from aqdetr_jax.viz.sensitivity import sensitivity_figure
@@ -32,12 +34,10 @@ def _study(title: str, command: str, result: dict[str, Any] | None) -> str:
         lines[0] += f" Rank correlation of AP loss and noise: {agreement:.2f}."
     lines += ["", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in cells]
-    commit = result["commit"]
-    short = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
     seconds = sum(row["seconds"] for row in result["rows"])
     lines += [
         "",
-        f"`{command}`, commit `{short}`, {len(result['rows'])} measurements in "
+        f"`{command}`, commit `{short(result['commit'])}`, {len(result['rows'])} measurements in "
         f"{seconds / 60:.0f} minutes.",
     ]
     return "\n".join(lines)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from results_files import commits_in
+
 NOT_RUN = "not run"
 _GIB = 2**30
 
@@ -43,7 +45,7 @@ def step_table(result: list[dict[str, Any]] | None) -> str:
             f"{cells(found, lambda x: format(x['instructions'], ','))} |"
         )
     commits = "; ".join(
-        f"{label} {', '.join(sorted({row['commit'][:12] for row in rows}))}"
+        f"{label} {commits_in(rows)}"
         for label in labels
         for rows in [[row for row in result if row["label"] == label]]
     )
@@ -97,7 +99,7 @@ def plan_table(result: list[dict[str, Any]] | None) -> str:
                 for s in steps
             )
             buckets.append(f"`{row['given']}` on {row['topology']} by bucket: {sizes}.")
-    commits = ", ".join(sorted({row["commit"][:12] for row in result}))
+    commits = commits_in(result)
     return "\n".join(
         [
             *lines,
@@ -129,7 +131,7 @@ def whole_text(result: list[dict[str, Any]] | None) -> str:
             f"{step['hbm_bytes'] / _GIB:.1f} | {cost['cpu_seconds'] / 60:.0f} | "
             f"{cost['peak_bytes'] / _GIB:.1f} |"
         )
-    commits = ", ".join(sorted({row["commit"][:12] for row in result}))
+    commits = commits_in(result)
     versions = result[0]["versions"]
     commands = ", ".join(f"`{text}`" for text in dict.fromkeys(row["command"] for row in result))
     lines += [
@@ -159,7 +161,7 @@ def sampling_table(result: dict[str, Any] | None) -> str:
             for dtype in ("float32", "bfloat16")
         ]
         lines.append(f"| {attention} | {way} | {' | '.join(cells)} |")
-    commits = ", ".join(sorted({row["commit"][:12] for row in result["rows"]}))
+    commits = commits_in(result["rows"])
     versions = result["versions"]
     return "\n".join(
         [

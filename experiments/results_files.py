@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +21,8 @@ def load(name: str) -> dict[str, Any] | None:
 def short(commit: str) -> str:
     """A commit in twelve digits; that it was dirty stays said."""
     return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
+def commits_in(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The commits of some rows, each once."""
+    return ", ".join(sorted({short(row["commit"]) for row in rows}))

@@ -12,7 +12,8 @@ from typing import Any
 from study import Row
 
 FAMILIES = {"detr": "", "deformable": "deformable-"}
-"""Prefixes of the configurations' variants."""
+PREFIXES = {**FAMILIES, "queries100": "queries100-"}
+"""Of the configurations' variants."""
 JUDGE = ("data.eval_split=test",)
 
 
@@ -26,29 +27,30 @@ def student(
     bits: int = 4,
     seed: int = 0,
     start: str = "",
+    config: str = "shapes_quickstart",
 ) -> Row:
-    """A row that trains a student of the quickstart's schedule.
+    """A row that trains a student.
 
     Args:
       name: of the row.
-      family: "detr", "deformable" or "queries100".
+      family: one of ``PREFIXES``.
       method: variant of the configuration.
       overrides: more of the configuration; a policy among them stands for ``bits``.
       facts: more of them, or others, than family, method, bits and seed.
       bits: of weights, activations and attention.
       seed: of the training.
       start: see ``Row``.
+      config: whose schedule it has.
     """
     words = tuple(overrides)
     if not any(word.startswith("quant.policy=") for word in words):
         words = (f"quant.policy=w{bits}a{bits}", *words)
-    known = {"family": family.replace("queries100", "detr"), "method": method, "bits": bits}
     return Row(
         name,
-        f"configs/shapes_quickstart.py:{FAMILIES.get(family, f'{family}-')}{method}",
+        f"configs/{config}.py:{PREFIXES[family]}{method}",
         "train",
         (*words, f"seed={seed}"),
-        {**known, "seed": seed, **(facts or {})},
+        {"family": family, "method": method, "bits": bits, "seed": seed, **(facts or {})},
         start=start,
         judge=JUDGE,
     )

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from results_files import RESULTS
+
 from aqdetr_jax import host
 from aqdetr_jax.checkpoint.model_folder import MODEL_FOLDER, load_model, save_model
 from aqdetr_jax.checkpoint.steps import Checkpoints
@@ -35,8 +37,7 @@ from aqdetr_jax.training.arguments import parse_arguments
 from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.training.places import WorkdirError, lock_file
 
-ROOT = Path(__file__).resolve().parent
-RESULTS, MANIFESTS = ROOT / "results", ROOT / "manifests"
+MANIFESTS = RESULTS.parent / "manifests"
 DRAWS = 1000
 FOLDERS = ("root", "cache_dir")
 """Keys whose values are this machine's folders."""
@@ -82,18 +83,18 @@ class Row:
             return [self.kind, config, f"--workdir={folder}", *overrides]
         if self.kind == "ptq":
             return ["ptq", config, f"--out={folder}", *overrides]
-        return ["eval", config, f"--model={self.judged(folder)}", f"--out={folder}", *overrides]
+        return ["eval", config, f"--model={self.model_path(folder)}", f"--out={folder}", *overrides]
 
-    def judged(self, folder: Path | str) -> str:
+    def model_path(self, folder: Path | str) -> str:
         """The model that the row is about."""
         if self.kind not in ("eval", "last"):
             return str(folder)
         return self.model or f"{folder}/{LAST}"
 
-    def last_command(self, folder: Path | str, more: Sequence[str] = ()) -> list[str]:
-        """The words after ``aqdetr`` that judge the row, if its run's own evaluation does not."""
+    def judge_command(self, folder: Path | str, more: Sequence[str] = ()) -> list[str]:
+        """The words after ``aqdetr`` that judge the row where its run's own evaluation does not."""
         overrides = [f"--config.{word}" for word in (*self.judge, *more)]
-        words = [f"--config={self.config}", f"--model={self.judged(folder)}"]
+        words = [f"--config={self.config}", f"--model={self.model_path(folder)}"]
         return ["eval", *words, f"--out={folder}/{JUDGED}", *overrides]
 
 
@@ -101,8 +102,6 @@ LAST = "last"
 """Folder of the model of a "last" row, within its own."""
 JUDGED = "judged"
 """Folder of a row's last evaluation, within its own."""
-
-
 CALIBRATIONS = ("minmax", "percentile", "mse")
 
 
@@ -253,7 +252,7 @@ def made_row(
     try:
         child.run(row.command(folder, overrides))
         if row.judge:
-            child.run(row.last_command(folder, overrides))
+            child.run(row.judge_command(folder, overrides))
     except Stopped:
         raise SystemExit(75) from None
     known = {
@@ -267,10 +266,12 @@ def made_row(
     block = read_json(folder / "results.json")
     if row.judge:
         # Of the run: what made it. Of the last evaluation: every number.
-        made_by = {key: block[key] for key in ("config", "seed", "commit")}
-        judge = "aqdetr " + " ".join(row.last_command("DIR", hidden(overrides)))
-        own = {"judge": judge, "own_AP": block["AP"]}
-        block = {**read_json(judged / "results.json"), **made_by, **own}
+        block = {
+            **read_json(judged / "results.json"),
+            **{key: block[key] for key in ("config", "seed", "commit")},
+            "judge": "aqdetr " + " ".join(row.judge_command("DIR", hidden(overrides))),
+            "own_AP": block["AP"],
+        }
     config = load_experiment(row.config, (*row.overrides, *row.judge, *overrides))
     report = folder / "bit_report.json"
     size = read_json(report)["packed_bytes"] if report.is_file() else None

@@ -1,9 +1,9 @@
-"""Where the time of a run goes, without making a device or the host wait for it.
+"""Where the time of a run goes, without making a device wait for it.
 
-The host runs ahead of the devices: what it waits for is not what they do. So two records are kept,
-what the host was busy with and when each step was done (a thread of its own waits for that), and
-put on top of each other: time in which a step was computed is the step's, whatever the host did
-meanwhile; the rest is the host's, by what it did.
+The host runs ahead of the devices, by ``AHEAD`` steps: what it waits for is not what they do. So
+two records are kept, what the host was busy with and when each step was done (a thread of its own
+waits for that), and put on top of each other: time in which a step was computed is the step's,
+whatever the host did meanwhile; the rest is the host's, by what it did.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ PARTS = {
 """What time is spent on, in the words of the summary; "step" is the devices', the rest the host's
 while they had no step to compute. Reading the batch and sending it to the devices is "input"."""
 
+AHEAD = 2
+"""Steps that are on their way at once: one that is computed and one that is next. With more, a run
+that is asked to stop would have to finish them first."""
 _MANY = 10_000  # segments that are kept before they are added up
 
 Segment = tuple[str, float, float]
@@ -83,6 +86,7 @@ class RunClock:
         self._lap = dict.fromkeys(PARTS, 0.0)
         self._busy: list[tuple[float, float]] = []
         self._steps: queue.Queue[tuple[float, Any] | None] = queue.Queue()
+        self._room = threading.Semaphore(AHEAD)
         self._thread: threading.Thread | None = None
         self.total = dict.fromkeys(PARTS, 0.0)
         self.started_steps = self.finished_steps = 0
@@ -114,7 +118,7 @@ class RunClock:
         self._enter("other")
 
     def step(self, run: Callable[..., tuple[Any, Any]], *arguments: Any) -> tuple[Any, Any]:
-        """Starts a step on the devices.
+        """Starts a step on the devices, once all but ``AHEAD`` - 1 of those before it are done.
 
         Args:
           run: what starts it and returns ``(state, metrics)`` without waiting.
@@ -123,6 +127,7 @@ class RunClock:
         if self._thread is None:
             self._thread = threading.Thread(target=self._follow, daemon=True, name="step times")
             self._thread.start()
+        self._room.acquire()
         start = self._now()
         state, metrics = run(*arguments)
         self.started_steps += 1
@@ -187,4 +192,5 @@ class RunClock:
             last = done
             self.finished_steps += 1
             del item, value
+            self._room.release()
             self._steps.task_done()

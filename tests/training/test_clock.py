@@ -68,6 +68,22 @@ def machine():
     machine.clock.close()
 
 
+def test_the_host_runs_no_further_ahead_than_it_can_stop(machine):
+    for _ in range(clocks.AHEAD):
+        machine.start()
+    began = threading.Event()
+    another = threading.Thread(target=lambda: (began.set(), machine.start()), daemon=True)
+    another.start()
+    began.wait(60)
+    another.join(0.2)
+    assert machine.clock.started_steps == clocks.AHEAD
+    machine.finish(1.0)
+    another.join(60)
+    assert machine.clock.started_steps == clocks.AHEAD + 1
+    while machine.running:
+        machine.finish(2.0)
+
+
 def test_the_host_runs_ahead_and_nothing_is_counted_twice(machine):
     machine.time = 3.0
     machine.clock.started()
