@@ -235,10 +235,10 @@ def main() -> None:
     long = load("long_shapes.json")
     table = render_summary.summary_table(
         (
-            ("quickstart's schedule", main_study, {}),
-            ("three times as long", long, {"steps": "three times"}),
-            ("8000 steps", long, {"steps": "whole"}),
-            ("100 queries", load("balance_shapes.json"), {}),
+            ("embedded set, the quickstart's schedule", main_study, {}),
+            ("embedded set, three times as long", long, {"steps": "three times"}),
+            ("embedded set, 8000 steps", long, {"steps": "whole"}),
+            ("embedded set, 100 queries", load("balance_shapes.json"), {}),
             ("DeepPCB", load("main_deeppcb.json"), {}),
             ("BCCD, EfficientNet-Lite0", load("main_bccd.json"), {}),
         )

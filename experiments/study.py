@@ -34,7 +34,10 @@ from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
 from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training.arguments import parse_arguments
+from aqdetr_jax.training.clock import PARTS
 from aqdetr_jax.training.experiment import load_experiment
+from aqdetr_jax.training.log import METRICS
+from aqdetr_jax.training.metrics import read_lines
 from aqdetr_jax.training.places import WorkdirError, lock_file
 
 MANIFESTS = RESULTS.parent / "manifests"
@@ -262,7 +265,7 @@ def made_row(
         "cores": host.cores(),
     }
     if row.kind == "pretrain":
-        return {**known, "commit": git_commit(), "run_seconds": round(time.monotonic() - start, 1)}
+        return {**known, "commit": git_commit(), "run_seconds": run_seconds(folder)}
     block = read_json(folder / "results.json")
     if row.judge:
         # Of the run: what made it. Of the last evaluation: every number.
@@ -281,10 +284,18 @@ def made_row(
     return {
         **known,
         **block,
-        "run_seconds": round(time.monotonic() - start, 1),
+        "run_seconds": run_seconds(folder) or round(time.monotonic() - start, 1),
         "packed_bytes": size,
         "AP_draws": [round(float(x), 5) for x in ap],
     }
+
+
+def run_seconds(folder: Path) -> float:
+    """What a training took in all its starts up to its last logged step; 0 if it is none."""
+    file = folder / METRICS
+    rows = read_lines(file) if file.is_file() else ()
+    parts = [f"time/{part}" for part in PARTS]
+    return round(sum(row.get(part, 0.0) for row in rows for part in parts), 1)
 
 
 def _shown(row: Row) -> str:

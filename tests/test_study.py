@@ -73,6 +73,14 @@ def test_a_manifest_names_no_folder_of_this_machine(started, tmp_path, monkeypat
     assert kept == "DIR/row1 ('data.root=FOLDER', 'seed=1')"
 
 
+def test_a_rows_time_is_of_all_its_starts(tmp_path):
+    lines = [{"step": 20, "time/step": 5.0, "time/start": 2.0}, {"step": 20, "eval/AP": 0.5}]
+    lines += [{"step": 40, "time/step": 4.0, "time/start": 1.5, "time": 9.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    assert study.run_seconds(tmp_path) == 12.5
+    assert study.run_seconds(tmp_path / "calibrated") == 0
+
+
 def test_of_a_calibrated_row_the_models_description_is_kept(started, tmp_path, monkeypatch):
     def make(row, folder, overrides, child):
         (folder / "model").mkdir(parents=True)
