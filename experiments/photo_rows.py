@@ -24,10 +24,10 @@ def chain(
     """
     prefix = ("" if family == "detr" else f"{family}-") + "lite-" * lite
     facts = {"family": family, "bits": 32, "seed": 0}
-    first, teacher = f"{family}_pretrain", f"{family}_float"
+    # The families' backbones are the same.
+    first, teacher = "pretrain", f"{family}_float"
     if not lite:
-        whole = {**facts, "method": "pretrain"}
-        yield Row(first, f"{config}:{prefix}pretrain", "pretrain", facts=whole)
+        yield Row(first, f"{config}:pretrain", "pretrain", facts={"method": "pretrain"})
     whole = {**facts, "method": "float"}
     start = "" if lite else first
     yield Row(teacher, f"{config}:{prefix}teacher", facts=whole, start=start)
