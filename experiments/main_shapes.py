@@ -8,7 +8,7 @@ calibration alone by each of its methods. ``experiments/render_results.py`` make
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from shapes_rows import FAMILIES, JUDGE, student
 from study import Row, calibrations, run_study
@@ -35,10 +35,10 @@ ORDER = (
 """(bits, seed, methods) of the trained rows."""
 
 
-def floats() -> Iterator[Row]:
+def floats(families: Iterable[str] = tuple(FAMILIES)) -> Iterator[Row]:
     """The packaged teachers."""
-    for family, prefix in FAMILIES.items():
-        config = f"configs/shapes_quickstart.py:{prefix}lsq"
+    for family in families:
+        config = f"configs/shapes_quickstart.py:{FAMILIES[family]}lsq"
         facts = {"family": family, "method": "float", "bits": 32, "seed": 0}
         model = str(TEACHERS[family])
         yield Row(f"{family}_float", config, "eval", facts=facts, model=model, judge=JUDGE)
