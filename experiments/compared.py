@@ -34,6 +34,11 @@ def of(rows: Rows, **facts: Any) -> list[Mapping[str, Any]]:
     return sorted(found, key=lambda row: row["facts"].get("seed", 0))
 
 
+def ap_over_seeds(rows: Rows) -> str:
+    """Mean and standard deviation of the AP, and of how many seeds."""
+    return f"{mean_and_spread([r['AP'] for r in rows])} ({len(rows)})"
+
+
 def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
     """Mean and standard deviation over seeds."""
     mean = f"{statistics.mean(values):.{digits}f}"

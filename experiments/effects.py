@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from compared import FAMILIES, NAMES, Rows, commits_of, comparison, mean_and_spread, of, verdict
+from compared import FAMILIES, NAMES, Rows, ap_over_seeds, commits_of, comparison, of, verdict
 
 from aqdetr_jax.viz import palette
 from aqdetr_jax.viz.curves import new_figure, style_panel
@@ -46,21 +46,20 @@ def effects_table(title: str, effects: Effects | None) -> str:
     if effects is None:
         return f"**{title}**: not run."
     heads = " | ".join(f"{label} | against {effects.against}" for label in effects.columns)
-    text = [f"**{title}**: AP, mean ± standard deviation over seeds.", ""]
-    text += [f"| | seeds | {heads} |", "|---" * (2 * len(effects.columns) + 2) + "|"]
+    text = [f"**{title}**: AP, mean ± standard deviation (seeds).", ""]
+    text += [f"| | {heads} |", "|---" * (2 * len(effects.columns) + 1) + "|"]
     shown: list[Mapping[str, Any]] = []
     for label, line in effects.lines.items():
-        cells, seeds = [], 0
+        cells = []
         for column in effects.columns.values():
             found = effects.found(line, column)
             shown += found
             if not found:
                 cells += ["not run", ""]
                 continue
-            seeds = max(seeds, len(found))
-            cells.append(mean_and_spread([r["AP"] for r in found]))
+            cells.append(ap_over_seeds(found))
             cells.append("–" if line == effects.reference else verdict(effects.pair(line, column)))
-        text.append(f"| {label} | {seeds} | {' | '.join(cells)} |")
+        text.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join([*text, "", commits_of(shown)])
 
 

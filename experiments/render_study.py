@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compared import FAMILIES, NAMES, commits_of, comparison, mean_and_spread, of, verdict
+from compared import (
+    FAMILIES,
+    NAMES,
+    ap_over_seeds,
+    commits_of,
+    comparison,
+    mean_and_spread,
+    of,
+    verdict,
+)
 
 from aqdetr_jax.viz.curves import capacity_curves, save_figure
 
@@ -29,29 +38,28 @@ def main_table(title: str, result: Mapping[str, Any] | None, reference: str = "l
         best = whole[0]["AP"]
         heads = [x for b in bits for x in (f"{b} bits", "of float", f"against {NAMES[reference]}")]
         lines = [
-            f"**{title}, {name}**: AP, mean ± standard deviation over seeds; float {best:.4f}.",
+            f"**{title}, {name}**: AP, mean ± standard deviation (seeds); float {best:.4f}.",
             "",
-            f"| method | seeds | {' | '.join(heads)} |",
-            "|---" * (len(heads) + 2) + "|",
+            f"| method | {' | '.join(heads)} |",
+            "|---" * (len(heads) + 1) + "|",
         ]
         for method, label in NAMES.items():
             if method == "float" or not of(mine, method=method):
                 continue
-            cells, count = [], 0
+            cells = []
             for b in bits:
                 found = of(mine, method=method, bits=b)
                 if not found:
                     cells += ["not run", "", ""]
                     continue
-                values = [r["AP"] for r in found]
-                count = max(count, len(values))
+                mean = statistics.mean(r["AP"] for r in found)
                 pair = comparison(found, of(mine, method=reference, bits=b))
                 cells += [
-                    mean_and_spread(values),
-                    f"{statistics.mean(values) / best:.1%}",
+                    ap_over_seeds(found),
+                    f"{mean / best:.1%}",
                     "–" if method == reference else verdict(pair),
                 ]
-            lines.append(f"| {label} | {count} | {' | '.join(cells)} |")
+            lines.append(f"| {label} | {' | '.join(cells)} |")
         lines += ["", commits_of(mine)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

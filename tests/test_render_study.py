@@ -33,8 +33,8 @@ def test_a_study_of_one_family_has_one_table():
     rows += [trained("aqdetr", 4, 0.45 + 0.01 * s, s) for s in (0, 1)]
     table = render_study.main_table("Balance", {"rows": rows})
     assert "Deformable" not in table
-    assert cells(table, "LSQ") == ["2", "0.4050 ± 0.0071", "81.0%", "–"]
-    found = cells(table, "AQ-DETR (both)")[3]
+    assert cells(table, "LSQ") == ["0.4050 ± 0.0071 (2)", "81.0%", "–"]
+    found = cells(table, "AQ-DETR (both)")[2]
     assert found == "better: +0.0500, in 100% of the draws, on 2 of 2 seeds"
 
 
@@ -55,14 +55,13 @@ def test_schedules_stand_against_the_plain_one():
     assert "| LSQ, 4 bits | against plain | AQ-DETR (both), 2 bits | against plain |" in table
     first = cells(table, effects.SCHEDULES["backbone_first"])
     assert first == [
-        "1",
-        "0.4100",
+        "0.4100 (1)",
         "better: +0.0100, in 100% of the draws, on 1 of 1 seed",
         "not run",
         "",
     ]
-    assert cells(table, effects.SCHEDULES["raw"])[2].startswith("no difference shown")
-    assert cells(table, effects.SCHEDULES["plain"]) == ["1", "0.4000", "–", "0.3000", "–"]
+    assert cells(table, effects.SCHEDULES["raw"])[1].startswith("no difference shown")
+    assert cells(table, effects.SCHEDULES["plain"]) == ["0.4000 (1)", "–", "0.3000 (1)", "–"]
 
 
 def measured(method, bits, entropy, seed=0, **more):
@@ -160,10 +159,10 @@ def test_distillation_stands_against_the_main_studys_lsq_of_the_same_seeds():
     main = {"rows": [trained("lsq", 4, 0.40), trained("lsq", 4, 0.30, 1), trained("lsq", 2, 0.1)]}
     study = {"rows": [trained("both", 4, 0.42), trained("encoder", 4, 0.39)]}
     table = effects.effects_table("Distillation", effects.distillation(study, main))
-    assert cells(table, "no distillation (LSQ)") == ["1", "0.4000", "–"]
-    assert cells(table, "both, probabilities")[2].startswith("better: +0.0200")
-    assert cells(table, "encoder, probabilities")[2].startswith("worse: -0.0100")
-    assert cells(table, "both, logits") == ["0", "not run", ""]
+    assert cells(table, "no distillation (LSQ)") == ["0.4000 (1)", "–"]
+    assert cells(table, "both, probabilities")[1].startswith("better: +0.0200")
+    assert cells(table, "encoder, probabilities")[1].startswith("worse: -0.0100")
+    assert cells(table, "both, logits") == ["not run", ""]
 
 
 def test_positives_stand_against_none_of_the_same_bits():
@@ -175,8 +174,8 @@ def test_positives_stand_against_none_of_the_same_bits():
     ]
     table = effects.effects_table("Positives", effects.positives({"rows": rows}))
     found = cells(table, "M = 50, K = 2")
-    assert found[2].startswith("better: +0.0100")
-    assert found[4].startswith("worse: -0.0100")
+    assert found[1].startswith("better: +0.0100")
+    assert found[3].startswith("worse: -0.0100")
 
 
 def test_longer_schedules_have_a_table_each():
@@ -187,8 +186,8 @@ def test_longer_schedules_have_a_table_each():
         "three times the quickstart's steps, DETR",
         "the whole schedule, 8000 steps, DETR",
     ]
-    assert cells(tables[0], "LSQ") == ["1", "0.4500", "90.0%", "–"]
-    assert cells(tables[1], "LSQ") == ["1", "0.3000", "60.0%", "–"]
+    assert cells(tables[0], "LSQ") == ["0.4500 (1)", "90.0%", "–"]
+    assert cells(tables[1], "LSQ") == ["0.3000 (1)", "60.0%", "–"]
 
 
 def test_the_summary_has_a_line_where_lsq_and_aqdetr_were_trained():
