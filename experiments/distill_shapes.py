@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shapes_rows import FAMILIES, student
+from shapes_rows import FAMILIES, JUDGE, student
 from study import Row, run_study
 
 KL, LOGITS, OUTPUT = (20.0, 10.0), (0.5, 0.25), (2.0, 1.0)
@@ -24,10 +24,12 @@ PLACES = {
 }
 SOURCES = {"both": "teacher", "both_float_path": "float_path"}
 SEED = 0
+DEEP = "deep_teacher"
+"""A DETR of twice the residual blocks, gone on with from the packaged one."""
 
 
 def rows() -> Iterator[Row]:
-    """By family, then by place."""
+    """By family, then by place; the deeper teacher and its student last."""
     for family in FAMILIES:
         for name in (*PLACES, "both_float_path"):
             kind, encoder, cross = PLACES[name.removesuffix("_float_path")]
@@ -39,6 +41,21 @@ def rows() -> Iterator[Row]:
             )
             of_row = f"{family}_{'w4_distill' if name == 'both' else name}_seed{SEED}"
             yield student(of_row, family, "distill", words, {"method": name}, seed=SEED)
+    yield Row(
+        DEEP,
+        "configs/shapes_teacher.py",
+        overrides=(
+            "init_from=packaged:shapes_teacher",
+            "model.backbone.depths=(2, 4, 2)",
+            "optimizer.lr=7e-4",
+            "train.steps=3000",
+        ),
+        facts={"family": "detr", "method": "deeper float", "bits": 32, "seed": 0},
+        judge=JUDGE,
+    )
+    name = "both_deep"
+    of_row = f"detr_{name}_seed{SEED}"
+    yield student(of_row, "detr", "distill", (), {"method": name}, seed=SEED, teacher=DEEP)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ PLACES = {
     "both_logits": "both, logits",
     "both_output": "both, outputs",
     "both_float_path": "both, probabilities, of the float path",
+    "both_deep": "both, probabilities, of a deeper teacher",
 }
 
 

@@ -27,6 +27,7 @@ def student(
     bits: int = 4,
     seed: int = 0,
     start: str = "",
+    teacher: str = "",
     config: str = "shapes_quickstart",
 ) -> Row:
     """A row that trains a student.
@@ -40,6 +41,7 @@ def student(
       bits: of weights, activations and attention.
       seed: of the training.
       start: see ``Row``.
+      teacher: see ``Row``.
       config: whose schedule it has.
     """
     words = tuple(overrides)
@@ -52,5 +54,6 @@ def student(
         (*words, f"seed={seed}"),
         {"family": family, "method": method, "bits": bits, "seed": seed, **(facts or {})},
         start=start,
+        teacher=teacher,
         judge=JUDGE,
     )

@@ -62,6 +62,7 @@ class Row:
       facts: what tells the rows apart in tables: family, method, bits, seed.
       model: of "eval".
       start: row of the same study whose model it starts from, if it is not the configuration's.
+      teacher: row of the same study that teaches it, if it is not what it starts from.
       judge: overrides of the configuration for a last evaluation, of which the row's numbers are;
         () = the run's own.
     """
@@ -73,14 +74,21 @@ class Row:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: str = ""
     start: str = ""
+    teacher: str = ""
     judge: tuple[str, ...] = ()
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """Rows that must be done."""
+        return tuple(name for name in (self.start, self.teacher) if name)
 
     def command(self, folder: Path | str, more: Sequence[str] = ()) -> list[str]:
         """The words after ``aqdetr`` that make the row."""
-        start = (f"init_from={Path(folder).parent / self.start}",) if self.start else ()
+        models = {"init_from": self.start, "distill.teacher": self.teacher}
         if self.kind == "last":
-            start = ()
-        overrides = [f"--config.{word}" for word in (*self.overrides, *start, *more)]
+            models = {}
+        others = [f"{k}={Path(folder).parent / name}" for k, name in models.items() if name]
+        overrides = [f"--config.{word}" for word in (*self.overrides, *others, *more)]
         config = f"--config={self.config}"
         if self.kind in ("train", "pretrain"):
             return [self.kind, config, f"--workdir={folder}", *overrides]
@@ -184,8 +192,9 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
             done = {made["name"] for made in rows_of(options.out)}
             if row.name in done:
                 continue
-            if row.start and row.start not in done:
-                print(f"{row.name} starts from {row.start}, which is not done yet: left out")
+            lacking = [name for name in row.before if name not in done]
+            if lacking:
+                print(f"{row.name} needs {', '.join(lacking)}, not done yet: left out")
                 continue
             print(f"=== {number}/{len(wanted)} {row.name}", flush=True)
             made = made_row(row, options.work / row.name, overrides, child)
@@ -300,7 +309,7 @@ def run_seconds(folder: Path) -> float:
 
 def _shown(row: Row) -> str:
     """The folder of a row as others would type it."""
-    return f"DIR/{row.name}" if row.start else "DIR"
+    return f"DIR/{row.name}" if row.before else "DIR"
 
 
 def hidden(overrides: Sequence[str]) -> list[str]:

@@ -164,12 +164,17 @@ def test_a_row_waits_for_the_one_it_starts_from(started, tmp_path, capsys):
     student = study.Row("student", "shapes_w4a4:queries100-lsq", start="teacher")
     teacher = study.Row("teacher", "shapes_teacher:queries100")
     started(rows=(student, teacher))
-    assert "student starts from teacher, which is not done yet" in capsys.readouterr().out
+    assert "student needs teacher, not done yet: left out" in capsys.readouterr().out
     assert started.made == ["teacher"]
     assert len(started(rows=(student, teacher))) == 2
     words = student.command(tmp_path / "student", ("seed=1",))
     assert words[3:] == [f"--config.init_from={tmp_path / 'teacher'}", "--config.seed=1"]
     assert teacher.command("DIR")[3:] == []
+    taught = dataclasses.replace(student, name="taught", start="", teacher="deep")
+    words = taught.command(tmp_path / "taught")
+    assert words[3:] == [f"--config.distill.teacher={tmp_path / 'deep'}"]
+    started(rows=(taught,))
+    assert "taught needs deep, not done yet" in capsys.readouterr().out
 
 
 def test_the_last_parameters_of_a_run_in_place_of_their_average(tmp_path):
@@ -194,7 +199,7 @@ def test_the_last_parameters_of_a_run_in_place_of_their_average(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "shared"), [(schedules_shapes, 4), (distill_shapes, 4), (positives_shapes, 4)]
+    ("other", "shared"), [(schedules_shapes, 4), (distill_shapes, 2), (positives_shapes, 2)]
 )
 def test_runs_of_two_studies_are_of_one_configuration(other, shared):
     main = {row.name: row for row in main_shapes.rows()}
