@@ -118,7 +118,8 @@ def ablation(result: Mapping[str, Any] | None) -> Effects | None:
     """AQ-DETR's parts alone and together, at 4 bits."""
     if result is None:
         return None
-    lines = {NAMES[name]: {"method": name} for name in ("lsq", "auxiliary", "distill", "aqdetr")}
+    methods = ("lsq", "lsq_longer", "auxiliary", "distill", "aqdetr")
+    lines = {NAMES[name]: {"method": name} for name in methods}
     columns = families(result["rows"], bits=4)
     return Effects(result["rows"], lines, columns, {"method": "lsq"}, "LSQ")
 

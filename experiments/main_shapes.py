@@ -20,9 +20,12 @@ PARTS = ("distill", "auxiliary")
 """Each of AQ-DETR's contributions alone, at 4 bits; distillation at 2 bits as well."""
 OFFSET = "aqdetr_offset"
 """AQ-DETR on the grids of LSQ+ and Q-DETR: what the method gives, and what its grids do."""
+LONGER = "lsq_longer"
+"""LSQ for 1.6 times the steps, which take the time of AQ-DETR's or more."""
+LONGER_STEPS = {"detr": 1920, "deformable": 1440}
 BITS, SEEDS = (4, 3, 2), (0, 1, 2)
 ORDER = (
-    *((4, seed, MAIN) for seed in SEEDS),
+    *((4, seed, (*MAIN, LONGER)) for seed in SEEDS),
     (2, 0, (*MAIN, "distill")),
     (3, 0, MAIN),
     (4, 0, (*PARTS, *OTHERS, OFFSET)),
@@ -55,8 +58,11 @@ def rows() -> Iterator[Row]:
         for family in FAMILIES:
             for method in methods:
                 name = f"{family}_w{bits}_{method}_seed{seed}"
-                variant = method.removesuffix("_offset")
-                words = ("quant.grid=offset",) if variant != method else ()
+                others = {
+                    OFFSET: ("aqdetr", ("quant.grid=offset",)),
+                    LONGER: ("lsq", (f"train.steps={LONGER_STEPS[family]}",)),
+                }
+                variant, words = others.get(method, (method, ()))
                 facts = {"method": method}
                 yield student(name, family, variant, words, facts, bits=bits, seed=seed)
 

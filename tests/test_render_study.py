@@ -193,6 +193,7 @@ def test_longer_schedules_have_a_table_each():
 def test_the_summary_has_a_line_where_lsq_and_aqdetr_were_trained():
     rows = [trained("float", 32, 0.5)]
     rows += [trained(m, 4, ap) for m, ap in (("lsq", 0.4), ("distill", 0.44), ("aqdetr", 0.45))]
+    rows += [trained("lsq_longer", 4, 0.46)]
     rows += [trained("lsq", 2, 0.2), trained("lsq", 4, 0.2, family="deformable")]
     table = render_summary.summary_table((("Set", {"rows": rows}, {}), ("Other", None, {})))
     assert len([line for line in table.splitlines() if line.startswith("|")]) == 3
@@ -201,7 +202,8 @@ def test_the_summary_has_a_line_where_lsq_and_aqdetr_were_trained():
     found = cells(table, "Set, DETR")
     assert found[:7] == ["4", "1", "0.500", "0.400", "0.440", "0.450", "90.0%"]
     assert found[7].startswith("better: +0.0500")
-    assert found[8].startswith("better: +0.0100")
+    assert found[8].startswith("worse: -0.0100")
+    assert found[9].startswith("better: +0.0100")
 
 
 def test_a_row_done_again_is_said_with_what_differs():
