@@ -6,14 +6,15 @@
 # OUT (default experiments/results/accelerator, or the environment variable OUT) gets, as it comes,
 #   tests.json                 the tests marked "accelerator", run on the device
 #   steps.json                 training steps at 800 x 1344, ours beside transformers', and the goals
-#   ablation_*.json            the embedded set's ablations, further seeds
+#   main_shapes.json           rows of the embedded set's main table that are not done yet, and manifests/
 #   log.txt, logs.txt          what was done when, and the end of what each part printed
 # What is written stays when something fails or time runs out; run it again and the trainings go on.
 # Nothing is downloaded. Environment: PYTHON (with this package's requirements and those of its tests,
 # jax with its plug-in for PLATFORM, which is cuda), THEIR_PYTHON (with torch and transformers for their
 # rows, and numpy; PYTHON), BUDGET (seconds, 540), TESTS and STEPS (seconds of it at most, 120 and 340),
 # PARTS ("tests steps train"; "data" only draws the trainings' images), WORK (the trainings' folder,
-# runs/accelerator), JOBS (trainings side by side in each family), SEEDS (2,3,4), ROWS for other steps:
+# runs/accelerator), JOBS (trainings side by side, 8), ONLY (rows of main_shapes.py with these words),
+# ROWS for other steps:
 # "ours:FAMILY:VARIANT[:a.b=value]" and "theirs:FAMILY:MODE" with commas between them and semicolons
 # between groups.
 # --toy: tiny models on whatever there is, to try the script itself.
@@ -33,8 +34,8 @@ TESTS=${TESTS:-120}
 STEPS=${STEPS:-340}
 PARTS=${PARTS:-tests steps train}
 WORK=${WORK:-runs/accelerator}
-SEEDS=${SEEDS:-2,3,4}
-JOBS=${JOBS:-4}
+JOBS=${JOBS:-8}
+ONLY=${ONLY:-${TOY:+detr_w4_ptq_mse}} # nothing that is trained
 # A group compiles side by side and is then measured, row by row: the first hold what matters most.
 ROWS=${ROWS:-"ours:detr:float recipe,ours:detr:lsq,theirs:detr:compiled,theirs:detr:eager;\
 ours:detr:float,ours:detr:everything,theirs:deformable:eager,ours:deformable:float recipe;\
@@ -128,7 +129,7 @@ run_steps() {
 }
 
 data=(data.cache_dir="$WORK/data" data.num_threads=4)
-[ -n "$TOY" ] && data+=(data.num_train=32 data.num_eval=8 train.steps=2 quant.calibration_batches=1)
+[ -n "$TOY" ] && data+=(data.num_eval=8)
 
 draw_data() {
   # Drawn once, by the CPUs, for all trainings.
@@ -138,25 +139,26 @@ import sys
 from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.training.experiment import load_experiment
 
-data = load_experiment("shapes_quickstart", tuple(sys.argv[1:])).data
-for train in (True, False):
-    print(open_dataset(data, train=train).name)
+for split in ("validation", "test"):
+    words = (*sys.argv[1:], f"data.eval_split={split}")
+    data = load_experiment("shapes_quickstart", words).data
+    for train in (True, False):
+        print(open_dataset(data, train=train).name)
 PYTHON
 }
 
+# They share the rows that are left, and go on with those that were begun.
 run_training() {
-  local pids=() rc=0 family prefix variants
-  for family in detr deformable; do
-    prefix=$([ $family = detr ] || echo deformable-)
-    variants=${prefix}lsq,${prefix}auxiliary,${prefix}distill,${prefix}aqdetr
-    limited "$(left)" "train_$family" "$PYTHON" experiments/ablation.py \
-      --config=shapes_quickstart --teacher="packaged:shapes_${prefix/-/_}teacher" \
-      --work="$WORK/$family" --out="$OUT/ablation_$family.json" --seeds="$SEEDS" \
-      --variants="$variants" --jobs="$JOBS" "${data[@]}" &
+  local pids=() rc=0 number
+  [ -f "$OUT/main_shapes.json" ] || [ -n "$TOY" ] ||
+    cp experiments/results/main_shapes.json "$OUT/main_shapes.json"
+  for number in $(seq "$JOBS"); do
+    limited "$(left)" "train_$number" "$PYTHON" experiments/main_shapes.py --work="$WORK/main" \
+      --out="$OUT/main_shapes.json" --manifests="$OUT/manifests" --only="$ONLY" "${data[@]}" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || rc=1; done
-  grep -h '^===\|^teacher' "$WORK"/logs/train_*.txt | tee -a "$OUT/log.txt"
+  grep -h '^=== .*: ' "$WORK"/logs/train_*.txt | tee -a "$OUT/log.txt"
   return $rc
 }
 

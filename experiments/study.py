@@ -165,6 +165,9 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
     parser.set_defaults(overrides=True)
     parser.add_argument("--work", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    parser.add_argument(
+        "--manifests", type=Path, default=MANIFESTS / name, help="folder of the manifests"
+    )
     parser.add_argument("--only", default="", help="rows with all of these words in their name")
     parser.add_argument("--minutes", type=float, help="begin no row after so many")
     parser.add_argument("--list", action="store_true", help="say what is done, and end")
@@ -204,13 +207,12 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
             found = (options.work / row.name / name for name in manifests)
             manifest = next((file for file in found if file.is_file()), None)
             if manifest is not None:
-                folder = MANIFESTS / name
-                folder.mkdir(parents=True, exist_ok=True)
+                options.manifests.mkdir(parents=True, exist_ok=True)
                 text = manifest.read_text(encoding="utf-8")
                 for key, _, value in (word.partition("=") for word in overrides):
                     text = text.replace(value, "FOLDER") if key.endswith(FOLDERS) else text
                 text = text.replace(str(options.work), "DIR")
-                write_text_atomic(folder / f"{row.name}.json", text)
+                write_text_atomic(options.manifests / f"{row.name}.json", text)
             said = f"AP {made['AP']:.4f}" if "AP" in made else "done"
             print(f"=== {row.name}: {said}", flush=True)
 
