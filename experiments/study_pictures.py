@@ -1,10 +1,11 @@
-"""Pictures of the main table: AP against bits and size, and what each class loses.
+"""Pictures of the main table: AP against bits, size and training time, and what classes lose.
 
 Methods are told apart by markers and line styles as well as by colour.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from compared import FAMILIES, NAMES, Rows, of
 from matplotlib.axes import Axes
 
+from aqdetr_jax.training.experiment import load_experiment
 from aqdetr_jax.viz import palette
 from aqdetr_jax.viz.curves import add_legend, new_figure, save_figure, style_panel
 
@@ -24,6 +26,8 @@ LOOKS = {
     "aqdetr": ("#2563eb", "o", "-"),
 }
 """Colour, marker and line of a method."""
+TRAINED = ("lsq", "lsq_plus", "qdetr", "aqdetr")
+"""Those of them that are trained."""
 
 
 def points(rows: Rows, family: str, method: str) -> list[tuple[int, float, float, float]]:
@@ -128,9 +132,75 @@ def classes_figure(rows: Rows, methods: Sequence[str] = ("lsq", "aqdetr")) -> An
     return figure
 
 
-def write_pictures(result: Mapping[str, Any] | None, folder: Path) -> None:
-    """``main_shapes.png`` and ``classes_shapes.png``, of what was run."""
+@functools.lru_cache
+def _steps(config: str, overrides: tuple[str, ...]) -> int:
+    return load_experiment(config, overrides).train.steps
+
+
+def minutes(row: Mapping[str, Any], cost: Mapping[str, Any]) -> float:
+    """How long a row trains: its steps times the step that ``cost_shapes.py`` measured."""
+    words = [word.removeprefix("--config") for word in row["command"].split()]
+    config = next(word[1:] for word in words if word.startswith("="))
+    overrides = tuple(word[1:] for word in words if word.startswith(".train.steps="))
+    facts = row["facts"]
+    measured = cost["families"][facts["family"]]["methods"]
+    method = facts["method"].removesuffix("_longer").removesuffix("_offset")
+    return _steps(config, overrides) * measured[method]["median_seconds"] / 60
+
+
+def time_figure(rows: Rows, cost: Mapping[str, Any], bits: int = 4) -> Any:
+    """AP against training time, rows of all schedules together; a panel a family."""
+    figure = new_figure(len(FAMILIES), 1, "", "light", width=4.6, height=3.2)
+    for number, (family, title) in enumerate(FAMILIES.items(), start=1):
+        axes = figure.add_subplot(1, len(FAMILIES), number)
+        style_panel(axes, f"{title}, {bits} bits: AP, by minutes of training", "light")
+        for method, (color, marker, style) in LOOKS.items():
+            by_time: dict[float, list[float]] = {}
+            for name in (method, f"{method}_longer") if method in TRAINED else ():
+                for row in of(rows, family=family, method=name, bits=bits):
+                    by_time.setdefault(minutes(row, cost), []).append(100 * row["AP"])
+            if by_time:
+                times, values = zip(*sorted(by_time.items()), strict=True)
+                axes.errorbar(
+                    times,
+                    [statistics.mean(v) for v in values],
+                    [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values],
+                    color=color,
+                    marker=marker,
+                    ls=style,
+                    lw=1.6,
+                    ms=5,
+                    capsize=3,
+                    label=NAMES[method],
+                )
+        whole = of(rows, family=family, method="float")
+        if whole:
+            axes.axhline(100 * whole[0]["AP"], color="#3d4757", lw=1.2, label="float")
+        handles, labels = axes.get_legend_handles_labels()
+        if number == 1 and labels:
+            add_legend(axes, "light", handles, labels, columns=1)
+    return figure
+
+
+def write_pictures(
+    result: Mapping[str, Any] | None,
+    long: Mapping[str, Any] | None,
+    cost: Mapping[str, Any] | None,
+    folder: Path,
+) -> None:
+    """Pictures of what was run.
+
+    Args:
+      result: of ``main_shapes.py``: ``main_shapes.png`` and ``classes_shapes.png``.
+      long: of ``long_shapes.py``, more points of ``time_shapes.png``.
+      cost: of ``cost_shapes.py``, without which that is not drawn.
+      folder: of the pictures.
+    """
     if result is None:
         return
-    save_figure(main_figure(result["rows"]), folder / "main_shapes.png")
-    save_figure(classes_figure(result["rows"]), folder / "classes_shapes.png")
+    rows = result["rows"]
+    save_figure(main_figure(rows), folder / "main_shapes.png")
+    save_figure(classes_figure(rows), folder / "classes_shapes.png")
+    if cost is not None:
+        every = [*rows, *(long["rows"] if long else ())]
+        save_figure(time_figure(every, cost), folder / "time_shapes.png")

@@ -160,6 +160,24 @@ def test_pictures_show_means_and_losses_by_class():
     assert [bar.get_height() for bar in bars] == pytest.approx([20.0, 0.0])
 
 
+def test_time_is_of_the_steps_that_a_row_takes():
+    def row(method, ap, words="", family="detr"):
+        command = f"aqdetr train --config=configs/shapes_quickstart.py:lsq --workdir=DIR{words}"
+        facts = {"family": family, "method": method, "bits": 4, "seed": 0}
+        return {"facts": facts, "AP": ap, "command": command}
+
+    rows = [
+        row("lsq", 0.3),
+        row("lsq", 0.4),
+        row("lsq_longer", 0.5, " --config.train.steps=1800 --config.seed=0"),
+        {"facts": {"family": "detr", "method": "float", "bits": 32}, "AP": 0.6},
+    ]
+    cost = {"families": {"detr": {"methods": {"lsq": {"median_seconds": 0.5}}}}}
+    assert study_pictures.minutes(rows[0], cost) == pytest.approx(1200 * 0.5 / 60)
+    (line, _) = study_pictures.time_figure(rows, cost).axes[0].containers[0][:2]
+    np.testing.assert_allclose(line.get_xydata(), [(10, 35), (15, 50)])
+
+
 def test_a_row_waits_for_the_one_it_starts_from(started, tmp_path, capsys):
     student = study.Row("student", "shapes_w4a4:queries100-lsq", start="teacher")
     teacher = study.Row("teacher", "shapes_teacher:queries100")
