@@ -37,8 +37,12 @@ class Effects:
         return of(self.rows, **{**column, **line})
 
     def pair(self, line: Facts, column: Facts) -> dict[str, Any] | None:
-        """A cell and the reference's, see ``comparison``."""
-        return comparison(self.found(line, column), self.found(self.reference, column))
+        """A cell and the one that it stands against, see ``comparison``."""
+        return comparison(self.found(line, column), self.found({**line, **self.reference}, column))
+
+    def is_reference(self, line: Facts) -> bool:
+        """Whether a line is what others stand against."""
+        return self.reference.items() <= line.items()
 
 
 def effects_table(title: str, effects: Effects | None) -> str:
@@ -58,7 +62,7 @@ def effects_table(title: str, effects: Effects | None) -> str:
                 cells += ["not run", ""]
                 continue
             cells.append(ap_over_seeds(found))
-            cells.append("–" if line == effects.reference else verdict(effects.pair(line, column)))
+            cells.append("–" if effects.is_reference(line) else verdict(effects.pair(line, column)))
         text.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join([*text, "", commits_of(shown)])
 
@@ -67,7 +71,7 @@ def effects_figure(effects: Effects | None) -> Any:
     """Differences to the reference with the interval of nine in ten draws of images; or None."""
     if effects is None:
         return None
-    lines = {k: line for k, line in effects.lines.items() if line != effects.reference}
+    lines = {k: line for k, line in effects.lines.items() if not effects.is_reference(line)}
     drawn = {
         name: {k: effects.pair(line, column) for k, line in lines.items()}
         for name, column in effects.columns.items()
@@ -136,6 +140,35 @@ def schedules(result: Mapping[str, Any] | None) -> Effects | None:
     }
     lines = {label: {"schedule": name} for name, label in SCHEDULES.items()}
     return Effects(result["rows"], lines, columns, {"schedule": "plain"}, "plain")
+
+
+CHOICES = {
+    "plain": "as it is",
+    "symmetric": "symmetric grids of activations in place of centred ones",
+    "zero_point": "grids with zero points in place of centred ones",
+    "equal_scales": "centred grids with one scale for all channels",
+    "a_tensor": "one step for all heads of an attention",
+    "probabilities": "probabilities not divided by their sum",
+    "lsq_start": "first steps by LSQ's formula in place of the least squared error",
+    "float_sums": "float residual sums in place of 8 bits",
+    "random_start": "auxiliary queries that start at random",
+    "two_groups": "auxiliary queries in two groups",
+    "less_decay": "a quarter of the weight decay (LSQ's at 2 bits)",
+}
+
+
+def choices(result: Mapping[str, Any] | None) -> Effects | None:
+    """Choices undone one at a time, each against its method and bits as they are."""
+    if result is None:
+        return None
+    kinds = [(r["facts"]["bits"], r["facts"]["method"]) for r in result["rows"]]
+    lines = {
+        f"{NAMES[method]}, {bits} bits: {label}": {"choice": name, "method": method, "bits": bits}
+        for bits, method in dict.fromkeys(kinds)
+        for name, label in CHOICES.items()
+        if of(result["rows"], choice=name, method=method, bits=bits)
+    }
+    return Effects(result["rows"], lines, families(result["rows"]), {"choice": "plain"}, "as it is")
 
 
 PLACES = {

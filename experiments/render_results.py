@@ -262,6 +262,10 @@ def main() -> None:
             "What few bits cost where: LSQ, embedded set",
             effects.operands(load("operands_shapes.json")),
         ),
+        "choices": (
+            "Choices of ours undone, DETR, embedded set, one seed",
+            effects.choices(load("choices_shapes.json")),
+        ),
         "schedules": (
             "Schedules, DETR, embedded set, one seed",
             effects.schedules(load("schedules_shapes.json")),

@@ -178,6 +178,22 @@ def test_positives_stand_against_none_of_the_same_bits():
     assert found[3].startswith("worse: -0.0100")
 
 
+def test_a_choice_stands_against_its_own_method():
+    rows = [
+        trained("lsq", 4, 0.40, choice="plain"),
+        trained("lsq", 4, 0.38, choice="symmetric"),
+        trained("auxiliary", 4, 0.43, choice="plain"),
+        trained("auxiliary", 4, 0.44, choice="two_groups"),
+    ]
+    table = effects.effects_table("Choices", effects.choices({"rows": rows}))
+    label = f"LSQ, 4 bits: {effects.CHOICES['symmetric']}"
+    assert cells(table, label)[1].startswith("worse: -0.0200")
+    label = f"LSQ + auxiliary queries, 4 bits: {effects.CHOICES['two_groups']}"
+    assert cells(table, label)[1].startswith("better: +0.0100")
+    assert cells(table, "LSQ, 4 bits: as it is") == ["0.4000 (1)", "–"]
+    assert effects.choices(None) is None
+
+
 def test_longer_schedules_have_a_table_each():
     rows = [trained("float", 32, 0.5)]
     rows += [trained("lsq", 4, 0.45, steps="three times"), trained("lsq", 2, 0.3, steps="whole")]
