@@ -43,8 +43,8 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     # 7 defects an image, 15 at most.
     auxiliary = 80 if config.model.num_auxiliary else 0
     config.model.update(num_queries=40, num_auxiliary=auxiliary)
-    steps = {"pretrain": 1000, "teacher": 3600}.get(kind, 480)
+    steps = {"pretrain": 1000, "teacher": 2400}.get(kind, 480)
     config.train.update(steps=steps, epochs=0.0)
     # A look at 500 images costs a student as much as twenty steps.
-    config.train.eval_every = 1200 if kind == "teacher" else 0
+    config.train.eval_every = 800 if kind == "teacher" else 0
     return config
