@@ -2,9 +2,9 @@
 
 python experiments/long_shapes.py --work=DIR [--only=...] [--minutes=M] [--list]
 
-Embedded set, DETR, which the quickstart's schedule leaves furthest from float: the whole schedule of
-configs/shapes_w4a4.py, at 4 bits on three seeds and at 2 bits on one; on one seed also three times
-the quickstart's steps. The float rows are ``main_shapes.py``'s.
+Embedded set, DETR, which the quickstart's schedule leaves furthest from float: the whole schedule
+of configs/shapes_w4a4.py, at 4 bits on three seeds and at 2 bits on one; on one seed also three
+times the quickstart's steps. The float row is ``main_shapes.py``'s.
 """
 
 from __future__ import annotations
