@@ -52,37 +52,43 @@ def comparison(rows: Rows, others: Rows) -> dict[str, Any] | None:
     Returns:
       "difference" of the means; "better", the share of draws of images in which the mean over seeds
       is higher, of equals half; "interval", the differences of nine in ten draws; "wins" and
-      "seeds"; None if they share no seed.
+      "seeds"; "spread", the larger standard deviation over seeds of the two; None if they share no
+      seed.
     """
     left, right = ({r["facts"].get("seed", 0): r for r in some} for some in (rows, others))
     seeds = sorted(left.keys() & right.keys())
     if not seeds:
         return None
+    both = [[some[s]["AP"] for s in seeds] for some in (left, right)]
     draws = np.mean([np.subtract(left[s]["AP_draws"], right[s]["AP_draws"]) for s in seeds], axis=0)
     return {
-        "difference": statistics.mean(left[s]["AP"] - right[s]["AP"] for s in seeds),
+        "difference": statistics.mean(both[0]) - statistics.mean(both[1]),
         "interval": tuple(float(x) for x in np.quantile(draws, (0.05, 0.95))),
         "better": float(np.mean(draws > 0) + np.mean(draws == 0) / 2),
-        "wins": sum(left[s]["AP"] > right[s]["AP"] for s in seeds),
+        "wins": sum(mine > theirs for mine, theirs in zip(*both, strict=True)),
         "seeds": len(seeds),
+        "spread": max(statistics.stdev(some) if len(seeds) > 1 else 0.0 for some in both),
     }
 
 
 def verdict(found: Mapping[str, Any] | None) -> str:
-    """A comparison in words."""
+    """A comparison in words.
+
+    "Better" takes all seeds, at least two, ``SURE`` of the draws, and a difference larger than the
+    seeds' spread; what one seed shows is "ahead".
+    """
     if found is None:
         return "not run"
     share, wins, seeds = found["better"], found["wins"], found["seeds"]
-    if share >= SURE and wins == seeds:
-        word = "better"
-    elif share <= 1 - SURE and wins == 0:
-        word = "worse"
-    else:
-        word = "no difference shown"
-    return (
-        f"{word}: {found['difference']:+.4f}, in {share:.0%} of the draws, on {wins} of {seeds} "
-        f"seed{'s' if seeds > 1 else ''}"
-    )
+    words = ("better", "worse") if seeds > 1 else ("ahead", "behind")
+    word = "no difference shown"
+    if abs(found["difference"]) > found["spread"]:
+        if share >= SURE and wins == seeds:
+            word = words[0]
+        elif share <= 1 - SURE and wins == 0:
+            word = words[1]
+    of_seeds = f"on {wins} of {seeds} seeds" if seeds > 1 else "one seed"
+    return f"{word}: {found['difference']:+.4f}, in {share:.0%} of the draws, {of_seeds}"
 
 
 def commits_of(rows: Rows) -> str:

@@ -41,7 +41,16 @@ def test_a_study_of_one_family_has_one_table():
 def test_equals_are_no_worse():
     rows = [trained("lsq", 4, 0.4)]
     found = compared.verdict(compared.comparison(rows, rows))
-    assert found == "no difference shown: +0.0000, in 50% of the draws, on 0 of 1 seed"
+    assert found == "no difference shown: +0.0000, in 50% of the draws, one seed"
+
+
+def test_better_is_beyond_the_seeds_spread():
+    theirs = [trained("lsq", 4, 0.40 + 0.02 * s, s) for s in (0, 1)]
+    for more, word in ((0.01, "no difference shown"), (0.02, "better"), (-0.02, "worse")):
+        mine = [trained("aqdetr", 4, 0.40 + 0.02 * s + more, s) for s in (0, 1)]
+        found = compared.comparison(mine, theirs)
+        assert found["spread"] == pytest.approx(0.02 / 2**0.5)
+        assert compared.verdict(found).startswith(f"{word}: {more:+.4f}, in ")
 
 
 def test_schedules_stand_against_the_plain_one():
@@ -56,7 +65,7 @@ def test_schedules_stand_against_the_plain_one():
     first = cells(table, effects.SCHEDULES["backbone_first"])
     assert first == [
         "0.4100 (1)",
-        "better: +0.0100, in 100% of the draws, on 1 of 1 seed",
+        "ahead: +0.0100, in 100% of the draws, one seed",
         "not run",
         "",
     ]
@@ -160,8 +169,8 @@ def test_distillation_stands_against_the_main_studys_lsq_of_the_same_seeds():
     study = {"rows": [trained("both", 4, 0.42), trained("encoder", 4, 0.39)]}
     table = effects.effects_table("Distillation", effects.distillation(study, main))
     assert cells(table, "no distillation (LSQ)") == ["0.4000 (1)", "–"]
-    assert cells(table, "both, probabilities")[1].startswith("better: +0.0200")
-    assert cells(table, "encoder, probabilities")[1].startswith("worse: -0.0100")
+    assert cells(table, "both, probabilities")[1].startswith("ahead: +0.0200")
+    assert cells(table, "encoder, probabilities")[1].startswith("behind: -0.0100")
     assert cells(table, "both, logits") == ["not run", ""]
 
 
@@ -174,8 +183,8 @@ def test_positives_stand_against_none_of_the_same_bits():
     ]
     table = effects.effects_table("Positives", effects.positives({"rows": rows}))
     found = cells(table, "M = 50, K = 2")
-    assert found[1].startswith("better: +0.0100")
-    assert found[3].startswith("worse: -0.0100")
+    assert found[1].startswith("ahead: +0.0100")
+    assert found[3].startswith("behind: -0.0100")
 
 
 def test_a_choice_stands_against_its_own_method():
@@ -187,9 +196,9 @@ def test_a_choice_stands_against_its_own_method():
     ]
     table = effects.effects_table("Choices", effects.choices({"rows": rows}))
     label = f"LSQ, 4 bits: {effects.CHOICES['symmetric']}"
-    assert cells(table, label)[1].startswith("worse: -0.0200")
+    assert cells(table, label)[1].startswith("behind: -0.0200")
     label = f"LSQ + auxiliary queries, 4 bits: {effects.CHOICES['two_groups']}"
-    assert cells(table, label)[1].startswith("better: +0.0100")
+    assert cells(table, label)[1].startswith("ahead: +0.0100")
     assert cells(table, "LSQ, 4 bits: as it is") == ["0.4000 (1)", "–"]
     assert effects.choices(None) is None
 
@@ -217,9 +226,9 @@ def test_the_summary_has_a_line_where_lsq_and_aqdetr_were_trained():
     assert table.splitlines()[-1] == said
     found = cells(table, "Set, DETR")
     assert found[:7] == ["4", "1", "0.500", "0.400", "0.440", "0.450", "90.0%"]
-    assert found[7].startswith("better: +0.0500")
-    assert found[8].startswith("worse: -0.0100")
-    assert found[9].startswith("better: +0.0100")
+    assert found[7].startswith("ahead: +0.0500")
+    assert found[8].startswith("behind: -0.0100")
+    assert found[9].startswith("ahead: +0.0100")
 
 
 def test_a_row_done_again_is_said_with_what_differs():
