@@ -32,7 +32,6 @@ from aqdetr_jax.data.open import open_dataset
 from aqdetr_jax.evaluation.bootstrap import bootstrap_ap, image_draws
 from aqdetr_jax.evaluation.evaluator import Detections
 from aqdetr_jax.io import read_json, write_json_atomic, write_text_atomic
-from aqdetr_jax.provenance import git_commit
 from aqdetr_jax.training.arguments import parse_arguments
 from aqdetr_jax.training.clock import PARTS
 from aqdetr_jax.training.experiment import load_experiment
@@ -276,7 +275,8 @@ def made_row(
         "cores": host.cores(),
     }
     if row.kind == "pretrain":
-        return {**known, "commit": git_commit(), "run_seconds": run_seconds(folder)}
+        commit = read_json(folder / "manifest.json")["starts"][-1]["commit"]
+        return {**known, "commit": commit, "run_seconds": run_seconds(folder)}
     block = read_json(folder / "results.json")
     if row.judge:
         # Of the run: what made it. Of the last evaluation: every number.
