@@ -269,3 +269,19 @@ def test_a_row_is_judged_on_the_split_of_its_study(tmp_path, monkeypatch):
     assert (made["config"], made["seed"], made["commit"]) == ("run", 3, "a")
     assert made["judge"].startswith("aqdetr eval")
     assert "DIR/judged" in made["judge"]
+
+
+def test_a_pretraining_has_no_numbers_but_its_own_commit(tmp_path):
+    class Child:
+        def run(self, command):
+            assert command[0] == "pretrain"
+            starts = [{"commit": "a"}, {"commit": "b"}]
+            (tmp_path / "manifest.json").write_text(json.dumps({"starts": starts}))
+            lines = [{"step": 1, "time/step": 2.0}, {"step": 2, "time/step": 3.0}]
+            (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+
+    row = study.Row("backbone", "bccd:pretrain", "pretrain", facts={"method": "pretrain"})
+    made = study.made_row(row, tmp_path, (), Child())
+    assert made["facts"] == {"method": "pretrain"}
+    assert (made["commit"], made["run_seconds"]) == ("b", 5.0)
+    assert "AP" not in made
