@@ -8,7 +8,8 @@ turn, round after round, on the same batch, so that a drift of the machine's spe
 ratios are medians over rounds of the ratio to that round's float step. Memory is what the compiler
 says that the step's program takes: its arguments, results and temporaries. The models that these
 steps leave are then exported to ONNX: nodes, parameters (elements of the initializers) and bytes of
-each; AQ-DETR's must be LSQ's, for auxiliary queries and teacher are of training only.
+each; AQ-DETR's nodes and parameters must be LSQ's, for auxiliary queries and teacher are of
+training only.
 
 Needs a quiet machine and ``aqdetr-jax[onnx]``. Configurations are the quickstart's.
 """
@@ -102,10 +103,13 @@ class Method:
         options = vars(OnnxOptions())
         made = onnx_model(deployed_bundle(bundle), size=bundle.input.buckets[0], **options)
         kinds = sorted({node.op_type for node in made.graph.node})
+        sizes = {x.name: math.prod(x.dims) for x in made.graph.initializer}
+        uses = [name for node in made.graph.node for name in node.input if name in sizes]
         return {
             "nodes": len(made.graph.node),
             "kinds": {kind: sum(n.op_type == kind for n in made.graph.node) for kind in kinds},
-            "parameters": sum(math.prod(x.dims) for x in made.graph.initializer),
+            # Of each use: constants that happen to be equal are kept once.
+            "parameters": sum(sizes[name] for name in uses),
             # Not of the file, whose text beside the network says grids' steps in decimal digits.
             "bytes": made.graph.ByteSize(),
         }
@@ -130,7 +134,10 @@ def measured(family: str, rounds: int, overrides: tuple[str, ...], mesh: Any) ->
         }
     for method in methods.values():
         method.row["onnx"] = method.exported()
-    graphs = [methods[name].row["onnx"] for name in SAME_GRAPH]
+    graphs = [
+        {key: methods[name].row["onnx"][key] for key in ("kinds", "parameters")}
+        for name in SAME_GRAPH
+    ]
     found = {
         "config": f"configs/shapes_quickstart.py:{FAMILIES[family]}METHOD",
         "batch": reference.config.train.batch_size,
