@@ -16,7 +16,7 @@ NAMES = {
     "ptq_percentile": "calibrated, percentile",
     "ptq_mse": "calibrated, MSE",
     "lsq": "LSQ",
-    "lsq_longer": "LSQ, 1.6 times the steps",
+    "lsq_longer": "LSQ, 5/3 of the steps",
     "lsq_plus": "LSQ+",
     "qdetr": "Q-DETR",
     "auxiliary": "LSQ + auxiliary queries",

@@ -22,7 +22,7 @@ def summary_table(studies: Sequence[Study]) -> str:
     """
     lines = [
         "| | bits | seeds | float | LSQ | + distillation | AQ-DETR | of float | against LSQ "
-        "| against LSQ of 1.6 times the steps | against distillation alone |",
+        "| against LSQ of 5/3 of the steps | against distillation alone |",
         "|---" * 11 + "|",
     ]
     missing = []
