@@ -71,23 +71,22 @@ def main_figure(rows: Rows) -> Any:
 
 
 def _lines(axes: Axes, rows: Rows, family: str, axis: int) -> None:
-    for method, (color, marker, style) in LOOKS.items():
+    for method in LOOKS:
         found = points(rows, family, method)
         if axis == 3 and not all(point[3] for point in found):
             continue
         if found:
-            axes.errorbar(
-                [point[axis] for point in found],
-                [point[1] for point in found],
-                [point[2] for point in found],
-                color=color,
-                marker=marker,
-                ls=style,
-                lw=1.6,
-                ms=5,
-                capsize=3,
-                label=NAMES[method],
-            )
+            xs, means, spreads = ([point[i] for point in found] for i in (axis, 1, 2))
+            _drawn(axes, method, xs, means, spreads)
+
+
+def _drawn(
+    axes: Axes, method: str, xs: Sequence[float], means: Sequence[float], spreads: Sequence[float]
+) -> None:
+    """A method's line with its spread over seeds."""
+    color, marker, style = LOOKS[method]
+    look = dict(color=color, marker=marker, ls=style, lw=1.6, ms=5, capsize=3)
+    axes.errorbar(xs, means, spreads, label=NAMES[method], **look)
 
 
 def classes_figure(rows: Rows, methods: Sequence[str] = ("lsq", "aqdetr")) -> Any:
@@ -154,25 +153,16 @@ def time_figure(rows: Rows, cost: Mapping[str, Any], bits: int = 4) -> Any:
     for number, (family, title) in enumerate(FAMILIES.items(), start=1):
         axes = figure.add_subplot(1, len(FAMILIES), number)
         style_panel(axes, f"{title}, {bits} bits: AP, by minutes of training", "light")
-        for method, (color, marker, style) in LOOKS.items():
+        for method in LOOKS:
             by_time: dict[float, list[float]] = {}
             for name in (method, f"{method}_longer") if method in TRAINED else ():
                 for row in of(rows, family=family, method=name, bits=bits):
                     by_time.setdefault(minutes(row, cost), []).append(100 * row["AP"])
             if by_time:
                 times, values = zip(*sorted(by_time.items()), strict=True)
-                axes.errorbar(
-                    times,
-                    [statistics.mean(v) for v in values],
-                    [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values],
-                    color=color,
-                    marker=marker,
-                    ls=style,
-                    lw=1.6,
-                    ms=5,
-                    capsize=3,
-                    label=NAMES[method],
-                )
+                means = [statistics.mean(v) for v in values]
+                spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+                _drawn(axes, method, times, means, spreads)
         whole = of(rows, family=family, method="float")
         if whole:
             axes.axhline(100 * whole[0]["AP"], color="#3d4757", lw=1.2, label="float")
