@@ -47,7 +47,7 @@ from aqdetr_jax.planning.ahead import LIBTPU, check_libtpu, last_words, versions
 from aqdetr_jax.planning.chips import KINDS, parse_slice
 from aqdetr_jax.planning.hlo import parse_instruction
 from aqdetr_jax.provenance import git_commit
-from aqdetr_jax.quant.product import Contraction, Conv, Dense, Mix, Scores
+from aqdetr_jax.quant.contractions import Contraction, Conv, Dense, Mix, Scores
 
 CHIP_NAMES = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 CARRIERS = (S4, S8, F8, BF16)

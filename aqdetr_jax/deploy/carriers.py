@@ -32,7 +32,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from aqdetr_jax.quant.product import Contraction, Conv, Dense, Mix, MixSamples, Scores
+from aqdetr_jax.quant.contractions import Contraction, Conv, Dense, Mix, MixSamples, Scores
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from aqdetr_jax.models.layers import NORM_EPS
 from aqdetr_jax.ops import deformable
 from aqdetr_jax.ops.activations import SIX, softmax
 from aqdetr_jax.ops.pooling import max_pool
-from aqdetr_jax.quant.product import Contraction, Conv, Dense, Mix, MixSamples, Scores
+from aqdetr_jax.quant.contractions import Contraction, Conv, Dense, Mix, MixSamples, Scores
 
 
 @dataclasses.dataclass(frozen=True)

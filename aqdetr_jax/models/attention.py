@@ -16,8 +16,9 @@ from aqdetr_jax.models.dropout import dropout
 from aqdetr_jax.models.layers import FLOAT, DistributionAlignment
 from aqdetr_jax.models.quantized import QDense, activation_quantizer, bits_of, module_path
 from aqdetr_jax.ops.activations import softmax
+from aqdetr_jax.quant.contractions import Mix, Scores
 from aqdetr_jax.quant.policy import Policy
-from aqdetr_jax.quant.product import Mix, Scores, quantized_product
+from aqdetr_jax.quant.product import quantized_product
 from aqdetr_jax.quant.quantizer import Quantizer
 from aqdetr_jax.quant.record import FLOAT_PATH, OpRecord, record, recorded_under
 

@@ -28,8 +28,9 @@ from aqdetr_jax.models.quantized import (
 )
 from aqdetr_jax.ops import deformable, deformable_kernel
 from aqdetr_jax.ops.deformable import LevelShapes, Sampling
+from aqdetr_jax.quant.contractions import MixSamples
 from aqdetr_jax.quant.policy import Policy
-from aqdetr_jax.quant.product import MixSamples, quantized_product
+from aqdetr_jax.quant.product import quantized_product
 from aqdetr_jax.quant.quantizer import Quantizer
 from aqdetr_jax.quant.record import OpRecord, record
 from aqdetr_jax.quant.spec import ALIGNMENT

@@ -25,8 +25,9 @@ from aqdetr_jax.ops.activations import relu
 from aqdetr_jax.ops.convolution import same_padding
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.calibrate import RANGE
+from aqdetr_jax.quant.contractions import Conv, Dense
 from aqdetr_jax.quant.policy import Policy
-from aqdetr_jax.quant.product import Conv, Dense, quantized_product
+from aqdetr_jax.quant.product import quantized_product
 from aqdetr_jax.quant.quantizer import Quantizer, SumSteps
 from aqdetr_jax.quant.record import OpRecord, record
 from aqdetr_jax.quant.spec import QuantSpec, default_step, weight_size

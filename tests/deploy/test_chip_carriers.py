@@ -27,7 +27,7 @@ from aqdetr_jax.deploy.carriers import (
     integer_product,
 )
 from aqdetr_jax.planning.chips import KINDS
-from aqdetr_jax.quant.product import Conv, Dense, Mix, MixSamples, Scores
+from aqdetr_jax.quant.contractions import Conv, Dense, Mix, MixSamples, Scores
 
 U4, U8, SIGNED4, SIGNED8 = (0, 15), (0, 255), (-8, 7), (-128, 127)
 HEADS = (np.array([-3, -15]).reshape(2, 1, 1), np.array([12, 0]).reshape(2, 1, 1))

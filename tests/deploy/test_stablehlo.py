@@ -17,7 +17,7 @@ from aqdetr_jax.deploy.stablehlo import (
     export_stablehlo,
     load_stablehlo,
 )
-from aqdetr_jax.quant.product import Conv, Dense, Scores
+from aqdetr_jax.quant.contractions import Conv, Dense, Scores
 
 CHANNELS = 64
 ARGUMENTS = {"images": ("b, 6, 8, 3", np.uint8), "sizes": ("b, 2", np.int32)}

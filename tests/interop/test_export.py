@@ -29,7 +29,8 @@ from aqdetr_jax.models.efficientnet_lite import EfficientNetLiteConfig
 from aqdetr_jax.models.resnet import resnet_config
 from aqdetr_jax.quant import lsq
 from aqdetr_jax.quant.config import QuantConfig
-from aqdetr_jax.quant.product import Conv, Dense, quantized_product
+from aqdetr_jax.quant.contractions import Conv, Dense
+from aqdetr_jax.quant.product import quantized_product
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

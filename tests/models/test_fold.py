@@ -16,8 +16,8 @@ from aqdetr_jax.models.layers import BatchNorm, norm_affine
 from aqdetr_jax.models.quantized import QConv
 from aqdetr_jax.models.resnet import ResNet
 from aqdetr_jax.quant import lsq
+from aqdetr_jax.quant.contractions import Conv
 from aqdetr_jax.quant.policy import stock_policy
-from aqdetr_jax.quant.product import Conv
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

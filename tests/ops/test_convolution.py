@@ -18,7 +18,7 @@ from aqdetr_jax.ops.convolution import (
     kernel_gradient,
     same_padding,
 )
-from aqdetr_jax.quant.product import Conv
+from aqdetr_jax.quant.contractions import Conv
 
 
 def taps(window, kernel, result):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqdetr_jax.quant import lsq
-from aqdetr_jax.quant.product import Conv, Dense, Mix, MixSamples, Scores, quantized_product
+from aqdetr_jax.quant.contractions import Conv, Dense, Mix, MixSamples, Scores
+from aqdetr_jax.quant.product import quantized_product
 from aqdetr_jax.quant.quantizer import Quantizer
 
 # contraction, shapes of both operands, shapes of both steps
