@@ -176,6 +176,17 @@ def quick() -> Iterator[None]:
             jax.config.update(name, False)
 
 
+def changed(config: ExperimentConfig, section: str, **fields: Any) -> ExperimentConfig:
+    """The configuration with some fields of one section replaced."""
+    part = dataclasses.replace(getattr(config, section), **fields)
+    return dataclasses.replace(config, **{section: part})
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def student(teacher: str | Path) -> ExperimentConfig:
     """A 4-bit student with everything random in it: auxiliary queries, distillation, dropout."""
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What the tests of the reader of PyTorch files share: reading bytes from a file, and limits."""
+"""What the tests here share: a converted model, PyTorch files read from bytes, and limits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import tracemalloc
 
 import pytest
 from counted_steps import bound, counted
+from foreign import write_folder
 
+from aqdetr_jax.interop.convert import convert
 from aqdetr_jax.interop.torch_file import TorchFileError, read_torch
 
 
@@ -44,3 +46,11 @@ def accept(tmp_path):
         return read_torch(path)
 
     return accept
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, quick_compile):
+    """Folder of ours with the parameters of a recorded DETR of transformers."""
+    folder = tmp_path_factory.mktemp("converted")
+    convert(write_folder(folder / "theirs", "detr_basic"), folder / "ours")
+    return folder / "ours"

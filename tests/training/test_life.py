@@ -30,14 +30,9 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 BUCKETS = ((64, 64), (48, 64))
 
 
-def changed(config, section, **fields):
-    part = dataclasses.replace(getattr(config, section), **fields)
-    return dataclasses.replace(config, **{section: part})
-
-
 # A dense pretraining: its step compiles in a third of a detector's time.
-TWO = changed(pretraining(tiny.FLOAT, ()), "data", buckets=BUCKETS)
-TWO = changed(TWO, "train", steps=8, checkpoint_every=3, profile="3:4")
+TWO = tiny.changed(pretraining(tiny.FLOAT, ()), "data", buckets=BUCKETS)
+TWO = tiny.changed(TWO, "train", steps=8, checkpoint_every=3, profile="3:4")
 
 REFUSED = r"[Dd]isallowed host-to-device transfer"
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -145,7 +140,7 @@ def test_an_implicit_transfer_ends_the_run(tmp_path, monkeypatch):
     """The loop guards itself: a batch that was not placed is refused."""
     monkeypatch.setattr(loop, "put_batch", lambda batch, mesh: batch)
     with pytest.raises(jax.errors.JaxRuntimeError, match=REFUSED):
-        loop.train(changed(TWO, "train", profile=""), tmp_path)
+        loop.train(tiny.changed(TWO, "train", profile=""), tmp_path)
 
 
 def test_every_second_is_counted_once(life):
@@ -223,7 +218,7 @@ def test_all_buckets_are_compiled_before_the_first_step_on_accelerators(tmp_path
 def test_a_mesh_that_cannot_be_is_refused_before_data_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "open_dataset", None)
     with pytest.raises(ValueError, match=r"config.mesh.model=2 does not divide the 1 devices"):
-        loop.train(changed(TWO, "mesh", model=2), tmp_path / "run")
+        loop.train(tiny.changed(TWO, "mesh", model=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -232,7 +227,7 @@ def test_a_mesh_that_cannot_be_is_refused_before_data_are_read(tmp_path, monkeyp
 
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_shapes_are_those_of_the_pipelines_batches(bucket):
-    config = tiny.resolved(changed(TWO, "data", buckets=(bucket,)))
+    config = tiny.resolved(tiny.changed(TWO, "data", buckets=(bucket,)))
     (batch,) = tiny.batches(config, 1)
     shapes = assemble.batch_shapes(config, bucket, config.train.batch_size)
     found = {key: (batch[key].shape, batch[key].dtype) for key in assemble.TRAINED_KEYS}
@@ -244,17 +239,17 @@ def helps(config, devices, **options):
 
 
 def test_remedies_are_those_that_are_left():
-    config = changed(tiny.FLOAT, "train", batch_size=36)
+    config = tiny.changed(tiny.FLOAT, "train", batch_size=36)
     assert helps(config, 4) == (
         "try config.model.dtype=bfloat16, or config.train.accumulate=3 with "
         "config.train.batch_size=36, or config.model.remat=True, or config.train.batch_size=16"
     )
-    config = changed(config, "model", dtype="bfloat16", remat=True)
+    config = tiny.changed(config, "model", dtype="bfloat16", remat=True)
     assert helps(config, 6) == (
         "try config.train.accumulate=2 with config.train.batch_size=36, or "
         "config.train.batch_size=18"
     )
-    config = changed(config, "train", accumulate=3)
+    config = tiny.changed(config, "train", accumulate=3)
     assert helps(config, 6) == (
         "try config.train.accumulate=6 with config.train.batch_size=36, or "
         "config.train.batch_size=18"
@@ -269,21 +264,21 @@ def test_remedies_are_those_that_are_left():
 
 
 def test_remedies_of_a_run_that_goes_on_are_those_that_it_may_change():
-    config = changed(tiny.FLOAT, "train", batch_size=36)
+    config = tiny.changed(tiny.FLOAT, "train", batch_size=36)
     text = helps(config, 4, resumed=True)
     assert text == (
         "try config.train.accumulate=3 with config.train.batch_size=36, or config.model.remat=True"
     )
     # (The batch is what it was.)
     assert {"train.accumulate", "model.remat"} < set(resume.CHANGEABLE)
-    config = changed(config, "model", remat=True)
+    config = tiny.changed(config, "model", remat=True)
     assert "keeps its batch" in helps(config, 36, resumed=True)
     assert "devices of more memory" in remedies.of_images(config.data, "eval", resumed=True)
 
 
 def test_micro_batches_are_smaller_whatever_the_configuration_counts_in():
     """One in images a chip would take as many of them at a time, of a larger batch."""
-    given = changed(tiny.FLOAT, "train", batch_per_chip=8)
+    given = tiny.changed(tiny.FLOAT, "train", batch_per_chip=8)
     resolved = sizing.with_batch(given, 4)
     words = re.findall(r"config\.(train\.\w+=\d+)", helps(resolved, 4))[:2]
     taken = sizing.with_batch(load_experiment("coco:r50,float", words), 4)
@@ -293,7 +288,7 @@ def test_micro_batches_are_smaller_whatever_the_configuration_counts_in():
 
 def test_a_batch_that_is_needed_whole_is_not_cut():
     """Norms learn in a pretraining."""
-    assert "accumulate" not in helps(changed(TWO, "train", batch_size=8), 1)
+    assert "accumulate" not in helps(tiny.changed(TWO, "train", batch_size=8), 1)
 
 
 # --- train.profile -------------------------------------------------------------------------------
@@ -315,7 +310,7 @@ def test_steps_to_trace_are_known_by_their_numbers():
 
 def test_steps_beyond_the_last_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"train.profile='7:9': the run ends with step 8"):
-        loop.train(changed(TWO, "train", profile="7:9"), tmp_path / "run")
+        loop.train(tiny.changed(TWO, "train", profile="7:9"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -332,7 +327,7 @@ def test_a_resumed_run_traces_what_is_left(first, said, traced, tmp_path, monkey
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: calls.append(number[0]))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(number[0]))
     with contextlib.closing(
-        StepTrace(changed(TWO, "train", profile="3:5"), tmp_path, first)
+        StepTrace(tiny.changed(TWO, "train", profile="3:5"), tmp_path, first)
     ) as trace:
         assert said in capsys.readouterr().out
         for step in range(first + 1, 9):

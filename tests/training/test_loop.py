@@ -19,7 +19,6 @@ from aqdetr_jax.cli import EXIT_STOPPED, main
 from aqdetr_jax.data.coco_writer import write_coco_folder
 from aqdetr_jax.data.config import DataConfig
 from aqdetr_jax.data.open import open_dataset
-from aqdetr_jax.data.transforms import AugmentConfig
 from aqdetr_jax.evaluation.evaluator import Evaluator
 from aqdetr_jax.losses import matching
 from aqdetr_jax.parallel.mesh import AXES
@@ -34,66 +33,11 @@ from aqdetr_jax.viz.records import read_metrics
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def changed(config, section, **fields):
-    """The configuration with some fields of one section replaced."""
-    part = dataclasses.replace(getattr(config, section), **fields)
-    return dataclasses.replace(config, **{section: part})
-
-
-def rows(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def final_state(folder: Path) -> dict:
     with Checkpoints(folder / "checkpoints") as checkpoints:
         tree, step = checkpoints.restore()
     assert step == tiny.FLOAT.train.steps
     return tree
-
-
-# --- learning ------------------------------------------------------------------------------------
-
-EIGHT = changed(
-    tiny.FLOAT,
-    "data",
-    num_train=8,
-    num_eval=8,
-    eval_split="train",  # what is trained is what is judged
-    augment=AugmentConfig(flip_probability=0.0),
-)
-
-
-@pytest.fixture(scope="module")
-def overfitted(tmp_path_factory, quick_compile):
-    """Folder and result of a float model that has learnt its few images by heart."""
-    folder = tmp_path_factory.mktemp("overfit")
-    config = changed(EIGHT, "train", steps=500, log_every=20, checkpoint_every=0)
-    return folder, loop.train(config, folder)
-
-
-def test_float_model_learns_its_images_by_heart(overfitted):
-    folder, result = overfitted
-    losses = [row["loss"] for row in rows(folder) if "loss" in row]
-    assert losses[-1] < 0.2 * losses[0], losses
-    assert result.block["AP50"] > 0.8, result.block
-    assert result.block["images"] == 8
-
-
-def test_student_of_it_learns_them_with_four_bits(overfitted, tmp_path):
-    config = dataclasses.replace(tiny.student(overfitted[0]), data=EIGHT.data, name="student_of_it")
-    config = changed(config, "train", steps=160, checkpoint_every=0)
-    block = loop.train(config, tmp_path).block
-    losses = np.array([row["loss"] for row in rows(tmp_path) if "loss" in row])
-    assert len(losses) == 160
-    assert np.isfinite(losses).all()
-    assert losses[-20:].mean() < 0.75 * losses[:20].mean(), losses
-    assert block["AP50"] > 0.7, block
-    # Calibrated and not trained it has an AP of 0.37 to 0.40 (and an AP50 of 0.74 already), after
-    # these steps 0.54 to 0.57, over three seeds.
-    assert block["AP"] > 0.46, block
-    distilled = [row["loss_distill_encoder"] for row in rows(tmp_path) if "loss" in row]
-    assert np.isfinite(distilled).all()
 
 
 # --- stopping and going on -----------------------------------------------------------------------
@@ -154,7 +98,7 @@ def watch() -> Watch:
 def straight(tmp_path_factory, tiny_teacher, quick_compile, watch):
     """(folder, configuration file, result) of a student run that was never interrupted."""
     folder = tmp_path_factory.mktemp("straight")
-    config = changed(tiny.student(tiny_teacher), "train", eval_every=4)
+    config = tiny.changed(tiny.student(tiny_teacher), "train", eval_every=4)
     file = tiny.write_config(config, folder / "student.json")
     watch.source = files(tiny_teacher)
     with pytest.MonkeyPatch.context() as patch:
@@ -214,7 +158,7 @@ def test_killed_and_stopped_and_resumed_equals_straight(
     run = tmp_path / "run"
     command = ["train", f"--config={config}", f"--workdir={run}"]
     run_python(KILLED.format(at=4, config=config, workdir=run), devices=1, expect=-9)
-    assert [row["step"] for row in rows(run)] == [1, 2, 3]
+    assert [row["step"] for row in tiny.metrics(run)] == [1, 2, 3]
     with Checkpoints(run / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [2]
 
@@ -251,7 +195,7 @@ def test_killed_and_stopped_and_resumed_equals_straight(
         patch.setattr(Evaluator, "evaluate", interrupted)
         assert main(command) == EXIT_STOPPED
     assert capsys.readouterr().err.splitlines()[-1].startswith("aqdetr: stopped at step 4")
-    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
+    assert [row["step"] for row in tiny.metrics(run)] == [1, 2, 3, 4]
 
     assert main(command) == 0
     mine, other = final_state(folder), final_state(run)
@@ -261,7 +205,7 @@ def test_killed_and_stopped_and_resumed_equals_straight(
     assert tiny.digest(load_model(run).variables) == tiny.digest(result.bundle.variables)
 
     logs = [
-        [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows(f)]
+        [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in tiny.metrics(f)]
         for f in (folder, run)
     ]
     assert logs[0] == logs[1]
@@ -322,7 +266,7 @@ def test_a_run_goes_on_after_its_data_and_teacher_have_moved(
     (line,) = [line for line in said if "changed since the last start" in line]
     for key, name in (("init_from", "teacher"), ("data.root", "data")):
         assert f"{key}: {str(old / name)!r} -> {str(new / name)!r}" in line
-    assert [row["step"] for row in rows(new / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in tiny.metrics(new / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
 def test_finished_run_is_left_alone(straight, monkeypatch, capsys):
@@ -368,11 +312,11 @@ def test_what_a_run_leaves_behind(straight):
 
 def test_rows_of_a_run_killed_before_its_first_checkpoint_are_not_repeated(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0.0, "loss": 9.0}\n')
-    config = changed(tiny.FLOAT, "train", steps=2)
+    config = tiny.changed(tiny.FLOAT, "train", steps=2)
     loop.train(config, tmp_path)
-    found = [row["step"] for row in rows(tmp_path) if "loss" in row]
+    found = [row["step"] for row in tiny.metrics(tmp_path) if "loss" in row]
     assert found == [1, 2]
-    assert 9.0 not in [row["loss"] for row in rows(tmp_path) if "loss" in row]
+    assert 9.0 not in [row["loss"] for row in tiny.metrics(tmp_path) if "loss" in row]
 
 
 # --- divergence ----------------------------------------------------------------------------------
@@ -385,7 +329,7 @@ def test_divergence_is_named_and_ends_the_run(tiny_teacher, tmp_path, caplog, ca
     broken = dataclasses.replace(bundle, variables={**bundle.variables, "params": params})
     save_model(tmp_path / "broken", broken)
     config = dataclasses.replace(tiny.FLOAT, init_from=str(tmp_path / "broken"))
-    config = changed(config, "train", abort_after=3)
+    config = tiny.changed(config, "train", abort_after=3)
     with (
         caplog.at_level(logging.WARNING, logger="aqdetr_jax"),
         pytest.raises(
@@ -398,7 +342,7 @@ def test_divergence_is_named_and_ends_the_run(tiny_teacher, tmp_path, caplog, ca
     assert "step 1 skipped" in messages[0]
     assert "loss_bbox" in messages[0]
     assert "image ids" in messages[0]
-    found = [row for row in rows(tmp_path / "run") if "bad_in_a_row" in row]
+    found = [row for row in tiny.metrics(tmp_path / "run") if "bad_in_a_row" in row]
     assert [row["bad_in_a_row"] for row in found] == [1, 2, 3]
     assert "loss_bbox" in found[0]["nonfinite"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import signal
 
@@ -177,10 +176,6 @@ class AlmostFull:
         return getattr(self._file, name)
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_lines_are_kept_until_they_can_be_written(tmp_path, caplog):
     with MetricsWriter(tmp_path, tensorboard=False, keep_going=True) as writer:
         writer._file = disk = AlmostFull(writer._file)
@@ -189,11 +184,11 @@ def test_lines_are_kept_until_they_can_be_written(tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
             writer.write(2, {"loss": 2.0})
             writer.write(3, {"loss": 3.0})
-        assert [row["step"] for row in rows(tmp_path)] == [1]  # nothing half written
+        assert [row["step"] for row in tiny.metrics(tmp_path)] == [1]  # nothing half written
         assert caplog.text.count("cannot be written now") == 1
         disk.room = None
         writer.write(4, {"loss": 4.0})
-        assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+        assert [row["step"] for row in tiny.metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_line_that_cannot_be_written_stops_unless_told_otherwise(tmp_path):
@@ -203,4 +198,4 @@ def test_a_line_that_cannot_be_written_stops_unless_told_otherwise(tmp_path):
         disk.room = 10
         with pytest.raises(OSError, match="No space left"):
             writer.write(2, {"loss": 2.0})
-    assert [row["step"] for row in rows(tmp_path)] == [1]
+    assert [row["step"] for row in tiny.metrics(tmp_path)] == [1]
