@@ -49,6 +49,6 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     config.model.update(num_queries=40, num_auxiliary=auxiliary)
     steps = {"pretrain": 1000, "teacher": 2400}.get(kind, 480)
     config.train.update(steps=steps, epochs=0.0)
-    # A look at 500 images costs a student as much as twenty steps.
+    # A look at 500 images costs a student as much as a dozen steps.
     config.train.eval_every = 800 if kind == "teacher" else 0
     return config

@@ -58,11 +58,11 @@ def rows() -> Iterator[Row]:
         for family in FAMILIES:
             for method in methods:
                 name = f"{family}_w{bits}_{method}_seed{seed}"
-                others = {
-                    OFFSET: ("aqdetr", ("quant.grid=offset",)),
-                    LONGER: ("lsq", (f"train.steps={LONGER_STEPS[family]}",)),
-                }
-                variant, words = others.get(method, (method, ()))
+                variant, words = method, ()
+                if method == OFFSET:
+                    variant, words = "aqdetr", ("quant.grid=offset",)
+                elif method == LONGER:
+                    variant, words = "lsq", (f"train.steps={LONGER_STEPS[family]}",)
                 facts = {"method": method}
                 yield student(name, family, variant, words, facts, bits=bits, seed=seed)
 

@@ -143,7 +143,7 @@ def minutes(row: Mapping[str, Any], cost: Mapping[str, Any]) -> float:
     overrides = tuple(word[1:] for word in words if word.startswith(".train.steps="))
     facts = row["facts"]
     measured = cost["families"][facts["family"]]["methods"]
-    method = facts["method"].removesuffix("_longer").removesuffix("_offset")
+    method = facts["method"].removesuffix("_longer")
     return _steps(config, overrides) * measured[method]["median_seconds"] / 60
 
 
