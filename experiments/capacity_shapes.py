@@ -30,9 +30,10 @@ from study import Row, rows_of
 from aqdetr_jax import host
 from aqdetr_jax.checkpoint.model_folder import ModelBundle, load_model, model_checksum
 from aqdetr_jax.data.config import DataConfig
+from aqdetr_jax.data.eval_batches import EvalBatches
 from aqdetr_jax.data.first import FirstImages
 from aqdetr_jax.data.open import open_dataset
-from aqdetr_jax.data.pipeline import PipelineConfig, make_eval_pipeline, make_train_pipeline
+from aqdetr_jax.data.pipeline import PipelineConfig, make_train_pipeline
 from aqdetr_jax.evaluation import capacity
 from aqdetr_jax.io import write_json_atomic
 from aqdetr_jax.losses.targets import Targets, positives
@@ -74,7 +75,7 @@ def layers(bundle: ModelBundle, data: DataConfig, images: int) -> list[dict[str,
     dataset = FirstImages(open_dataset(data, train=False), images)
     pipeline = PipelineConfig.from_data(data, train=False, batch_size=min(BATCH, images))
     found = []
-    for batch in make_eval_pipeline(dataset, pipeline):
+    for batch in EvalBatches(dataset, pipeline):
         real = batch["image_index"] >= 0
         made = outputs(bundle.variables, batch["images"], batch["mask"])
         found.append([np.asarray(x)[:, real] for x in made])

@@ -67,7 +67,7 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def jax_functions(case: Case, method: str) -> dict[str, Callable[..., Any]]:
+def jax_functions(case: Case, method: str) -> dict[str, Any]:
     """Forward, and forward plus gradient of a random projection."""
     import jax
     import jax.numpy as jnp

@@ -167,12 +167,12 @@ def start(
     ends: dict[int, float] = {}
     limit = time.time() + CHILD_SECONDS
     while len(ends) < processes:
-        for i, process in enumerate(children):
-            if i not in ends and process.poll() is not None:
+        for i, child in enumerate(children):
+            if i not in ends and child.poll() is not None:
                 ends[i] = time.time()
         if time.time() > limit:
-            for process in children:
-                process.kill()
+            for child in children:
+                child.kill()
             raise RuntimeError(f"{command} hangs: {logs[0].read_text()[-2000:]}")
         time.sleep(0.05)
     first = min(ends.values())
@@ -182,7 +182,7 @@ def start(
     told = [[line for line in found if words.match(line)] for found in lines]
     sent = float((work / "sent").read_text()) if kill else first
     return {
-        "status": [process.returncode for process in children],
+        "status": [child.returncode for child in children],
         "said": [(own or found or [""])[-1][:400] for own, found in zip(told, lines, strict=True)],
         "seconds": [round(ends[i] - sent, 1) for i in range(processes)],
     }
@@ -291,8 +291,8 @@ def _search(options: argparse.Namespace, work: Path, bucket: str) -> bool:
     straight, times = {}, {}
     kinds = ["one", *(["two"] if options.two else ()), *(["store"] if options.store else ())]
     for kind in kinds:
-        name, kept, last = (f"{word}_{kind}" for word in ("straight", "times", "outcome"))
-        kept, last = work / f"{kept}.json", work / f"{last}.json"
+        name = f"straight_{kind}"
+        kept, last = work / f"times_{kind}.json", work / f"outcome_{kind}.json"
         if not last.is_file():
             _must(start(command(kind, name), work, PROCESSES[kind], times=kept))
             write_json_atomic(last, outcome(place(kind, name)))

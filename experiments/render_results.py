@@ -189,9 +189,8 @@ def main() -> None:
     ]
     replace(ROOT / "docs" / "parity.md", "parity", render_parity.parity_table())
     replace(ROOT / "docs" / "quantization.md", "residual", residual_table())
-    study_pictures.write_pictures(
-        *(load(f"{name}_shapes.json") for name in ("main", "long", "cost")), ROOT / "docs"
-    )
+    pictured = (load(f"{name}_shapes.json") for name in ("main", "long", "cost"))
+    study_pictures.write_pictures(ROOT / "docs", *pictured)
     half = load("bfloat16_shapes.json")
     replace(ROOT / "docs" / "quantization.md", "bfloat16", render_bfloat16.bfloat16_text(half))
     render_bfloat16.write_picture(half, ROOT / "docs" / "bfloat16.png")

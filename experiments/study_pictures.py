@@ -173,18 +173,18 @@ def time_figure(rows: Rows, cost: Mapping[str, Any], bits: int = 4) -> Any:
 
 
 def write_pictures(
+    folder: Path,
     result: Mapping[str, Any] | None,
     long: Mapping[str, Any] | None,
     cost: Mapping[str, Any] | None,
-    folder: Path,
 ) -> None:
     """Pictures of what was run.
 
     Args:
+      folder: of the pictures.
       result: of ``main_shapes.py``: ``main_shapes.png`` and ``classes_shapes.png``.
       long: of ``long_shapes.py``, more points of ``time_shapes.png``.
       cost: of ``cost_shapes.py``, without which that is not drawn.
-      folder: of the pictures.
     """
     if result is None:
         return

@@ -79,7 +79,7 @@ def main() -> None:
         largest = f"{height}x{width}"
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         if options.whole:
-            plan = make_plan(config, topology, kind="train", bucket=largest)
+            plan = make_plan(config, topology, kinds=("train",), bucket=largest)
         else:
             bucket = None if topology == EVERY_BUCKET else largest
             plan = make_plan(config, topology, bucket=bucket, fast=True)

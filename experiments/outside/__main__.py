@@ -15,11 +15,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from outside.cases import CASES, ROOT
-from outside.compare import PARITY, ROUNDS, compare
-
 from aqdetr_jax.io import read_json, write_json_atomic
 from aqdetr_jax.provenance import git_commit
+from outside.cases import CASES, ROOT
+from outside.compare import PARITY, ROUNDS, compare
 
 
 def main() -> int:

@@ -6,10 +6,9 @@ import dataclasses
 import sys
 from collections.abc import Callable
 
+from aqdetr_jax import host
 from outside.cases import BOXES, CASES, CLASSES, TINY_CLASSES, Case
 from outside.worker import serve
-
-from aqdetr_jax import host
 
 SCHEDULE = 1000
 """Steps of the learning rate's schedule; what is timed does not depend on it."""

@@ -18,9 +18,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 import torch
 import transformers
+from torch import nn
+
 from outside.cases import BOXES, CASES, CLASSES, TINY_CLASSES, Case
 from outside.worker import serve
-from torch import nn
 
 THREADS = len(os.sched_getaffinity(0))
 

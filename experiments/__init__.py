@@ -1,1 +1,0 @@
-"""Drivers that reproduce one table or figure each."""
