@@ -4,7 +4,8 @@ python experiments/long_shapes.py --work=DIR [--only=...] [--minutes=M] [--list]
 
 Embedded set, DETR, which the quickstart's schedule leaves furthest from float: the whole schedule
 of configs/shapes_w4a4.py, at 4 bits on three seeds and at 2 bits on one; on one seed also three
-times the quickstart's steps. The float row is ``main_shapes.py``'s.
+times the quickstart's steps. Against the teacher itself trained on by the same schedule, since a
+student has had more steps than its teacher. The float row is ``main_shapes.py``'s.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from study import Row, run_study
 FAMILY = "detr"
 LONG, WHOLE = 3600, 8000
 METHODS = ("lsq", "aqdetr")
+FLOAT = "float_longer"
+"""The teacher trained on by the student's schedule, in float."""
 ORDER = (
     (4, 0, METHODS),
+    (32, 0, (FLOAT,)),
     (2, 0, METHODS),
     *((4, seed, METHODS) for seed in (1, 2)),
     *((bits, 0, ("distill",)) for bits in (4, 2)),
@@ -39,10 +43,13 @@ def rows() -> Iterator[Row]:
         for method in methods:
             name = f"{FAMILY}_w{bits}_{method}_{WHOLE}_seed{seed}"
             # Looks on the way cost half a minute each.
-            words = ("train.eval_every=0", "train.quantizers_every=0")
-            facts = {"steps": "whole"}
+            words = ["train.eval_every=0", "train.quantizers_every=0"]
+            facts = {"steps": "whole", "method": method}
+            variant = method
+            if method == FLOAT:
+                words, variant = [*words, "quant.policy=float"], "lsq"
             yield student(
-                name, FAMILY, method, words, facts, bits=bits, seed=seed, config="shapes_w4a4"
+                name, FAMILY, variant, words, facts, bits=bits, seed=seed, config="shapes_w4a4"
             )
 
 

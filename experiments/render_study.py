@@ -37,8 +37,12 @@ def main_table(title: str, result: Mapping[str, Any] | None, reference: str = "l
             continue
         best = whole[0]["AP"]
         heads = [x for b in bits for x in (f"{b} bits", "of float", f"against {NAMES[reference]}")]
+        on = of(mine, method="float_longer")
+        floats = f"float {best:.4f}" + "".join(
+            f", trained on by the same schedule {r['AP']:.4f}" for r in on
+        )
         lines = [
-            f"**{title}, {name}**: AP, mean ± standard deviation (seeds); float {best:.4f}.",
+            f"**{title}, {name}**: AP, mean ± standard deviation (seeds); {floats}.",
             "",
             f"| method | {' | '.join(heads)} |",
             "|---" * (len(heads) + 1) + "|",

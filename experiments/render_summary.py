@@ -50,10 +50,13 @@ def _lines(label: str, rows: Rows, facts: Mapping[str, Any]) -> Iterator[str]:
         if not (whole and found["lsq"] and found["aqdetr"]):
             continue
         best = whole[0]["AP"]
+        on = "".join(
+            f"; trained on {r['AP']:.3f}" for r in of(rows, method="float_longer", **facts)
+        )
         means = {m: statistics.mean(r["AP"] for r in some) for m, some in found.items() if some}
         cells = [f"{means[m]:.3f}" if m in means else "not run" for m in SHOWN]
         yield (
-            f"| {label} | {bits} | {len(found['aqdetr'])} | {best:.3f} | "
+            f"| {label} | {bits} | {len(found['aqdetr'])} | {best:.3f}{on} | "
             f"{' | '.join(cells)} | {means['aqdetr'] / best:.1%} | "
             f"{' | '.join(verdict(comparison(found['aqdetr'], found[m])) for m in AGAINST)} |"
         )
