@@ -43,11 +43,13 @@ def rows() -> Iterator[Row]:
         for method in methods:
             name = f"{FAMILY}_w{bits}_{method}_{WHOLE}_seed{seed}"
             # Looks on the way cost half a minute each.
-            words = ["train.eval_every=0", "train.quantizers_every=0"]
-            facts = {"steps": "whole", "method": method}
-            variant = method
+            words, variant = ["train.eval_every=0"], method
             if method == FLOAT:
-                words, variant = [*words, "quant.policy=float"], "lsq"
+                variant = "lsq"
+                words.append("quant.policy=float")
+            else:
+                words.append("train.quantizers_every=0")
+            facts = {"steps": "whole", "method": method}
             yield student(
                 name, FAMILY, variant, words, facts, bits=bits, seed=seed, config="shapes_w4a4"
             )

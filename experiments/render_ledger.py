@@ -50,13 +50,18 @@ def found(row: Mapping[str, Any], results: Path = RESULTS) -> dict[str, Any] | N
     if content is None:
         raise ValueError(f"{row['what']}, {row['metric']}: {path} is not there")
     block = _one(content, ours.get("row", {}))
-    value = block
-    for key in ours["value"].split("/") if block is not None else ():
-        value = value.get(key) if isinstance(value, Mapping) else None
-    if value is None:
-        raise ValueError(f"{path} has no {ours['value']} of {ours.get('row', {})}")
+
+    def at(place: str) -> float:
+        value: Any = block
+        for key in place.split("/"):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is None:
+            raise ValueError(f"{path} has no {place} of {ours.get('row', {})}")
+        return value
+
+    per = ours.get("per", 1)
     return {
-        "value": value / ours.get("per", 1),
+        "value": at(ours["value"]) / (at(per) if isinstance(per, str) else per),
         "spread": ours.get("spread"),
         "commit": short(block["commit"]),
         "evidence": ours.get("manifest", f"experiments/results/{ours['file']}"),

@@ -50,6 +50,8 @@ def test_every_command_names_a_configuration_that_loads(ledger):
         assert words[0] == "aqdetr", command
         (config,) = (word.removeprefix("--config=") for word in words if "--config=" in word)
         load_experiment(config, tuple(w[9:] for w in words if w.startswith("--config.")))
+        if words[1] in ("train", "ptq"):
+            assert any(word.startswith("--config.init_from=") for word in words), command
 
 
 def test_status(ledger):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import pathlib
 import sys
@@ -285,3 +286,23 @@ def test_a_pretraining_has_no_numbers_but_its_own_commit(tmp_path):
     assert made["facts"] == {"method": "pretrain"}
     assert (made["commit"], made["run_seconds"]) == ("b", 5.0)
     assert "AP" not in made
+
+
+STUDIES = sorted(
+    path.stem
+    for path in pathlib.Path(study.__file__).parent.glob("*.py")
+    if path.stem != "study" and "run_study(" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_row_of_a_study_loads(name):
+    rows = list(importlib.import_module(name).rows())
+    for row in rows:
+        words = row.command("runs/any")
+        assert {*row.before} <= {other.name for other in rows}, row.name
+        assert [other for other in rows if other.name == row.name and other != row] == []
+        load_experiment(
+            row.config,
+            tuple(w.removeprefix("--config.") for w in words if w.startswith("--config.")),
+        )
