@@ -8,7 +8,7 @@ VARIANT as in configs/shapes_w4a4.py: "lsq", "lsq_plus", "qdetr", "auxiliary", "
 (all 4-bit); of Deformable DETR "deformable-pretrain", "deformable-teacher", "deformable-aqdetr" and
 so on. On EfficientNet-Lite0 with ImageNet weights (configs/lite0.py has the commands that fetch
 them) and no pretraining "lite-teacher", "deformable-lite-teacher", "deformable-lite-aqdetr" etc.
-Add --config.data.root=FOLDER. Trained on the trainval split (291 images), numbers are on test (72).
+Add --config.data.root=FOLDER. Trained on the trainval split (292 images), numbers are on test (72).
 
 Result: DETR (seed 0), teacher AP 0.423, AP50 0.701; 4-bit lsq 0.374 (88 %), auxiliary 0.374,
 distill 0.369, aqdetr 0.364, which 72 images do not tell apart. Deformable DETR (mean of seeds 0

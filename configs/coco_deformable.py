@@ -8,8 +8,8 @@ refinement). BITS: float, w4a4, w3a3, w2a2 (attention at the same bits), w4a4-at
 4-4-8). RUN: for float the pretrained backbone (aqdetr pretrain), for low bits the float model.
 COCO: folder with train2017/, val2017/ and annotations/.
 
-2 images a chip, which is what a v5e holds; learning rates are those of batch 32 times the square
-root of the batch's ratio to it (few chips: --config.train.accumulate=N).
+2 images a chip (6.6 of a v5e's 15.75 GiB, docs/plan.md); learning rates are those of batch 32 times
+the square root of the batch's ratio to it (few chips: --config.train.accumulate=N).
 
 float: Deformable DETR's own 50 epochs. Published by it, from an ImageNet backbone: R50
 44.5 AP, with refinement 46.2, with two stages 46.9. Here: not run.

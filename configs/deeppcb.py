@@ -10,8 +10,8 @@ Lite0 with ImageNet weights (configs/lite0.py) "lite-teacher", "deformable-lite-
 Add --config.data.root=FOLDER, which holds train/, test/ and annotations/ (1000 and 500 images).
 
 Result (seed 0, 500 test images): Deformable DETR, teacher AP 0.388, AP50 0.721, from the backbone
-that "pretrain" leaves for both families (--config.init_from=runs/deeppcb_pretrain). DETR and
-students: not run to the end. Cost on one CPU core: pretraining 26 minutes, that teacher 60.
+that "pretrain" leaves for both families (--config.init_from=runs/deeppcb_pretrain). DETR: not run
+to the end. Cost on one CPU core: pretraining 26 minutes, that teacher 60.
 """
 
 from ml_collections import ConfigDict

@@ -5,8 +5,8 @@ aqdetr quickstart --baseline      (plain LSQ for as many steps beside it)
 aqdetr quickstart --model deformable
 
 Result (seed 0, 1200 validation images): teacher AP 0.490, calibrated 0.381, student 0.457 (93.2 %
-of the teacher); Deformable DETR 0.561, 0.533 and 0.554 (98.7 %). Two seeds of all variants:
-docs/results.md. Cost: 9 minutes on two CPU cores, evaluation and report included.
+of the teacher); Deformable DETR 0.561, 0.533 and 0.554 (98.7 %). Other variants and
+seeds: docs/results.md. Cost: about 10 minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ aqdetr train --config=configs/shapes_teacher.py:deformable --workdir=runs/shapes
 aqdetr train --config=configs/shapes_teacher.py:queries100 --workdir=runs/shapes_queries100_teacher
 
 Result (seed 0, 1200 validation images): DETR AP 0.490, AP50 0.791; Deformable DETR AP 0.561, AP50
-0.832 (after a sixth of the steps AP 0.449). Cost: 45 and 70 minutes on two CPU cores, after 20 and
+0.832 (after a sixth of the steps AP 0.449). Cost: 55 and 73 minutes on two CPU cores, after 20 and
 30 of configs/shapes_pretrain.py. The packaged models are these runs':
 cp -r runs/shapes_teacher/model aqdetr_jax/assets/shapes_teacher
 python experiments/package_teacher.py --run=runs/shapes_deformable_teacher \

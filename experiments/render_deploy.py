@@ -15,10 +15,10 @@ def exports_table(rows: list[dict[str, Any]] | None) -> str:
     if not rows:
         return "`python experiments/exports.py`: not run."
     lines = [
-        "| student | file | KiB | quantizers | codes compared | differ, deployed from trained | "
-        "differ, ONNX Runtime from deployed | of those in the backbone | AP trained | "
-        "AP deployed | AP ONNX Runtime |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| student | steps | file | KiB | quantizers | codes compared "
+        "| differ, deployed from trained | differ, ONNX Runtime from deployed "
+        "| of those in the backbone | AP trained | AP deployed | AP ONNX Runtime |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: (r["family"], -int(r["policy"][1]), r["format"])):
         own = row["codes"]["trained, deployed"]
@@ -28,17 +28,15 @@ def exports_table(rows: list[dict[str, Any]] | None) -> str:
         others = f"{other['different']:,}" if other else "–"
         scores = " | ".join("–" if a is None else f"{a:.4f}" for a in ap)
         lines.append(
-            f"| {row['family']} {row['policy']} | {row['format']} | {row['bytes'] / 1024:,.0f} | "
-            f"{own['quantizers']} | {own['codes']:,} | {own['different']:,} | "
-            f"{others} | {backbone:,} | {scores} |"
+            f"| {row['family']} {row['policy']} | {row['steps']} | {row['format']} | "
+            f"{row['bytes'] / 1024:,.0f} | {own['quantizers']} | {own['codes']:,} | "
+            f"{own['different']:,} | {others} | {backbone:,} | {scores} |"
         )
     first = rows[0]
-    steps = sorted({row["steps"] for row in rows if row["steps"]})
     commits = commits_in(rows)
     note = (
         f"`python experiments/exports.py`, {first['set']['images']} images of "
-        f"{first['set']['name']}; students of {', '.join(map(str, steps))} steps, seed "
-        f"{first['seed']}; commit {commits}. Refused by the gate: "
+        f"{first['set']['name']}; seed {first['seed']}; commit {commits}. Refused by the gate: "
         f"{'; '.join(f for row in rows for f in row['failures']) or 'none'}."
     )
     return "\n".join([*lines, "", note])

@@ -10,8 +10,16 @@ from __future__ import annotations
 import re
 import statistics
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import balance_shapes
+import compared
 import effects
+import long_shapes
+import main_bccd
+import main_deeppcb
+import main_shapes
 import render_bfloat16
 import render_complexity
 import render_deploy
@@ -36,6 +44,11 @@ VARIANTS = {
     "distill": "+ distillation",
     "aqdetr": "both (AQ-DETR)",
 }
+
+
+def planned(study: ModuleType) -> list[dict[str, Any]]:
+    """The rows of a study, run or not, as its results have them."""
+    return [{"facts": dict(row.facts)} for row in study.rows()]
 
 
 def blocks_table(name: str, command: str, images: str = "embedded validation set") -> str:
@@ -91,16 +104,22 @@ def residual_table() -> str:
 
 
 def results_of_readme() -> str:
-    """Both families' quickstarts, and DETR's student that was trained to the end."""
+    """Both families' quickstarts, and DETR's students that were trained to the end."""
     text = blocks_table("quickstart.json", "aqdetr quickstart")
-    full = load("full_shapes.json")
-    if full is not None and "aqdetr_seed0" in full["runs"]:
-        block = full["runs"]["aqdetr_seed0"]
-        kept = block["AP"] / full["teacher"]["AP"]
+    rows = (load("long_shapes.json") or {"rows": []})["rows"]
+    whole = compared.of(rows, steps="whole", bits=4, seed=0)
+    teacher = load("quickstart.json")
+    if whole and teacher is not None:
+        found = {row["facts"]["method"]: row["own_AP"] for row in whole}
+        said = "; ".join(
+            f"{compared.NAMES[method]} {found[method]:.3f}, "
+            f"{found[method] / teacher['teacher']['AP']:.1%} of the teacher"
+            for method in ("lsq", "aqdetr")
+            if method in found
+        )
         text += (
-            " The same student trained to the end (`configs/shapes_w4a4.py`, 8000 steps, an hour): "
-            f"AP {block['AP']:.3f}, {kept:.1%} of the teacher "
-            "(`experiments/results/full_shapes.json`)."
+            " By the whole schedule (`configs/shapes_w4a4.py`, 8000 steps, an hour and more): "
+            f"{said} (`experiments/results/long_shapes.json`)."
         )
     command = "aqdetr quickstart --model deformable"
     other = blocks_table("quickstart_deformable.json", command)
@@ -245,8 +264,6 @@ def main() -> None:
         )
     )
     replace(ROOT / "README.md", "evidence", table)
-    title = "Embedded set, the quickstart's schedule"
-    replace(document, "main", render_study.main_table(title, main_study))
     choices = {
         "ablation": ("AQ-DETR's parts, embedded set, 4 bits", effects.ablation(main_study)),
         "positives": (
@@ -275,17 +292,21 @@ def main() -> None:
         figure = effects.effects_figure(found)
         if figure is not None:
             save_figure(figure, ROOT / "docs" / f"{name}_shapes.png")
-    studies = {
-        "long": (render_study.long_tables, "Embedded set"),
-        "balance": (render_study.main_table, "100 object queries, 300 auxiliary ones, K = 3"),
-        "capacity": (render_study.capacity_tables, "Query capacity, embedded set"),
-        "cost": (render_study.cost_tables, "Cost of a training step, embedded set"),
+    mains = {
+        "main": (main_shapes, "Embedded set, the quickstart's schedule"),
+        "balance": (balance_shapes, "100 object queries, 300 auxiliary ones, K = 3"),
+        "deeppcb": (main_deeppcb, "DeepPCB, test split"),
+        "bccd": (main_bccd, "BCCD on EfficientNet-Lite0, test split"),
     }
-    photos = {"deeppcb": "DeepPCB, test split", "bccd": "BCCD on EfficientNet-Lite0, test split"}
-    for name, about in photos.items():
-        replace(document, name, render_study.main_table(about, load(f"main_{name}.json")))
-    for name, (table, about) in studies.items():
-        replace(document, name, table(about, load(f"{name}_shapes.json")))
+    for name, (study, title) in mains.items():
+        table = render_study.main_table(title, load(f"{study.__name__}.json"), planned(study))
+        replace(document, name, table)
+    text = render_study.long_tables("Embedded set", long, planned(long_shapes))
+    replace(document, "long", text)
+    title = "Query capacity, embedded set"
+    replace(document, "capacity", render_study.capacity_tables(title, load("capacity_shapes.json")))
+    title = "Cost of a training step, embedded set"
+    replace(document, "cost", render_study.cost_tables(title, load("cost_shapes.json")))
     render_study.write_capacity_pictures(load("capacity_shapes.json"), ROOT / "docs")
     replace(document, "others", "\n\n".join(parts))
 

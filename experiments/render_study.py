@@ -10,6 +10,7 @@ from typing import Any
 from compared import (
     FAMILIES,
     NAMES,
+    Rows,
     ap_over_seeds,
     commits_of,
     comparison,
@@ -21,16 +22,26 @@ from compared import (
 from aqdetr_jax.viz.curves import capacity_curves, save_figure
 
 
-def main_table(title: str, result: Mapping[str, Any] | None, reference: str = "lsq") -> str:
-    """Methods by bits for each family, and each method against ``reference``."""
+def main_table(
+    title: str, result: Mapping[str, Any] | None, planned: Rows = (), reference: str = "lsq"
+) -> str:
+    """Methods by bits for each family, and each method against ``reference``.
+
+    Args:
+      title: of the table.
+      result: of the study; None = not run.
+      planned: facts of its rows, with those that are not run yet.
+      reference: a method.
+    """
     if result is None:
         return f"**{title}**: not run."
     rows, parts = result["rows"], []
     for family, name in FAMILIES.items():
         mine = of(rows, family=family)
-        if not mine:
+        meant = of(planned, family=family)
+        if not (mine or meant):
             continue
-        bits = sorted({r["facts"]["bits"] for r in mine} - {32}, reverse=True)
+        bits = sorted({r["facts"]["bits"] for r in (*mine, *meant)} - {32}, reverse=True)
         whole = of(mine, method="float")
         if not whole:
             parts.append(f"**{title}, {name}**: not run.")
@@ -48,13 +59,13 @@ def main_table(title: str, result: Mapping[str, Any] | None, reference: str = "l
             "|---" * (len(heads) + 1) + "|",
         ]
         for method, label in NAMES.items():
-            if method == "float" or not of(mine, method=method):
+            if method.startswith("float") or not of((*mine, *meant), method=method):
                 continue
             cells = []
             for b in bits:
                 found = of(mine, method=method, bits=b)
                 if not found:
-                    cells += ["not run", "", ""]
+                    cells += ["not run" if of(meant, method=method, bits=b) else "", "", ""]
                     continue
                 mean = statistics.mean(r["AP"] for r in found)
                 pair = comparison(found, of(mine, method=reference, bits=b))
@@ -75,15 +86,16 @@ LENGTHS = {
 }
 
 
-def long_tables(title: str, result: Mapping[str, Any] | None) -> str:
+def long_tables(title: str, result: Mapping[str, Any] | None, planned: Rows = ()) -> str:
     """The main table of each longer schedule."""
     if result is None:
         return f"**{title}**: not run."
     parts = []
     for steps, label in LENGTHS.items():
         rows = [r for r in result["rows"] if r["facts"].get("steps", steps) == steps]
+        meant = of(planned, steps=steps)
         if of(rows, steps=steps):
-            parts.append(main_table(f"{title}, {label}", {"rows": rows}))
+            parts.append(main_table(f"{title}, {label}", {"rows": rows}, meant))
     return "\n\n".join(parts)
 
 

@@ -38,6 +38,18 @@ def test_a_study_of_one_family_has_one_table():
     assert found == "better: +0.0500, in 100% of the draws, on 2 of 2 seeds"
 
 
+def test_what_is_planned_and_not_run_is_said():
+    rows = [trained("float", 32, 0.5), trained("lsq", 4, 0.4)]
+    planned = [*rows, trained("qdetr", 4, 0), trained("distill", 2, 0)]
+    other = {"family": "deformable", "method": "lsq", "bits": 4, "seed": 0}
+    table = render_study.main_table("Main", {"rows": rows}, [*planned, {"facts": other}])
+    assert cells(table, "LSQ") == ["0.4000 (1)", "80.0%", "–", "", "", ""]
+    assert cells(table, "Q-DETR") == ["not run", "", "", "", "", ""]
+    assert cells(table, "LSQ + distillation") == ["", "", "", "not run", "", ""]
+    assert "**Main, Deformable DETR**: not run." in table
+    assert "LSQ+" not in table
+
+
 def test_the_teacher_trained_on_stands_beside_it():
     rows = [trained("float", 32, 0.5), trained("float_longer", 32, 0.52, steps="whole")]
     rows += [trained(method, 4, 0.49, steps="whole") for method in ("lsq", "aqdetr")]
