@@ -12,6 +12,7 @@ def chain(
     family: str,
     order: Sequence[tuple[int, int, Sequence[str]]],
     *,
+    pretrain: bool = False,
     lite: bool = False,
 ) -> Iterator[Row]:
     """The rows of a family: pretraining, teacher, calibrations, students.
@@ -20,16 +21,15 @@ def chain(
       config: of the data set, whose variants are those of ``configs/lite0.py``.
       family: "detr" or "deformable".
       order: (bits, seed, methods) of the students.
-      lite: on EfficientNet-Lite0, which no pretraining comes before.
+      pretrain: a backbone first, which the teacher starts from in place of the configuration's.
+      lite: on EfficientNet-Lite0.
     """
     prefix = ("" if family == "detr" else f"{family}-") + "lite-" * lite
     facts = {"family": family, "bits": 32, "seed": 0}
-    # The families' backbones are the same.
-    first, teacher = "pretrain", f"{family}_float"
-    if not lite:
-        yield Row(first, f"{config}:pretrain", "pretrain", facts={"method": "pretrain"})
+    start, teacher = "pretrain" if pretrain else "", f"{family}_float"
+    if pretrain:
+        yield Row(start, f"{config}:pretrain", "pretrain", facts={"method": "pretrain"})
     whole = {**facts, "method": "float"}
-    start = "" if lite else first
     yield Row(teacher, f"{config}:{prefix}teacher", facts=whole, start=start)
     for bits in dict.fromkeys(bits for bits, _, _ in order):
         yield from calibrations(f"{config}:{prefix}lsq", family, bits, start=teacher)
