@@ -11,9 +11,10 @@ Add --config.data.root=FOLDER, which holds train/, test/ and annotations/ (1000 
 
 Result (seed 0, 500 test images): Deformable DETR, teacher AP 0.388, AP50 0.721; 4-bit lsq 0.366,
 aqdetr 0.371 (95.7 %). It starts from the backbone that "pretrain" leaves
-(--config.init_from=runs/deeppcb_pretrain). DETR, which learns nothing from that in an hour (AP 0.000
-after 800 steps), goes on from the embedded set's packaged teacher: not run to the end. Cost on one
-CPU core: pretraining 26 minutes, Deformable DETR's teacher 60, its students 14 (lsq) to 20 (aqdetr).
+(--config.init_from=runs/deeppcb_pretrain). DETR, which learns nothing from that in an hour (AP
+0.000 after 800 steps), goes on from the embedded set's packaged teacher: not run to the end. Cost
+on one CPU core: pretraining 26 minutes, Deformable DETR's teacher 60, its students 14 (lsq) to 20
+(aqdetr).
 """
 
 from ml_collections import ConfigDict
