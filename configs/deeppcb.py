@@ -51,14 +51,12 @@ def get_config(variant: str = "teacher") -> ConfigDict:
         )
     )
     # 7 defects an image, 15 at most.
-    queries, auxiliary = (25, 50) if embedded else (40, 80)
+    auxiliary = 80 if config.model.num_auxiliary else 0
     if embedded:
         config.model = shapes_base.get_config("detr").model
-        if kind == "teacher":
+        if kind == "teacher":  # with queries of its own; the packaged ones learn more slowly here
             config.init_from = "packaged:shapes_teacher"
-            config.auxiliary.update(start="object", noise=0.1)
-    trained = "auxiliary" in config and config.auxiliary.weight
-    config.model.update(num_queries=queries, num_auxiliary=auxiliary if trained else 0)
+    config.model.update(num_queries=40, num_auxiliary=auxiliary)
     steps = {"pretrain": 1000, "teacher": 2400}.get(kind, 480)
     config.train.update(steps=steps, epochs=0.0)
     # A look at 500 images costs a student as much as a dozen steps.
