@@ -81,7 +81,7 @@ def rerun_text(result: Mapping[str, Any] | None) -> str:
     command = f"aqdetr rerun {run['manifest']} --workdir=DIR"
     text = (
         f"A row done again from its manifest (`{command}`, commit `{short(run['commit'])}`): "
-        f"`{run['name']}`, seed {run['seed']}, AP {run['AP']:.4f}{starts}. The model is {model}, "
+        f"`{run['name']}`, seed {run['seed']}, AP {run['AP']:.4f} by its own evaluation{starts}. The model is {model}, "
         f"{numbers}"
     )
     other = result["environment"]

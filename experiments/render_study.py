@@ -120,7 +120,7 @@ def capacity_tables(title: str, result: Mapping[str, Any] | None) -> str:
             continue
         lines = [
             f"**{title}, {name}**: object queries after the last decoder layer, "
-            f"{mine[0]['images']} images, mean ± standard deviation over seeds.",
+            f"{mine[0]['images']} validation images, mean ± standard deviation over seeds.",
             "",
             f"| model | bits | seeds | {' | '.join(CAPACITY.values())} | positives a step |",
             "|---" * (len(CAPACITY) + 4) + "|",
