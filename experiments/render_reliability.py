@@ -81,8 +81,8 @@ def rerun_text(result: Mapping[str, Any] | None) -> str:
     command = f"aqdetr rerun {run['manifest']} --workdir=DIR"
     text = (
         f"A row done again from its manifest (`{command}`, commit `{short(run['commit'])}`): "
-        f"`{run['name']}`, seed {run['seed']}, AP {run['AP']:.4f} by its own evaluation{starts}. The model is {model}, "
-        f"{numbers}"
+        f"`{run['name']}`, seed {run['seed']}, AP {run['AP']:.4f} by its own evaluation"
+        f"{starts}. The model is {model}, {numbers}"
     )
     other = result["environment"]
     return f"{text}; another than then: {', '.join(other)}." if other else f"{text}."

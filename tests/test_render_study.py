@@ -256,7 +256,7 @@ def test_a_row_done_again_is_said_with_what_differs():
     run = {"name": "n", "seed": 2, "manifest": "m.json", "starts": 2, "AP": 0.5, "commit": COMMIT}
     same = {"run": run, "model": True, "results": {}, "environment": {"commit": ["a", "b"]}}
     text = render_reliability.rerun_text(same)
-    assert "AP 0.5000, in 2 starts" in text
+    assert "AP 0.5000 by its own evaluation, in 2 starts" in text
     assert "equal to the last bit, all its results the same; another than then: commit." in text
     other = {**same, "model": False, "results": {"AP": [0.5, 0.4]}, "environment": {}}
     assert "is another, results differ: AP 0.5 -> 0.4." in render_reliability.rerun_text(other)
