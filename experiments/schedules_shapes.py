@@ -2,7 +2,7 @@
 
 python experiments/schedules_shapes.py --work=DIR [--only=...] [--minutes=M] [--list]
 
-DETR, one seed, 4 and 2 bits, LSQ and AQ-DETR, by the quickstart's schedule from the packaged
+DETR, one seed, 4 bits, LSQ and AQ-DETR, by the quickstart's schedule from the packaged
 teacher. "plain" is the quickstart itself, whose moving average is evaluated: the same runs as
 ``main_shapes.py``'s, which are not trained again if DIR is that study's. "raw" is of the same runs
 without the average; the others change one thing of "plain".
@@ -23,23 +23,22 @@ PHASES: dict[str, str] = {
     # At the last rates of the cosine alone they would move by a percent.
     "steps_last": f"{{'begin': 0.9, 'trained': {SHIFTS}, 'from_average': True, 'rate': 10}}",
 }
-METHODS, BITS, SEED = ("lsq", "aqdetr"), (4, 2), 0
+METHODS, BITS, SEED = ("lsq", "aqdetr"), 4, 0
 
 
 def rows() -> Iterator[Row]:
-    """At 4 bits first."""
-    for bits in BITS:
-        for schedule in ("plain", "raw", *PHASES):
-            for method in METHODS:
-                plain = f"detr_w{bits}_{method}_seed{SEED}"
-                name = plain if schedule == "plain" else f"w{bits}_{method}_{schedule}"
-                phase = PHASES.get(schedule)
-                words = (f"train.phases=({phase},)",) if phase else ()
-                facts = {"schedule": schedule}
-                row = student(name, "detr", method, words, facts, bits=bits, seed=SEED)
-                if schedule == "raw":
-                    row = Row(name, row.config, "last", (), row.facts, start=plain, judge=JUDGE)
-                yield row
+    """By schedule."""
+    for schedule in ("plain", "raw", *PHASES):
+        for method in METHODS:
+            plain = f"detr_w{BITS}_{method}_seed{SEED}"
+            name = plain if schedule == "plain" else f"w{BITS}_{method}_{schedule}"
+            phase = PHASES.get(schedule)
+            words = (f"train.phases=({phase},)",) if phase else ()
+            facts = {"schedule": schedule}
+            row = student(name, "detr", method, words, facts, bits=BITS, seed=SEED)
+            if schedule == "raw":
+                row = Row(name, row.config, "last", (), row.facts, start=plain, judge=JUDGE)
+            yield row
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def test_the_last_parameters_of_a_run_in_place_of_their_average(tmp_path):
 
 @pytest.mark.parametrize(
     ("other", "shared"),
-    [(schedules_shapes, 4), (distill_shapes, 2), (positives_shapes, 2), (choices_shapes, 3)],
+    [(schedules_shapes, 2), (distill_shapes, 2), (positives_shapes, 2), (choices_shapes, 3)],
 )
 def test_runs_of_two_studies_are_of_one_configuration(other, shared):
     main = {row.name: row for row in main_shapes.rows()}
