@@ -3,7 +3,8 @@
 python experiments/main_shapes.py --work=DIR [--only=detr,w4] [--minutes=M] [--list]
 
 Three seeds; at 3 and 2 bits Q-DETR and LSQ+ on one. Students are trained by the quickstart's
-schedule from the packaged float teachers; calibration alone by each of its methods. ``experiments/render_results.py`` makes the tables.
+schedule from the packaged float teachers; calibration alone by each of its methods.
+``experiments/render_results.py`` makes the tables.
 """
 
 from __future__ import annotations
