@@ -178,7 +178,6 @@ def main() -> None:
         blocks_table("finetune_bccd.json", command, "BCCD (292 photographs of blood cells), test"),
     )
     parts = [
-        ablation_table("full_shapes.json", "Embedded set, the full configuration (8000 steps)"),
         ablation_table(
             "ablation_shapes.json", "Embedded set, the quickstart's schedule (1200 steps)"
         ),
