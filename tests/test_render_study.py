@@ -53,7 +53,7 @@ def test_what_is_planned_and_not_run_is_said():
 def test_the_teacher_trained_on_stands_beside_it():
     rows = [trained("float", 32, 0.5), trained("float_longer", 32, 0.52, steps="whole")]
     rows += [trained(method, 4, 0.49, steps="whole") for method in ("lsq", "aqdetr")]
-    (table,) = [render_study.long_tables("Long", {"rows": rows})]
+    table = render_study.long_tables("Long", {"rows": rows})
     assert "float 0.5000, trained on by the same schedule 0.5200." in table
     summary = render_summary.summary_table([("set", {"rows": rows}, {"steps": "whole"})])
     assert cells(summary, "set, DETR")[2] == "0.500; trained on 0.520"
