@@ -37,14 +37,12 @@ def rows() -> Iterator[Row]:
         for method in methods:
             name = f"{FAMILY}_w{bits}_{method}_{WHOLE}_seed0"
             # Looks on the way cost half a minute each.
-            words, variant = ["train.eval_every=0"], method
+            variant, word = method, "train.quantizers_every=0"
             if method == FLOAT:
-                variant = "lsq"
-                words.append("quant.policy=float")
-            else:
-                words.append("train.quantizers_every=0")
+                variant, word = "lsq", "quant.policy=float"
+            chosen = ("train.eval_every=0", word)
             facts = {"steps": "whole", "method": method}
-            yield student(name, FAMILY, variant, words, facts, bits=bits, config="shapes_w4a4")
+            yield student(name, FAMILY, variant, chosen, facts, bits=bits, config="shapes_w4a4")
 
 
 if __name__ == "__main__":

@@ -297,8 +297,8 @@ def main() -> None:
         "deeppcb": (main_deeppcb, "DeepPCB, test split"),
         "bccd": (main_bccd, "BCCD on EfficientNet-Lite0, test split"),
     }
-    for name, (study, title) in mains.items():
-        table = render_study.main_table(title, load(f"{study.__name__}.json"), planned(study))
+    for name, (driver, title) in mains.items():
+        table = render_study.main_table(title, load(f"{driver.__name__}.json"), planned(driver))
         replace(document, name, table)
     text = render_study.long_tables("Embedded set", long, planned(long_shapes))
     replace(document, "long", text)
