@@ -2,8 +2,8 @@
 
 python experiments/choices_shapes.py --work=DIR [--only=...] [--minutes=M] [--list]
 
-The quickstart's schedule. "plain" is the quickstart itself: the same runs as ``main_shapes.py``'s,
-which are not trained again if DIR is that study's; the others change one thing of it.
+The quickstart's schedule. "plain" is the quickstart itself, ``main_shapes.py``'s rows; the others
+change one thing of it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def rows() -> Iterator[Row]:
             name = plain if choice == PLAIN else f"w{bits}_{method}_{choice}"
             words = (word,) if word else ()
             facts = {"choice": choice}
-            yield student(name, "detr", method, words, facts, bits=bits, seed=SEED)
+            study = "main_shapes" if choice == PLAIN else ""
+            yield student(name, "detr", method, words, facts, bits=bits, seed=SEED, study=study)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python experiments/distill_shapes.py --work=DIR [--only=...] [--minutes=M] [--li
 
 Embedded set, the quickstart's schedule. Weights of the terms are those of configs/shapes_w4a4.py
 where its kind of distance is used, and are chosen to give terms of the same size elsewhere. Those
-with both places' probabilities are ``main_shapes.py``'s, not trained again if DIR is that study's.
+with both places' probabilities are ``main_shapes.py``'s rows.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def rows() -> Iterator[Row]:
                 f"distill.weights.decoder_cross={cross}",
                 f"distill.source={SOURCES.get(name, 'teacher')}",
             )
-            of_row = f"{family}_{'w4_distill' if name == 'both' else name}_seed{SEED}"
-            yield student(of_row, family, "distill", words, {"method": name}, seed=SEED)
+            of_row, study = f"{family}_{name}_seed{SEED}", ""
+            if name == "both":
+                of_row, study = f"{family}_w4_distill_seed{SEED}", "main_shapes"
+            facts = {"method": name}
+            yield student(of_row, family, "distill", words, facts, seed=SEED, study=study)
     yield Row(
         DEEP,
         "configs/shapes_teacher.py",

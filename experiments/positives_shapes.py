@@ -4,8 +4,7 @@ python experiments/positives_shapes.py --work=DIR [--only=...] [--minutes=M] [--
 
 M auxiliary queries, every box K times; no distillation. DETR on the embedded set by the
 quickstart's schedule, each from the packaged teacher (the float ones trained on as long). At 4 bits
-M = 0 is LSQ. Those and M = 50, K = 2 are ``main_shapes.py``'s runs, which are not trained again if
-DIR is that study's.
+M = 0 is LSQ. Those and M = 50, K = 2 are ``main_shapes.py``'s rows.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from study import Row, run_study
 
 SETS = ((0, 0), (25, 1), (50, 1), (50, 2), (75, 3), (150, 6))
 MAIN = ((0, 0), (50, 2))
-"""(M, K) of ``main_shapes.py``'s runs."""
+"""(M, K) that ``main_shapes.py`` has."""
 SEED = 0
 
 
@@ -31,10 +30,10 @@ def rows() -> Iterator[Row]:
             bits = 4 if policy == "w4a4" else 32
             facts = {"M": count, "K": repeats}
             method = "auxiliary" if count else "lsq"
-            name = f"{policy}_M{count}_K{repeats}_seed{SEED}"
+            name, study = f"{policy}_M{count}_K{repeats}_seed{SEED}", ""
             if bits == 4 and (count, repeats) in MAIN:
-                name = f"detr_w4_{method}_seed{SEED}"
-            yield student(name, "detr", method, words, facts, bits=bits, seed=SEED)
+                name, study = f"detr_w4_{method}_seed{SEED}", "main_shapes"
+            yield student(name, "detr", method, words, facts, bits=bits, seed=SEED, study=study)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 python experiments/schedules_shapes.py --work=DIR [--only=...] [--minutes=M] [--list]
 
 DETR, one seed, 4 bits, LSQ and AQ-DETR, by the quickstart's schedule from the packaged
-teacher. "plain" is the quickstart itself, whose moving average is evaluated: the same runs as
-``main_shapes.py``'s, which are not trained again if DIR is that study's. "raw" is of the same runs
-without the average; the others change one thing of "plain".
+teacher. "plain" is the quickstart itself, whose moving average is evaluated: ``main_shapes.py``'s
+rows. "raw" is of the same runs without the average; the others change one thing of "plain".
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ def rows() -> Iterator[Row]:
             phase = PHASES.get(schedule)
             words = (f"train.phases=({phase},)",) if phase else ()
             facts = {"schedule": schedule}
-            row = student(name, "detr", method, words, facts, bits=BITS, seed=SEED)
+            study = "main_shapes" if schedule == "plain" else ""
+            row = student(name, "detr", method, words, facts, bits=BITS, seed=SEED, study=study)
             if schedule == "raw":
                 row = Row(name, row.config, "last", (), row.facts, start=plain, judge=JUDGE)
             yield row

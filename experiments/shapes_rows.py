@@ -29,6 +29,7 @@ def student(
     start: str = "",
     teacher: str = "",
     config: str = "shapes_quickstart",
+    study: str = "",
 ) -> Row:
     """A row that trains a student.
 
@@ -43,6 +44,7 @@ def student(
       start: see ``Row``.
       teacher: see ``Row``.
       config: whose schedule it has.
+      study: see ``Row``.
     """
     words = tuple(overrides)
     if not any(word.startswith("quant.policy=") for word in words):
@@ -56,4 +58,5 @@ def student(
         start=start,
         teacher=teacher,
         judge=JUDGE,
+        study=study,
     )

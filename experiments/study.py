@@ -64,6 +64,7 @@ class Row:
       teacher: row of the same study that teaches it, if it is not what it starts from.
       judge: overrides of the configuration for a last evaluation, of which the row's numbers are;
         () = the run's own.
+      study: whose row of this name it is: its numbers are taken from there, not made again.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Row:
     start: str = ""
     teacher: str = ""
     judge: tuple[str, ...] = ()
+    study: str = ""
 
     @property
     def before(self) -> tuple[str, ...]:
@@ -172,7 +174,8 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
     parser.add_argument("--list", action="store_true", help="say what is done, and end")
     options, overrides = parse_arguments(parser, sys.argv[1:])
     words = options.only.split(",")
-    wanted = [row for row in rows if all(word in row.name for word in words)]
+    named = {row.name: row for row in rows}
+    wanted = [row for row in named.values() if all(word in row.name for word in words)]
     if options.list:
         done = {row["name"] for row in rows_of(options.out)}
         for row in wanted:
@@ -182,7 +185,9 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
     signal.signal(signal.SIGTERM, child.stop)
     locks = options.work / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    for number, row in enumerate(wanted, start=1):
+    missing = missing_rows(wanted, named, rows_of(options.out), options.work)
+    needed = {name for row in missing for name in row.before}
+    for number, row in enumerate(missing, start=1):
         if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
             print(f"{options.minutes:g} minutes are over: run the same command to go on")
             return
@@ -192,13 +197,20 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
             continue  # somebody else makes it
         with contextlib.closing(lock):
             done = {made["name"] for made in rows_of(options.out)}
-            if row.name in done:
+            if row.name in done and (row.name not in needed or _has_run(options.work, row.name)):
                 continue
-            lacking = [name for name in row.before if name not in done]
+            lacking = [n for n in row.before if n not in done or not _has_run(options.work, n)]
             if lacking:
                 print(f"{row.name} needs {', '.join(lacking)}, not done yet: left out")
                 continue
-            print(f"=== {number}/{len(wanted)} {row.name}", flush=True)
+            if row.study and row.name not in needed:
+                taken = taken_row(row)
+                if taken is None:
+                    print(f"{row.name} is experiments/{row.study}.py's, not done yet: left out")
+                else:
+                    _keep(taken, options.out, locks / ".results")
+                continue
+            print(f"=== {number}/{len(missing)} {row.name}", flush=True)
             made = made_row(row, options.work / row.name, overrides, child)
             _keep(made, options.out, locks / ".results")
             # Of a calibrated model its description, which says from what and how it was made.
@@ -214,6 +226,47 @@ def run_study(name: str, rows: Iterable[Row], description: str) -> None:
                 write_text_atomic(options.manifests / f"{row.name}.json", text)
             said = f"AP {made['AP']:.4f}" if "AP" in made else "done"
             print(f"=== {row.name}: {said}", flush=True)
+
+
+def missing_rows(
+    wanted: Iterable[Row],
+    named: Mapping[str, Row],
+    made: Iterable[Mapping[str, Any]],
+    work: Path,
+) -> list[Row]:
+    """The rows to make, each after those that it starts from and whose runs are not there.
+
+    Args:
+      wanted: rows of which only those are made that are not yet.
+      named: all rows of the study, by their names.
+      made: what it has.
+      work: folder of the runs.
+    """
+    done = {row["name"] for row in made}
+    found: dict[str, Row] = {}
+
+    def add(row: Row) -> None:
+        for name in row.before:
+            if name not in done or not _has_run(work, name):
+                add(named[name])
+        found.setdefault(row.name, row)
+
+    for row in wanted:
+        if row.name not in done:
+            add(row)
+    return list(found.values())
+
+
+def _has_run(work: Path, name: str) -> bool:
+    """Whether the run of a row is under ``work``, done."""
+    return (work / name / MODEL_FOLDER / "manifest.json").is_file()
+
+
+def taken_row(row: Row) -> dict[str, Any] | None:
+    """The row that another study has made, with this one's facts; None = not made yet."""
+    found = (made for made in rows_of(RESULTS / f"{row.study}.json") if made["name"] == row.name)
+    made = next(found, None)
+    return made and {**made, "facts": dict(row.facts), "study": row.study}
 
 
 def _keep(made: Mapping[str, Any], file: Path, lock: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import pathlib
+import shutil
 import sys
 import threading
 
@@ -44,7 +46,8 @@ def started(tmp_path, monkeypatch):
 
     def make(row, folder, overrides, child):
         made.append(row.name)
-        folder.mkdir()
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "manifest.json").write_text("{}")
         (folder / "manifest.json").write_text(f"{row.name} of {folder}")
         return {"name": row.name, "AP": 0.5}
 
@@ -180,21 +183,56 @@ def test_time_is_of_the_steps_that_a_row_takes():
     np.testing.assert_allclose(line.get_xydata(), [(10, 35), (15, 50)])
 
 
-def test_a_row_waits_for_the_one_it_starts_from(started, tmp_path, capsys):
-    student = study.Row("student", "shapes_w4a4:queries100-lsq", start="teacher")
-    teacher = study.Row("teacher", "shapes_teacher:queries100")
-    started(rows=(student, teacher))
-    assert "student needs teacher, not done yet: left out" in capsys.readouterr().out
-    assert started.made == ["teacher"]
-    assert len(started(rows=(student, teacher))) == 2
-    words = student.command(tmp_path / "student", ("seed=1",))
+TEACHER = study.Row("teacher", "shapes_teacher:queries100")
+STUDENT = study.Row("student", "shapes_w4a4:queries100-lsq", start="teacher")
+
+
+def test_what_a_row_starts_from_is_made_first(started, tmp_path):
+    assert len(started("--only=student", rows=(STUDENT, TEACHER))) == 2
+    assert started.made == ["teacher", "student"]
+    words = STUDENT.command(tmp_path / "student", ("seed=1",))
     assert words[3:] == [f"--config.init_from={tmp_path / 'teacher'}", "--config.seed=1"]
-    assert teacher.command("DIR")[3:] == []
-    taught = dataclasses.replace(student, name="taught", start="", teacher="deep")
+    assert TEACHER.command("DIR")[3:] == []
+    taught = dataclasses.replace(STUDENT, name="taught", start="", teacher="teacher")
     words = taught.command(tmp_path / "taught")
-    assert words[3:] == [f"--config.distill.teacher={tmp_path / 'deep'}"]
-    started(rows=(taught,))
-    assert "taught needs deep, not done yet" in capsys.readouterr().out
+    assert words[3:] == [f"--config.distill.teacher={tmp_path / 'teacher'}"]
+    started(rows=(taught, TEACHER))
+    assert started.made == ["teacher", "student", "taught"]
+
+
+def test_a_row_waits_for_what_another_command_makes(started, tmp_path, capsys):
+    (tmp_path / "locks").mkdir()
+    with contextlib.closing(study.lock_file(tmp_path / "locks" / "teacher")):
+        assert started(rows=(TEACHER, STUDENT)) == []
+    assert "student needs teacher, not done yet: left out" in capsys.readouterr().out
+
+
+def test_a_run_that_is_gone_is_made_again_only_for_what_starts_from_it(started, tmp_path):
+    started(rows=(TEACHER,))
+    shutil.rmtree(tmp_path / "teacher")
+    started(rows=(TEACHER,))
+    assert started.made == ["teacher"]
+    assert len(started(rows=(TEACHER, STUDENT))) == 2
+    assert started.made == ["teacher", "teacher", "student"]
+    shutil.rmtree(tmp_path / "teacher")
+    started(rows=(TEACHER, STUDENT))
+    assert started.made == ["teacher", "teacher", "student"]
+
+
+def test_a_row_of_another_study_is_taken_from_it(started, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    shared = dataclasses.replace(ROWS[0], study="other", facts={"choice": "plain"})
+    assert started(rows=(shared,)) == []
+    assert "row0 is experiments/other.py's, not done yet: left out" in capsys.readouterr().out
+    row = {"name": "row0", "facts": {"seed": 0}, "AP": 0.25}
+    (tmp_path / "other.json").write_text(json.dumps({"rows": [row]}))
+    taken = {"name": "row0", "facts": {"choice": "plain"}, "AP": 0.25, "study": "other"}
+    assert started(rows=(shared,)) == [taken]
+    assert started.made == []
+    # What starts from it needs its run.
+    raw = study.Row("raw", "shapes_quickstart", "last", start="row0")
+    started(rows=(shared, raw))
+    assert started.made == ["row0", "raw"]
 
 
 def test_the_last_parameters_of_a_run_in_place_of_their_average(tmp_path):
@@ -232,6 +270,7 @@ def test_runs_of_two_studies_are_of_one_configuration(other, shared):
         # Variants have names; what they are is what counts.
         assert dataclasses.replace(configs[0], name="") == dataclasses.replace(configs[1], name="")
         assert row.judge == mine.judge
+        assert row.study == "main_shapes"
 
 
 def test_a_row_is_judged_on_the_split_of_its_study(tmp_path, monkeypatch):
