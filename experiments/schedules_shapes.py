@@ -4,7 +4,8 @@ python experiments/schedules_shapes.py --work=DIR [--only=...] [--minutes=M] [--
 
 DETR, one seed, 4 bits, LSQ and AQ-DETR, by the quickstart's schedule from the packaged
 teacher. "plain" is the quickstart itself, whose moving average is evaluated: ``main_shapes.py``'s
-rows. "raw" is of the same runs without the average; the others change one thing of "plain".
+rows. "raw" is of the same runs without the average, for which they are made again where DIR lacks
+them; the others change one thing of "plain".
 """
 
 from __future__ import annotations
